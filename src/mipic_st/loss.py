@@ -1,0 +1,634 @@
+"""MIPICLoss: the base loss at every truncation dimension, plus SIA and PIC (Eq. 18)."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal, Self
+
+import torch
+from sentence_transformers.base.losses import uses_gradient_cache
+from torch import Tensor, nn
+
+from mipic_st import pic, presets, sia
+from mipic_st.recording import (
+    Backbone,
+    RecordedPass,
+    Recorder,
+    describe,
+    embedding_width,
+    record_states,
+    require_eager_attention,
+    truncated_passes,
+)
+
+logger = logging.getLogger(__name__)
+
+Aggregation = Literal["sum", "mean"]
+TokenImportance = Literal["similarity", "attention"]
+
+
+class MIPICLoss(nn.Module):
+    r"""Matryoshka training of any sentence-transformers loss, with MIPIC's two alignments on the encoder's own layers.
+
+    A drop-in for ``MatryoshkaLoss``: the base loss is applied to every truncation dimension, and while it runs, the
+    hidden states of its own forward passes are recorded. On them, SIA asks each prefix to see the tokens of a sentence
+    as the full width does (the full width teaches and, by default, is a constant), and PIC chains narrow, early
+    sentence vectors to wide, late ones (each target is a constant). Use it when embeddings are served at small
+    dimensions. Evaluation and serving need nothing of it: the trained model is a plain SentenceTransformer.
+
+    .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC}) \qquad (Eq. 18)
+
+    With ``alpha=1``, or all three weights zero, no alignment term is active: the base term is then not scaled, nothing
+    is recorded, and loss and gradients are those of ``MatryoshkaLoss`` to the last bit.
+
+    Args:
+        model: SentenceTransformer model: a Transformer and a Pooling module, Normalize may follow.
+        loss: The base loss, e.g. ``MultipleNegativesRankingLoss`` or ``CoSENTLoss``. It may return a tensor or a dict.
+        matryoshka_dims: Embedding dimensions for the base loss, e.g. [768, 256, 64, 16]. Those below the full width
+            are the prefixes of SIA. Any order; the order has no effect.
+        matryoshka_weights: One weight per dim for the base loss. Default: 1 for each.
+        n_dims_per_step: Number of dims that the base loss is applied to in each training step, drawn by a generator of
+            the loss's own. -1 is all of them. Evaluation always uses all. The alignment terms always use all.
+        alpha: Weight of the base term in Eq. 18, in [0, 1].
+        attention_weight: Weight of SIA's attention term (Eq. 6), >= 0. Zero switches it off.
+        cka_weight: Weight of SIA's CKA term (Eq. 11), >= 0. Zero switches it off.
+        pic_weight: Weight of PIC (Eq. 17), >= 0. Zero switches it off.
+        sia_layers: Layers that carry SIA, 1 to the model's depth. Default: the last one.
+        pic_checkpoints: Ordered (dim, layer) pairs for PIC, both ascending, at least two. Default: one per dim, the
+            published pairs for the backbones of the paper and evenly spaced layers for others
+            (:func:`mipic_st.presets.default_checkpoints`).
+        gammas: Share of a sentence's tokens in the top-k set of each prefix, ascending with the prefix (App. A.5), in
+            (0, 1]. Default: .2 to .7, interpolated to the number of prefixes.
+        min_k: Smallest top-k set, in tokens, >= 1 (App. A.5).
+        attention_temperature: tau in the two softmaxes of Eq. 4-5, > 0. The paper has 0.05, which makes them nearly
+            one-hot.
+        chain_temperature: tau of PIC's InfoNCE (Eq. 16), > 0.
+        aggregation: ``"sum"`` adds layers, prefixes and links as Eq. 13, 14 and 17 do; ``"mean"`` averages them.
+        kl_direction: ``"student_teacher"`` for KL(prefix || full), the paper's Eq. 6; ``"teacher_student"`` for the
+            reverse, as in the released notebooks.
+        detach_teacher: Whether all of SIA's full-width side (query, distribution, Gram matrix) is a constant.
+        lift_init: First value of the lifts P (Eq. 5): ``"identity"`` starts at ordinary truncation, ``"orthogonal"``
+            and ``"random"`` do not.
+        token_importance: ``"similarity"`` ranks tokens by the full-width query (Eq. 4). ``"attention"`` takes the
+            model's own attention maps of that layer, pooled like its tokens, heads averaged, before dropout; the model
+            is then switched to eager attention, with a warning in the log.
+        seed: Seeds the lifts, the heads and the draw of dims; the global generators are left alone.
+
+    Inputs:
+        +-------+--------+
+        | Texts | Labels |
+        +=======+========+
+        | any   | any    |
+        +-------+--------+
+
+        Whatever the base loss takes.
+
+    Shapes:
+        B sentences per column, L padded tokens, D full width, K dims: hidden states are (B, L, D), the parameters are
+        one (d, D) lift per SIA layer and prefix, and one two-layer head per PIC link, all under ``mipic_heads``.
+
+    Returns:
+        A dict of scalars, already weighted, whose sum is the loss: ``matryoshka`` (``matryoshka_<key>`` for each key
+        of a dict-valued base loss), ``sia_attention``, ``sia_cka`` and ``pic``; inactive terms are absent. The trainer
+        logs each.
+
+    Raises:
+        ValueError: If an argument is out of its range, a dim exceeds the model's width, a layer its depth, or the
+            model is not built of Transformer and Pooling. The message names the argument and what is allowed.
+        TypeError: If ``model`` or ``loss`` are of the wrong kind.
+        RuntimeError: In ``forward``, if the base loss never called ``model`` and nothing could be recorded.
+
+    Numerics:
+        SIA, PIC, their softmaxes and norms run in float32 also under autocast and for bf16 models. A sentence with one
+        real token, or with equal tokens, has no CKA: it counts zero and is left out of that mean. Padding and the
+        other sentences of a batch do not change a sentence's SIA value.
+
+    Source:
+        Huy et al., "MIPIC", arXiv 2604.24374. Eq. 4-6 and 7-12 in :mod:`mipic_st.sia`, Eq. 15-17 in
+        :mod:`mipic_st.pic`, Table 7 and App. A.5 in :mod:`mipic_st.presets`. Where the paper and the released
+        notebooks differ, the paper is followed: KL(prefix || full) instead of the reverse, similarity to the pooled
+        query instead of separate 64-d attention spaces. Top-k sizes come from each sentence's own length, where the
+        released code takes the padded length. Defaults differ from the paper's settings;
+        ``MIPICLoss.from_preset(model, loss, dims, "paper")`` has those.
+
+    Relations:
+        - Does what ``MatryoshkaLoss`` does, and stands in its place: outermost, around the base loss.
+        - Cannot wrap another loss that patches the model (``MatryoshkaLoss``, ``AdaptiveLayerLoss``), nor be wrapped by
+          one, since it returns a dict.
+
+    Example:
+        >>> from sentence_transformers import SentenceTransformer
+        >>> from sentence_transformers.losses import MultipleNegativesRankingLoss
+        >>> from mipic_st import MIPICLoss
+        >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
+        >>> loss = MultipleNegativesRankingLoss(model)  # doctest: +SKIP
+        >>> loss = MIPICLoss(model, loss, [384, 128, 64, 32, 16])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        matryoshka_dims: Sequence[int],
+        matryoshka_weights: Sequence[float] | Sequence[int] | None = None,
+        n_dims_per_step: int = -1,
+        *,
+        alpha: float = 0.8,
+        attention_weight: float = 1.0,
+        cka_weight: float = 1.0,
+        pic_weight: float = 0.1,
+        sia_layers: Sequence[int] | None = None,
+        pic_checkpoints: Sequence[tuple[int, int]] | None = None,
+        gammas: Sequence[float] | None = None,
+        min_k: int = 8,
+        attention_temperature: float = 1.0,
+        chain_temperature: float = 0.05,
+        aggregation: Aggregation = "sum",
+        kl_direction: sia.KLDirection = "student_teacher",
+        detach_teacher: bool = True,
+        lift_init: sia.LiftInit = "identity",
+        token_importance: TokenImportance = "similarity",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(loss, nn.Module):
+            raise TypeError(f"loss must be a sentence-transformers loss (a torch.nn.Module), got {loss!r}.")
+        if uses_gradient_cache(loss):
+            raise ValueError(
+                f"loss={type(loss).__name__} embeds in its backward pass (gradient caching), which MIPICLoss does not "
+                "support yet. Use the loss without caching."
+            )
+        width = embedding_width(model)
+        self.model = model
+        self.loss = loss
+        self.matryoshka_dims, self.matryoshka_weights = _checked_dims(matryoshka_dims, matryoshka_weights, width)
+        self.n_dims_per_step = _checked_dims_per_step(n_dims_per_step, len(self.matryoshka_dims))
+        self.alpha = _checked_number("alpha", alpha, 0, 1)
+        self.attention_weight = _checked_number("attention_weight", attention_weight, 0)
+        self.cka_weight = _checked_number("cka_weight", cka_weight, 0)
+        self.pic_weight = _checked_number("pic_weight", pic_weight, 0)
+        self.min_k = _checked_count("min_k", min_k)
+        self.attention_temperature = _checked_number("attention_temperature", attention_temperature, 0, exclusive=True)
+        self.chain_temperature = _checked_number("chain_temperature", chain_temperature, 0, exclusive=True)
+        self.aggregation = _checked_choice("aggregation", aggregation, ("sum", "mean"))
+        self.kl_direction = _checked_choice("kl_direction", kl_direction, ("student_teacher", "teacher_student"))
+        self.detach_teacher = bool(detach_teacher)
+        self.lift_init = _checked_choice("lift_init", lift_init, ("identity", "orthogonal", "random"))
+        self.token_importance = _checked_choice("token_importance", token_importance, ("similarity", "attention"))
+        self.seed = _checked_count("seed", seed, least=0)
+        self._dim_generator = random.Random(seed)
+
+        self.prefixes: tuple[int, ...] = ()
+        self.sia_layers: tuple[int, ...] = ()
+        self.pic_checkpoints: tuple[tuple[int, int], ...] = ()
+        self.gammas: tuple[float, ...] = ()
+        self.mipic_heads = nn.ModuleDict()
+        wanted = self.attention_weight or self.cka_weight or self.pic_weight
+        self._backbone: Backbone | None = describe(model) if wanted and self.alpha < 1 else None
+        if self._backbone is not None:
+            self._set_up_alignment(self._backbone, sia_layers, pic_checkpoints, gammas)
+
+    def _set_up_alignment(
+        self,
+        backbone: Backbone,
+        sia_layers: Sequence[int] | None,
+        pic_checkpoints: Sequence[tuple[int, int]] | None,
+        gammas: Sequence[float] | None,
+    ) -> None:
+        depth, width = backbone.depth, backbone.width
+        self.prefixes = tuple(sorted(dim for dim in self.matryoshka_dims if dim < width))
+        layers = _checked_layers(sia_layers, depth) if sia_layers is not None else (depth,)
+        checkpoints = pic_checkpoints
+        if checkpoints is None:
+            checkpoints = presets.default_checkpoints(self.matryoshka_dims, depth, width)
+        else:
+            checkpoints = _checked_checkpoints(checkpoints, depth, width)
+        if self.prefixes:
+            self.gammas = _checked_gammas(gammas, len(self.prefixes))
+
+        # Seeded on the side: the same heads on every rank, and the caller's random stream stays as it was.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            if (self.attention_weight or self.cka_weight) and self.prefixes:
+                self.sia_layers = layers
+                if self.attention_weight:
+                    self.mipic_heads["sia"] = nn.ModuleDict(
+                        {
+                            str(layer): nn.ParameterDict(
+                                {str(dim): sia.initial_lift(dim, width, self.lift_init) for dim in self.prefixes}
+                            )
+                            for layer in layers
+                        }
+                    )
+            if self.pic_weight and len(checkpoints) > 1:
+                self.pic_checkpoints = checkpoints
+                self.mipic_heads["pic"] = nn.ModuleList(
+                    pic.chain_head(dim, next_dim) for (dim, _), (next_dim, _) in pairwise(checkpoints)
+                )
+        if not self.sia_layers and not self.pic_checkpoints:
+            logger.warning(
+                "matryoshka_dims=%s has no prefix below the full width %d to align: MIPICLoss trains as MatryoshkaLoss.",
+                list(self.matryoshka_dims),
+                width,
+            )
+            self._backbone = None
+        if self.sia_layers and self.token_importance == "attention":
+            require_eager_attention(self.model)
+
+    @classmethod
+    def from_preset(
+        cls,
+        model: nn.Module,
+        loss: nn.Module,
+        matryoshka_dims: Sequence[int] | None = None,
+        preset: str = "paper",
+        **overrides: Any,
+    ) -> Self:
+        """Make the loss with a named configuration.
+
+        Args:
+            model: SentenceTransformer model.
+            loss: The base loss.
+            matryoshka_dims: Embedding dimensions. Default: the paper's, 16 to 512 and the full width.
+            preset: ``"paper"`` is the published formulation: plain sums, tau 0.05, random lifts, gradients through the
+                teacher, layers, checkpoints and alpha of Table 7 for a backbone of a published shape and by the same
+                rule for others. ``"tinybert-6l"``, ``"bert-base"``, ``"bge-m3"`` and ``"qwen3-0.6b"`` are the same
+                and refuse a backbone of another shape. ``"default"`` is the constructor's defaults.
+            **overrides: Any keyword argument of :class:`MIPICLoss`, which then wins over the preset.
+
+        Returns:
+            The loss.
+
+        Raises:
+            ValueError: If the preset is unknown or the backbone has not the shape it was published for.
+            TypeError: If an override is no argument of :class:`MIPICLoss`.
+
+        Example:
+            >>> loss = MIPICLoss.from_preset(model, loss, [384, 64, 16], "paper")  # doctest: +SKIP
+        """
+        names = ("default", "paper", *presets.RECIPES)
+        if preset not in names:
+            raise ValueError(f"preset must be one of {names}, got {preset!r}.")
+        backbone = describe(model)
+        recipe = presets.RECIPES.get(preset)
+        if recipe is not None and (recipe.depth, recipe.width) != (backbone.depth, backbone.width):
+            raise ValueError(
+                f"preset={preset!r} was published for {recipe.depth} layers of width {recipe.width}, the model has "
+                f"{backbone.depth} of width {backbone.width}. Use preset='paper', which fits any shape."
+            )
+        settings: dict[str, Any] = {}
+        if preset != "default":
+            settings = {
+                **presets.PAPER_SETTINGS,
+                "alpha": presets.paper_alpha(backbone.depth, backbone.width),
+                "sia_layers": presets.paper_layers(backbone.depth, backbone.width),
+            }
+        if matryoshka_dims is None:
+            matryoshka_dims = presets.paper_dims(backbone.width)
+        return cls(model, loss, matryoshka_dims, **{**settings, **overrides})
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
+        """Compute the weighted terms of Eq. 18.
+
+        Args:
+            sentence_features: One dict of model inputs per column.
+            labels: Whatever the base loss takes.
+
+        Returns:
+            Dict of scalars whose sum is the loss.
+        """
+        features = list(sentence_features)
+        if self._backbone is None:
+            return self.base_terms(features, labels)
+
+        importance = "no"
+        if self.sia_layers and self.token_importance == "attention":
+            importance = "detached" if self.detach_teacher else "with_gradient"
+        with record_states(self.model, self._backbone.depth, importance) as recorder:
+            terms = self.base_terms(features, labels)
+        terms = {name: self.alpha * term.float() for name, term in terms.items()}
+        columns = self.columns(recorder, features)
+        if self.sia_layers:
+            terms |= {name: (1 - self.alpha) * term for name, term in self.sia_terms(recorder.passes).items()}
+        if self.pic_checkpoints:
+            terms["pic"] = (1 - self.alpha) * self.pic_term(recorder.passes, columns)
+        return terms
+
+    def base_terms(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
+        """L_MRL: the base loss at every truncation dimension, summed with ``matryoshka_weights``.
+
+        Args:
+            features: One dict of model inputs per column.
+            labels: Whatever the base loss takes; embeddings of the full width (distillation) are cut like the outputs.
+
+        Returns:
+            ``{"matryoshka": L_MRL}``, or one entry per key of a dict-valued base loss.
+        """
+        totals: dict[str, Tensor] = {}
+        width = embedding_width(self.model)
+        with truncated_passes(self.model) as start_dim:
+            for index in self.draw_dims():
+                dim, weight = self.matryoshka_dims[index], self.matryoshka_weights[index]
+                start_dim(dim)
+                dim_labels = labels
+                if isinstance(labels, Tensor) and labels.ndim in (2, 3) and labels.shape[-1] == width:
+                    dim_labels = labels[..., :dim]
+                value = self.loss(features, dim_labels)
+                parts = value if isinstance(value, Mapping) else {None: value}
+                for key, part in parts.items():
+                    name = "matryoshka" if key is None else f"matryoshka_{key}"
+                    totals[name] = totals.get(name, 0.0) + weight * part
+        return totals
+
+    def draw_dims(self) -> Sequence[int]:
+        """Indices of the dims for this step, largest dim first: all of them, or a seeded draw while training."""
+        count = len(self.matryoshka_dims)
+        if not 0 < self.n_dims_per_step < count or not self.model.training:
+            return range(count)
+        return sorted(self._dim_generator.sample(range(count), self.n_dims_per_step))
+
+    def columns(self, recorder: Recorder, features: list[dict[str, Tensor]]) -> int:
+        """Check that something was recorded, and return B, the number of sentences in one column.
+
+        A base loss may run several columns in one forward pass, one after the other; a pass of k * B rows then holds k
+        columns.
+        """
+        if not recorder.passes:
+            raise RuntimeError(
+                f"MIPICLoss recorded no forward pass: {type(self.loss).__name__} did not call the model that MIPICLoss "
+                "holds. Give both the same model. A loss that keeps it under another name than `model` cannot be used in "
+                "distributed or compiled training."
+            )
+        rows = [len(recorded.mask) for recorded in recorder.passes]
+        size = min(rows)
+        ids = features[0].get("input_ids", features[0].get("attention_mask")) if features else None
+        if ids is not None:
+            size = len(ids)
+        if any(count % size for count in rows):
+            raise RuntimeError(f"Forward passes of {rows} rows cannot be split into columns of {size} sentences.")
+        return size
+
+    def sia_terms(self, passes: list[RecordedPass]) -> dict[str, Tensor]:
+        """L_SIA in its two parts (Eq. 13 and 14), weighted but for ``1 - alpha``.
+
+        Args:
+            passes: The recorded forward passes.
+
+        Returns:
+            ``sia_attention`` and ``sia_cka``, as far as their weights are not zero.
+        """
+        attention, cka = [], []
+        for layer in self.sia_layers:
+            parts = [self.sia_layer(recorded, layer) for recorded in passes]
+            attention.append(torch.cat([part.attention for part in parts]).mean(dim=0))
+            valid = torch.cat([part.cka_valid for part in parts]).sum(dim=0)
+            cka.append(torch.cat([part.cka for part in parts]).sum(dim=0) / valid.clamp(min=1))
+        terms = {}
+        if self.attention_weight:
+            terms["sia_attention"] = self.attention_weight * self.aggregate(torch.stack(attention))
+        if self.cka_weight:
+            terms["sia_cka"] = self.cka_weight * self.aggregate(torch.stack(cka))
+        return terms
+
+    def sia_layer(self, recorded: RecordedPass, layer: int) -> sia.SIATerms:
+        """SIA of one layer in one forward pass, per sentence and prefix (Eq. 4-12).
+
+        Args:
+            recorded: The forward pass.
+            layer: 1 to depth.
+
+        Returns:
+            :class:`mipic_st.sia.SIATerms`.
+        """
+        assert self._backbone is not None
+        hidden = recorded.hidden_states[layer]
+        teacher_attention = None
+        if recorded.attentions:
+            teacher_attention = recorded.pool(self._backbone.pooling, recorded.attentions[layer - 1])
+        return sia.sia_terms(
+            hidden,
+            recorded.pool(self._backbone.pooling, hidden),
+            recorded.mask,
+            self.prefixes,
+            self.lifts(layer),
+            self.gammas,
+            min_k=self.min_k,
+            temperature=self.attention_temperature,
+            kl_direction=self.kl_direction,
+            detach_teacher=self.detach_teacher,
+            teacher_attention=teacher_attention,
+            with_cka=bool(self.cka_weight),
+        )
+
+    def pic_term(self, passes: list[RecordedPass], size: int) -> Tensor:
+        """L_PIC (Eq. 17), weighted but for ``1 - alpha``.
+
+        Args:
+            passes: The recorded forward passes.
+            size: B, sentences per column.
+
+        Returns:
+            Scalar.
+        """
+        assert self._backbone is not None
+        pooling = self._backbone.pooling
+        vectors = [
+            # (columns, B, dim): negatives come from the same column, however columns were batched
+            torch.cat([recorded.pool(pooling, recorded.hidden_states[layer]) for recorded in passes])[
+                :, :dim
+            ].unflatten(0, (-1, size))
+            for dim, layer in self.pic_checkpoints
+        ]
+        links = [
+            pic.chain_link(head, vector, target, self.chain_temperature)
+            for head, (vector, target) in zip(self.chain_heads(), pairwise(vectors), strict=True)
+        ]
+        return self.pic_weight * self.aggregate(torch.stack(links))
+
+    def lifts(self, layer: int) -> list[Tensor] | None:
+        """The lifts P of one layer in ascending order of their prefix, or None if the attention term is off."""
+        if "sia" not in self.mipic_heads:
+            return None
+        return [self.mipic_heads.get_parameter(f"sia.{layer}.{dim}") for dim in self.prefixes]
+
+    def chain_heads(self) -> list[nn.Module]:
+        """The heads phi, one per PIC link."""
+        return list(self.mipic_heads["pic"].children())
+
+    def aggregate(self, values: Tensor) -> Tensor:
+        """Add or average over layers, prefixes and links."""
+        return values.sum() if self.aggregation == "sum" else values.mean()
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Settings for the model card."""
+        config: dict[str, Any] = {
+            "loss": type(self.loss).__name__,
+            "matryoshka_dims": self.matryoshka_dims,
+            "matryoshka_weights": self.matryoshka_weights,
+            "n_dims_per_step": self.n_dims_per_step,
+            "alpha": self.alpha,
+            "attention_weight": self.attention_weight,
+            "cka_weight": self.cka_weight,
+            "pic_weight": self.pic_weight,
+            "sia_layers": self.sia_layers,
+            "pic_checkpoints": self.pic_checkpoints,
+            "gammas": self.gammas,
+        }
+        settings = (
+            "min_k",
+            "attention_temperature",
+            "chain_temperature",
+            "aggregation",
+            "kl_direction",
+            "detach_teacher",
+            "lift_init",
+            "token_importance",
+            "seed",
+        )
+        return config | {name: getattr(self, name) for name in settings}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX of the method."""
+        return """
+@misc{huy2026mipic,
+    title={MIPIC: Matryoshka Representation Learning via Self-Distilled Intra-Relational and Progressive
+           Information Chaining},
+    author={Huy and Vu and Truong and Tran and Van and Nguyen and Le},
+    year={2026},
+    eprint={2604.24374},
+    archivePrefix={arXiv}
+}
+"""
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked_dims(dims: Any, weights: Any, width: int | None) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Validate dims and weights, and return both sorted by descending dim."""
+    if isinstance(dims, str) or not isinstance(dims, Iterable):
+        raise TypeError(f"matryoshka_dims must be a sequence of integers, e.g. [384, 64, 16], got {dims!r}.")
+    dims = list(dims)
+    if not dims:
+        raise ValueError("matryoshka_dims is empty: give at least one dimension, e.g. [384, 64, 16].")
+    if wrong := [dim for dim in dims if not _is_whole(dim)]:
+        raise TypeError(f"matryoshka_dims must be integers, got {wrong}.")
+    if wrong := [dim for dim in dims if dim < 1]:
+        raise ValueError(f"matryoshka_dims must be > 0, got {wrong}.")
+    if len(set(dims)) < len(dims):
+        raise ValueError(
+            f"matryoshka_dims has duplicates: {dims}. Give each dimension once; weight it with matryoshka_weights."
+        )
+    if width is not None and max(dims) > width:
+        raise ValueError(f"matryoshka_dims {[dim for dim in dims if dim > width]} exceed the model's width of {width}.")
+    if weights is None:
+        weights = [1] * len(dims)
+    weights = list(weights)
+    if len(weights) != len(dims):
+        raise ValueError(
+            f"matryoshka_weights must have one weight per dimension: {len(dims)} dims, {len(weights)} weights."
+        )
+    if wrong := [weight for weight in weights if not isinstance(weight, int | float) or not 0 <= weight < float("inf")]:
+        raise ValueError(f"matryoshka_weights must be finite and >= 0, got {wrong}.")
+    if width is not None and width not in dims:
+        logger.warning(
+            "The model's full width %d is not among matryoshka_dims %s, so the base loss will not train it. Add it "
+            "unless that is meant.",
+            width,
+            dims,
+        )
+    pairs = sorted(zip(dims, weights, strict=True), reverse=True)
+    return tuple(dim for dim, _ in pairs), tuple(weight for _, weight in pairs)
+
+
+def _checked_dims_per_step(count: Any, dims: int) -> int:
+    if not _is_whole(count) or (count != -1 and count < 1):
+        raise ValueError(f"n_dims_per_step must be -1 (all dims) or at least 1, got {count!r}.")
+    if count > dims:
+        raise ValueError(f"n_dims_per_step={count} exceeds the number of matryoshka_dims, {dims}. Use -1 for all.")
+    return count
+
+
+def _checked_number(name: str, value: Any, least: float, most: float = float("inf"), exclusive: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    within = (least < value if exclusive else least <= value) and value <= most and value != float("inf")
+    if not within:
+        bounds = f"{'>' if exclusive else '>='} {least}" + (
+            f" and <= {most}" if most != float("inf") else " and finite"
+        )
+        raise ValueError(f"{name} must be {bounds}, got {value}.")
+    return value
+
+
+def _checked_count(name: str, value: Any, least: int = 1) -> int:
+    if not _is_whole(value) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+    return value
+
+
+def _checked_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+    return value
+
+
+def _checked_layers(layers: Any, depth: int) -> tuple[int, ...]:
+    layers = tuple(layers) if isinstance(layers, Iterable) else (layers,)
+    if not layers:
+        raise ValueError(
+            "sia_layers is empty: name at least one layer, or switch SIA off with attention_weight=cka_weight=0."
+        )
+    if wrong := [layer for layer in layers if not _is_whole(layer) or not 1 <= layer <= depth]:
+        raise ValueError(f"sia_layers must be layers from 1 to the model's depth of {depth}, got {wrong}.")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"sia_layers has duplicates: {layers}.")
+    return tuple(sorted(layers))
+
+
+def _checked_checkpoints(checkpoints: Any, depth: int, width: int) -> tuple[tuple[int, int], ...]:
+    try:
+        pairs = tuple((dim, layer) for dim, layer in checkpoints)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"pic_checkpoints must be (dim, layer) pairs, e.g. [(16, 2), (64, 4)], got {checkpoints!r}."
+        ) from None
+    if len(pairs) < 2:
+        raise ValueError(
+            f"pic_checkpoints needs at least two (dim, layer) pairs, got {list(pairs)}. pic_weight=0 switches PIC off."
+        )
+    for dim, layer in pairs:
+        if not _is_whole(dim) or not 1 <= dim <= width:
+            raise ValueError(
+                f"pic_checkpoints: dim {dim!r} of {(dim, layer)} must be from 1 to the model's width of {width}."
+            )
+        if not _is_whole(layer) or not 1 <= layer <= depth:
+            raise ValueError(
+                f"pic_checkpoints: layer {layer!r} of {(dim, layer)} must be from 1 to the model's depth of {depth}."
+            )
+    for before, after in pairwise(pairs):
+        if after[0] < before[0] or after[1] < before[1] or before == after:
+            raise ValueError(
+                f"pic_checkpoints must go from shallow and narrow to deep and wide, but {after} follows {before}."
+            )
+    return pairs
+
+
+def _checked_gammas(gammas: Any, prefixes: int) -> tuple[float, ...]:
+    if gammas is None:
+        return presets.default_gammas(prefixes)
+    gammas = tuple(gammas)
+    if len(gammas) != prefixes:
+        raise ValueError(
+            f"gammas must have one share per prefix below the full width: {prefixes} prefixes, {len(gammas)} gammas."
+        )
+    if wrong := [gamma for gamma in gammas if not isinstance(gamma, int | float) or not 0 < gamma <= 1]:
+        raise ValueError(f"gammas must be shares of the tokens in (0, 1], got {wrong}.")
+    if list(gammas) != sorted(gammas):
+        raise ValueError(f"gammas must ascend with the prefix, so that the sets are nested, got {gammas}.")
+    return gammas

@@ -1,0 +1,67 @@
+r"""PIC, progressive information chaining (paper Sec. 3.3, Eq. 15-17), as a pure tensor function and its heads.
+
+Checkpoints are (dim, layer) pairs from shallow and narrow to deep and wide. A small head maps the sentence vector of
+one checkpoint to the width of the next one; an InfoNCE loss asks it to find, among the sentences of the batch, the
+vector that the next checkpoint gave the same sentence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mipic_st.sia import full_precision, no_autocast
+
+
+def chain_head(dim: int, next_dim: int) -> nn.Sequential:
+    """Make phi_c, the head from one checkpoint to the next (Eq. 15).
+
+    Args:
+        dim: Width of this checkpoint.
+        next_dim: Width of the next one.
+
+    Returns:
+        Two linear layers with one ReLU between them; the hidden width is ``max(dim, next_dim) // 2``.
+    """
+    hidden_dim = max(1, max(dim, next_dim) // 2)
+    return nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, next_dim))
+
+
+def chain_info_nce(predicted: Tensor, target: Tensor, temperature: float = 0.05) -> Tensor:
+    r"""InfoNCE of one link of the chain, with in-batch negatives (Eq. 16).
+
+    .. math:: -\frac{1}{B} \sum_b \log \frac{\exp(s_{bb} / \tau)}{\sum_j \exp(s_{bj} / \tau)}, \quad
+        s_{bj} = \cos(\phi_c(z_c)_b, (z_{c+1})_j)
+
+    Args:
+        predicted: phi_c(z_c), (..., B, d). Leading axes (the input columns) are separate batches: the sentences of
+            one column are no negatives for those of another.
+        target: z_{c+1}, (..., B, d). No gradient flows into it.
+        temperature: tau, > 0.
+
+    Returns:
+        Scalar, the mean over sentences and columns; zero for a batch of one.
+    """
+    with no_autocast(predicted):
+        predicted, target = full_precision(predicted, target.detach())
+        logits = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).transpose(-1, -2) / temperature
+        return -logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1).mean()
+
+
+def chain_link(head: nn.Module, vector: Tensor, next_vector: Tensor, temperature: float = 0.05) -> Tensor:
+    """One link of the chain: run the head on z_c in full precision, compare with z_{c+1} (Eq. 15 and 16).
+
+    Args:
+        head: phi_c, from :func:`chain_head`.
+        vector: z_c, (..., B, d_c).
+        next_vector: z_{c+1}, (..., B, d_{c+1}).
+        temperature: tau, > 0.
+
+    Returns:
+        Scalar.
+    """
+    with no_autocast(vector):
+        parameter = next(head.parameters())
+        predicted = head(vector.to(torch.promote_types(vector.dtype, parameter.dtype)))
+    return chain_info_nce(predicted, next_vector, temperature)

@@ -1,0 +1,230 @@
+"""The paper's settings as data, and the rules that extend them to any depth and any dims.
+
+Imports nothing else of this package and no torch: everything here is arithmetic on small tuples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# App. A.5: shares of tokens for the top-k sets of six prefixes.
+PAPER_GAMMAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the paper used for one backbone (Table 7, App. A.5).
+
+    Attributes:
+        name: Short name, valid as a preset.
+        depth: Number of encoder layers.
+        width: Full embedding width D.
+        alpha: Weight of the base term in Eq. 18.
+        sia_layers: Layers that carry SIA, 1 is the first encoder layer.
+        pic_checkpoints: Ordered (dim, layer) pairs of PIC.
+    """
+
+    name: str
+    depth: int
+    width: int
+    alpha: float
+    sia_layers: tuple[int, ...]
+    pic_checkpoints: tuple[tuple[int, int], ...]
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The matryoshka dims of the paper for this width, ascending."""
+        return (16, 32, 64, 128, 256, 512, self.width)
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "tinybert-6l",
+            depth=6,
+            width=768,
+            alpha=0.4,
+            sia_layers=(1, 2, 3, 4, 5, 6),
+            pic_checkpoints=((16, 1), (32, 2), (64, 3), (256, 4), (512, 5), (768, 6)),
+        ),
+        Recipe(
+            "bert-base",
+            depth=12,
+            width=768,
+            alpha=0.4,
+            sia_layers=(2, 4, 6, 8, 9, 10, 12),
+            pic_checkpoints=((16, 2), (32, 4), (64, 6), (128, 8), (256, 9), (512, 10), (768, 12)),
+        ),
+        Recipe(
+            "bge-m3",
+            depth=24,
+            width=1024,
+            alpha=0.5,
+            sia_layers=(1, 4, 7, 11, 15, 19, 24),
+            pic_checkpoints=((16, 1), (32, 4), (64, 7), (128, 11), (256, 15), (512, 19), (1024, 24)),
+        ),
+        Recipe(
+            "qwen3-0.6b",
+            depth=28,
+            width=1024,
+            alpha=0.5,
+            sia_layers=(2, 6, 12, 16, 20, 24, 28),
+            pic_checkpoints=((16, 2), (32, 6), (64, 12), (128, 16), (256, 20), (512, 24), (1024, 28)),
+        ),
+    )
+}
+
+# Everything of the published formulation that does not depend on the backbone: Eq. 5, 6, 13, 14, 17 and Table 7.
+# The random lift is an inference: the paper calls P a trainable linear map and names no initialisation.
+PAPER_SETTINGS: dict[str, Any] = {
+    "attention_weight": 1.0,
+    "cka_weight": 1.0,
+    "pic_weight": 1.0,
+    "min_k": 8,
+    "attention_temperature": 0.05,
+    "chain_temperature": 0.05,
+    "aggregation": "sum",
+    "kl_direction": "student_teacher",
+    "detach_teacher": False,
+    "lift_init": "random",
+    "token_importance": "similarity",
+}
+
+
+def find_recipe(depth: int, width: int) -> Recipe | None:
+    """Return the published recipe for a backbone of this shape, or None.
+
+    Args:
+        depth: Number of encoder layers.
+        width: Full embedding width.
+
+    Returns:
+        The recipe of Table 7 with that depth and width, if there is one.
+
+    Example:
+        >>> find_recipe(12, 768).name
+        'bert-base'
+    """
+    return next((recipe for recipe in RECIPES.values() if (recipe.depth, recipe.width) == (depth, width)), None)
+
+
+def spread(count: int, last: int) -> tuple[int, ...]:
+    """``count`` different integers from 1 to ``last``, evenly spaced and ending at ``last``.
+
+    Args:
+        count: How many, 1 <= count <= last.
+        last: The largest one.
+
+    Returns:
+        Ascending integers.
+
+    Example:
+        >>> spread(3, 12)
+        (4, 8, 12)
+    """
+    return tuple(round((index + 1) * last / count) for index in range(count))
+
+
+def default_gammas(count: int) -> tuple[float, ...]:
+    """Top-k shares for ``count`` prefixes: the published six, interpolated linearly for any other number.
+
+    Args:
+        count: Number of truncated prefixes, >= 1.
+
+    Returns:
+        Ascending shares, the first one 0.2 and, from two prefixes on, the last one 0.7.
+
+    Example:
+        >>> default_gammas(6)
+        (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    """
+    if count == 1:
+        return PAPER_GAMMAS[:1]
+    gammas = []
+    for index in range(count):
+        position = index * (len(PAPER_GAMMAS) - 1) / (count - 1)
+        lower = min(int(position), len(PAPER_GAMMAS) - 2)
+        share = position - lower
+        gammas.append(round(PAPER_GAMMAS[lower] * (1 - share) + PAPER_GAMMAS[lower + 1] * share, 4))
+    return tuple(gammas)
+
+
+def default_checkpoints(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[int, int], ...]:
+    """PIC checkpoints for any dims and depth.
+
+    The published pairs where the backbone has a published shape and all dims are the paper's. Otherwise one layer per
+    dim, evenly spaced up to the last one; with more dims than layers, the dims are thinned evenly and the smallest and
+    the largest stay (the rule that gives the published TinyBERT table, which leaves out 128).
+
+    Args:
+        dims: Matryoshka dims, any order.
+        depth: Number of encoder layers.
+        width: Full embedding width.
+
+    Returns:
+        Ordered (dim, layer) pairs; fewer than two if there are fewer than two dims or layers.
+
+    Example:
+        >>> default_checkpoints([384, 64, 16], depth=6, width=384)
+        ((16, 2), (64, 4), (384, 6))
+    """
+    dims = sorted(dims)
+    recipe = find_recipe(depth, width)
+    if recipe is not None and set(dims) <= set(recipe.dims):
+        return tuple(pair for pair in recipe.pic_checkpoints if pair[0] in dims)
+    if len(dims) > depth:
+        dims = [dims[round(index * (len(dims) - 1) / max(1, depth - 1))] for index in range(depth)]
+    return tuple(zip(dims, spread(len(dims), depth), strict=True))
+
+
+def paper_layers(depth: int, width: int) -> tuple[int, ...]:
+    """Layers that carry SIA in the paper: the published ones, or seven evenly spaced (all of a shallower model).
+
+    Args:
+        depth: Number of encoder layers.
+        width: Full embedding width.
+
+    Returns:
+        Ascending layer numbers, the last one being ``depth``.
+
+    Example:
+        >>> paper_layers(6, 384)
+        (1, 2, 3, 4, 5, 6)
+    """
+    recipe = find_recipe(depth, width)
+    return recipe.sia_layers if recipe is not None else spread(min(depth, 7), depth)
+
+
+def paper_dims(width: int) -> tuple[int, ...]:
+    """The paper's matryoshka dims for a width: 16 to 512 as far as they are below it, and the width itself.
+
+    Args:
+        width: Full embedding width.
+
+    Returns:
+        Ascending dims.
+
+    Example:
+        >>> paper_dims(384)
+        (16, 32, 64, 128, 256, 384)
+    """
+    return (*(dim for dim in (16, 32, 64, 128, 256, 512) if dim < width), width)
+
+
+def paper_alpha(depth: int, width: int) -> float:
+    """Alpha of Eq. 18 in the paper: the published one, else 0.4 below 24 layers and 0.5 from there on.
+
+    Args:
+        depth: Number of encoder layers.
+        width: Full embedding width.
+
+    Returns:
+        Alpha in [0, 1].
+    """
+    recipe = find_recipe(depth, width)
+    if recipe is not None:
+        return recipe.alpha
+    return 0.4 if depth < 24 else 0.5

@@ -1,0 +1,387 @@
+"""The one place that touches objects which are not ours: the model's forward, its config, its modules.
+
+Three things, each undone when its ``with`` block ends, however it ends:
+
+- :func:`record_states` keeps what every forward pass of the model produced at each layer.
+- :func:`truncated_passes` lets a base loss run once per truncation dimension on one set of forward passes.
+- :func:`describe` reads depth, width and pooling off a model, and refuses models whose hidden states have no prefixes
+  that correspond to the prefixes of the sentence embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Router, Transformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+logger = logging.getLogger(__name__)
+
+Features = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What the loss must know about a model.
+
+    Attributes:
+        depth: Number of encoder layers.
+        width: Width D of hidden states and of the untruncated embedding.
+        pooling: The model's own pooling module.
+    """
+
+    depth: int
+    width: int
+    pooling: Pooling
+
+
+@dataclass
+class RecordedPass:
+    """One forward pass of the model.
+
+    Attributes:
+        hidden_states: depth + 1 tensors (R, L, D); 0 is the embedding layer. R rows are one input column of B
+            sentences, or several columns one after the other.
+        mask: (R, L), true at real tokens.
+        attentions: One tensor (R, L, L) per layer, heads averaged, before attention dropout; rows are queries.
+            Empty unless asked for.
+        prompt_length: What the features said about a prompt, if anything.
+    """
+
+    hidden_states: tuple[Tensor, ...]
+    mask: Tensor
+    attentions: list[Tensor]
+    prompt_length: Any = None
+
+    def pool(self, pooling: Pooling, tokens: Tensor) -> Tensor:
+        """Apply the model's own pooling to any (R, L, X) tensor that has one row per token.
+
+        Args:
+            pooling: The model's pooling module.
+            tokens: A layer's hidden states, or attention maps.
+
+        Returns:
+            (R, X).
+        """
+        # A copy of the mask: pooling without the prompt edits it in place in some versions.
+        features = {"token_embeddings": tokens, "attention_mask": self.mask.long()}
+        if self.prompt_length is not None:
+            features["prompt_length"] = self.prompt_length
+        return pooling(features)["sentence_embedding"]
+
+
+def unwrap(model: nn.Module) -> SentenceTransformer:
+    """Return the sentence-transformers model inside DistributedDataParallel and torch.compile wrappers.
+
+    Args:
+        model: The model as the trainer hands it to a loss.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: If there is none inside.
+    """
+    inner: Any = model
+    while not isinstance(inner, SentenceTransformer):
+        wrapped = getattr(inner, "_orig_mod", None)
+        inner = wrapped if wrapped is not None else getattr(inner, "module", None)
+        if inner is None:
+            raise TypeError(
+                f"model must be a SentenceTransformer, or one wrapped for training, got {type(model).__name__}."
+            )
+    return inner
+
+
+def embedding_width(model: nn.Module) -> int | None:
+    """Width of the embeddings that the model is trained on, whatever ``truncate_dim`` it was loaded with.
+
+    ``truncate_dim`` cuts in ``encode`` only; the forward passes of a training step have the full width.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The width that the last module which knows one reports, or None.
+    """
+    for module in reversed(list(unwrap(model).children())):
+        get_dimension = getattr(module, "get_embedding_dimension", None)
+        if get_dimension is not None and (width := get_dimension()) is not None:
+            return width
+    return None
+
+
+def describe(model: nn.Module) -> Backbone:
+    """Read depth, width and pooling off a model.
+
+    Args:
+        model: A SentenceTransformer of Transformer and Pooling (Normalize may follow), or a Router between several
+            such routes of one shape.
+
+    Returns:
+        :class:`Backbone`.
+
+    Raises:
+        ValueError: If the model is built otherwise, with the module that is in the way.
+    """
+    modules = list(unwrap(model).children())
+    routes = [modules]
+    if modules and isinstance(modules[0], Router):
+        routes = [[*route.children(), *modules[1:]] for route in modules[0].sub_modules.values()]
+    backbones = [_describe_route(route) for route in routes]
+    shapes = {
+        (backbone.depth, backbone.width, backbone.pooling.pooling_mode, backbone.pooling.include_prompt)
+        for backbone in backbones
+    }
+    if len(shapes) > 1:
+        raise ValueError(
+            "The routes of the model's Router differ in (depth, width, pooling mode, include_prompt): "
+            f"{sorted(shapes, key=str)}. MIPIC needs routes of one shape; use alpha=1 for plain Matryoshka training."
+        )
+    return backbones[0]
+
+
+def _describe_route(modules: list[nn.Module]) -> Backbone:
+    hint = "Use a model of Transformer + Pooling (+ Normalize), or alpha=1 for plain Matryoshka training."
+    names = [type(module).__name__ for module in modules]
+    if not modules or not isinstance(modules[0], Transformer):
+        first = names[0] if names else "nothing"
+        raise ValueError(f"MIPIC aligns the layers of a Transformer, but the model begins with {first}. {hint}")
+    if len(modules) < 2 or not isinstance(modules[1], Pooling):
+        raise ValueError(f"MIPIC needs a Pooling module right after the Transformer, the model has {names}. {hint}")
+    if others := [
+        name for name, module in zip(names[2:], modules[2:], strict=True) if not isinstance(module, Normalize)
+    ]:
+        raise ValueError(
+            f"The model changes the pooled vector with {', '.join(others)}, so a prefix of the embedding is no prefix "
+            f"of a hidden state. {hint}"
+        )
+    transformer, pooling = modules[0], modules[1]
+    config = transformer.auto_model.config
+    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if not depth:
+        raise ValueError(
+            f"The config of {type(transformer.auto_model).__name__} does not say num_hidden_layers. {hint}"
+        )
+    width = transformer.get_embedding_dimension()
+    if pooling.get_embedding_dimension() != width:
+        raise ValueError(
+            f"Pooling mode {pooling.pooling_mode!r} gives {pooling.get_embedding_dimension()} values from hidden states "
+            f"of {width}. MIPIC needs one pooling mode. {hint}"
+        )
+    return Backbone(depth=depth, width=width, pooling=pooling)
+
+
+@contextmanager
+def replaced_forward(
+    model: nn.Module, make: Callable[[Callable[..., Features]], Callable[..., Features]]
+) -> Iterator[None]:
+    """Put ``make(model.forward)`` in the place of ``model.forward`` for the duration of the block.
+
+    Args:
+        model: The outermost model, as the base loss will call it.
+        make: Gets the forward that was there and returns the new one.
+    """
+    had_own = "forward" in vars(model)
+    original = model.forward
+    model.forward = make(original)
+    try:
+        yield
+    finally:
+        if had_own:
+            model.forward = original
+        else:
+            del model.forward
+
+
+class _AttentionProbe(TorchFunctionMode):
+    """Sees what eager attention hands to dropout: the attention probabilities, still whole.
+
+    The attentions that a model returns in training mode are taken after dropout, so their rows do not sum to one and
+    the ranking of tokens is partly noise. Every eager implementation in transformers calls ``dropout`` on the
+    (B, heads, L, L) probabilities, with p = 0 outside training.
+    """
+
+    def __init__(self, detach: bool) -> None:
+        super().__init__()
+        self.detach = detach
+        self.maps: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.dropout and args[0].ndim == 4 and args[0].shape[-1] == args[0].shape[-2]:
+            probabilities = args[0].detach() if self.detach else args[0]
+            self.maps.append(probabilities.mean(dim=1))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Recorder:
+    """What :func:`record_states` has seen so far.
+
+    Attributes:
+        depth: Number of layers that each pass must show.
+        attentions: Whether attention maps are recorded too: "no", "detached" or "with_gradient".
+        leave_states: Whether the model's own output keeps the hidden states, because they were switched on before.
+        passes: The forward passes, in order.
+    """
+
+    depth: int
+    attentions: str = "no"
+    leave_states: bool = False
+    passes: list[RecordedPass] = field(default_factory=list)
+
+    def wrap(self, forward: Callable[..., Features]) -> Callable[..., Features]:
+        """Return a forward that does what the given one does, and is recorded."""
+
+        def recorded(features: Features, *args: Any, **kwargs: Any) -> Features:
+            mask = features.get("attention_mask")
+            if mask is None or "cu_seq_lens_q" in features:
+                raise ValueError(
+                    "MIPIC needs padded inputs with an attention_mask, but these features are "
+                    f"{sorted(features)}. With flash attention, switch flattening off: model[0].unpad_inputs = False."
+                )
+            mask, prompt_length = mask.bool(), features.get("prompt_length")
+            with ExitStack() as stack:
+                probe = stack.enter_context(_AttentionProbe(self.attentions == "detached")) if self._probing else None
+                output = forward(features, *args, **kwargs)
+            states = output.get("all_layer_embeddings")
+            if not self.leave_states:
+                # So that the caller's features do not keep every layer alive.
+                output.pop("all_layer_embeddings", None)
+            if states is None or len(states) != self.depth + 1:
+                raise RuntimeError(
+                    f"Expected {self.depth + 1} hidden states from the model, got "
+                    f"{None if states is None else len(states)}. The model does not honour config.output_hidden_states."
+                )
+            maps = probe.maps if probe is not None else []
+            if probe is not None and len(maps) != self.depth:
+                raise RuntimeError(
+                    f"Expected the attention maps of {self.depth} layers, saw {len(maps)}. "
+                    "token_importance='attention' needs eager attention and no torch.compile; use "
+                    "token_importance='similarity' instead."
+                )
+            self.passes.append(RecordedPass(tuple(states), mask.to(states[0].device), maps, prompt_length))
+            return output
+
+        return recorded
+
+    @property
+    def _probing(self) -> bool:
+        return self.attentions != "no"
+
+
+@contextmanager
+def record_states(model: nn.Module, depth: int, attentions: str = "no") -> Iterator[Recorder]:
+    """Record the hidden states of every forward pass of the model inside the block.
+
+    Args:
+        model: The outermost model (DistributedDataParallel or compiled, as the trainer made it).
+        depth: Number of encoder layers.
+        attentions: "no", "detached" or "with_gradient".
+
+    Yields:
+        A :class:`Recorder`; read its ``passes`` after the base loss has run.
+    """
+    configs = {
+        id(config): config
+        for module in unwrap(model).modules()
+        if isinstance(module, Transformer)
+        for config in (module.auto_model.config, module.auto_model.config.get_text_config())
+    }
+    before = {key: config.output_hidden_states for key, config in configs.items()}
+    recorder = Recorder(depth, attentions, leave_states=any(before.values()))
+    with replaced_forward(model, recorder.wrap):
+        try:
+            for config in configs.values():
+                config.output_hidden_states = True
+            yield recorder
+        finally:
+            for key, config in configs.items():
+                config.output_hidden_states = before[key]
+
+
+class _TruncatedPasses:
+    """A forward that runs the model once per call of the first dim, and hands later dims the same output, cut.
+
+    Each output is cut and normalised from the one before, as ``MatryoshkaLoss`` does, so that values and gradients
+    are the same to the last bit.
+    """
+
+    def __init__(self, forward: Callable[..., Features]) -> None:
+        self.forward = forward
+        self.outputs: list[Features] = []
+        self.dim = 0
+        self.position = 0
+        self.growing = True
+
+    def __call__(self, features: Features, *args: Any, **kwargs: Any) -> Features:
+        if self.growing:
+            self.outputs.append(self.forward(features, *args, **kwargs))
+        if self.position >= len(self.outputs):
+            raise RuntimeError("The base loss ran the model more often for a later dim than for the first one.")
+        output = self.outputs[self.position]
+        output["sentence_embedding"] = F.normalize(output["sentence_embedding"][..., : self.dim], p=2, dim=-1)
+        self.position += 1
+        return output
+
+    def start_dim(self, dim: int) -> None:
+        """Begin the pass for one truncation dimension; dims must descend."""
+        self.growing = not self.outputs
+        self.dim, self.position = dim, 0
+
+
+@contextmanager
+def truncated_passes(model: nn.Module) -> Iterator[Callable[[int], None]]:
+    """Let a base loss be called once per truncation dimension with a single set of forward passes.
+
+    Args:
+        model: The outermost model.
+
+    Yields:
+        A function to call with each dim, in descending order, before the base loss is run for it.
+    """
+    passes: list[_TruncatedPasses] = []
+
+    def make(forward: Callable[..., Features]) -> _TruncatedPasses:
+        passes.append(_TruncatedPasses(forward))
+        return passes[0]
+
+    with replaced_forward(model, make):
+        yield passes[0].start_dim
+
+
+def require_eager_attention(model: nn.Module) -> None:
+    """Switch the model to eager attention, the only kind whose probabilities exist as a tensor, and say so.
+
+    Args:
+        model: The model; its attention implementation is changed and stays changed.
+
+    Raises:
+        ValueError: If the model has no eager attention.
+    """
+    for module in unwrap(model).modules():
+        if not isinstance(module, Transformer):
+            continue
+        encoder = module.auto_model
+        implementation = encoder.config._attn_implementation
+        if implementation == "eager":
+            continue
+        encoder.set_attn_implementation("eager")
+        if encoder.config._attn_implementation != "eager":
+            raise ValueError(
+                f"token_importance='attention' needs eager attention, which {type(encoder).__name__} with "
+                f"{implementation!r} does not offer. Load the model with "
+                "model_kwargs={'attn_implementation': 'eager'}, or use token_importance='similarity'."
+            )
+        logger.warning(
+            "token_importance='attention' reads attention maps: switched %s from %r to 'eager' attention.",
+            type(encoder).__name__,
+            implementation,
+        )
