@@ -230,7 +230,7 @@ class MIPICLoss(nn.Module):
                 )
         if not self.sia_layers and not self.pic_checkpoints:
             logger.warning(
-                "matryoshka_dims=%s has no prefix below the full width %d to align: MIPICLoss trains as MatryoshkaLoss.",
+                "matryoshka_dims=%s has no prefix below the width of %d to align: MIPICLoss trains as MatryoshkaLoss.",
                 list(self.matryoshka_dims),
                 width,
             )
@@ -359,8 +359,8 @@ class MIPICLoss(nn.Module):
         if not recorder.passes:
             raise RuntimeError(
                 f"MIPICLoss recorded no forward pass: {type(self.loss).__name__} did not call the model that MIPICLoss "
-                "holds. Give both the same model. A loss that keeps it under another name than `model` cannot be used in "
-                "distributed or compiled training."
+                "holds. Give both the same model. A loss that keeps it under another name than `model` cannot be used "
+                "in distributed or compiled training."
             )
         rows = [len(recorded.mask) for recorded in recorder.passes]
         size = min(rows)

@@ -173,8 +173,8 @@ def _describe_route(modules: list[nn.Module]) -> Backbone:
     width = transformer.get_embedding_dimension()
     if pooling.get_embedding_dimension() != width:
         raise ValueError(
-            f"Pooling mode {pooling.pooling_mode!r} gives {pooling.get_embedding_dimension()} values from hidden states "
-            f"of {width}. MIPIC needs one pooling mode. {hint}"
+            f"Pooling mode {pooling.pooling_mode!r} gives {pooling.get_embedding_dimension()} values from hidden "
+            f"states of {width}. MIPIC needs one pooling mode. {hint}"
         )
     return Backbone(depth=depth, width=width, pooling=pooling)
 
