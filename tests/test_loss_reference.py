@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import DIMS, WIDTH, column_features
 from reference import head_value, info_nce_value, sia_values
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from conftest import DIMS, WIDTH, column_features
 from mipic_st import MIPICLoss
 
 

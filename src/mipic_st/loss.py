@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from sentence_transformers.base.losses import uses_gradient_cache
-from torch import Tensor, nn
+from sentence_transformers.util import all_gather
+from torch import Tensor, distributed, nn
 
 from mipic_st import pic, presets, sia
+from mipic_st.cached import cached_terms, require_supported
+from mipic_st.heads import HeadKeeper
 from mipic_st.recording import (
     Backbone,
     RecordedPass,
@@ -28,6 +31,25 @@ logger = logging.getLogger(__name__)
 
 Aggregation = Literal["sum", "mean"]
 TokenImportance = Literal["similarity", "attention"]
+
+
+class Observation(NamedTuple):
+    """What the alignment terms need of R sentences.
+
+    Attributes:
+        layers: SIA of each layer, per sentence and prefix.
+        links: (phi_c(z_c), z_{c+1}) of each PIC link, (R, dim) each.
+    """
+
+    layers: list[sia.SIATerms]
+    links: list[tuple[Tensor, Tensor]]
+
+    def pack(self) -> Tensor:
+        """All of it side by side, (R, X)."""
+        parts = [part for layer in self.layers for part in layer]
+        parts += [part for link in self.links for part in link]
+        kind = torch.promote_types(parts[-1].dtype, torch.float32)
+        return torch.cat([part.to(kind) for part in parts], dim=-1)
 
 
 class MIPICLoss(nn.Module):
@@ -75,6 +97,8 @@ class MIPICLoss(nn.Module):
         token_importance: ``"similarity"`` ranks tokens by the full-width query (Eq. 4). ``"attention"`` takes the
             model's own attention maps of that layer, pooled like its tokens, heads averaged, before dropout; the model
             is then switched to eager attention, with a warning in the log.
+        gather_across_devices: Whether PIC's negatives come from all devices of a distributed run (every device must
+            then have the same batch size). Set it as on the base loss.
         seed: Seeds the lifts, the heads and the draw of dims; the global generators are left alone.
 
     Inputs:
@@ -99,6 +123,7 @@ class MIPICLoss(nn.Module):
         ValueError: If an argument is out of its range, a dim exceeds the model's width, a layer its depth, or the
             model is not built of Transformer and Pooling. The message names the argument and what is allowed.
         TypeError: If ``model`` or ``loss`` are of the wrong kind.
+        FloatingPointError: In ``forward``, if a term is nan or inf; see :meth:`check_finite`.
         RuntimeError: In ``forward``, if the base loss never called ``model`` and nothing could be recorded.
 
     Numerics:
@@ -151,16 +176,13 @@ class MIPICLoss(nn.Module):
         detach_teacher: bool = True,
         lift_init: sia.LiftInit = "identity",
         token_importance: TokenImportance = "similarity",
+        gather_across_devices: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a sentence-transformers loss (a torch.nn.Module), got {loss!r}.")
-        if uses_gradient_cache(loss):
-            raise ValueError(
-                f"loss={type(loss).__name__} embeds in its backward pass (gradient caching), which MIPICLoss does not "
-                "support yet. Use the loss without caching."
-            )
+        self._uses_cache = require_supported(loss)
         width = embedding_width(model)
         self.model = model
         self.loss = loss
@@ -178,8 +200,13 @@ class MIPICLoss(nn.Module):
         self.detach_teacher = bool(detach_teacher)
         self.lift_init = _checked_choice("lift_init", lift_init, ("identity", "orthogonal", "random"))
         self.token_importance = _checked_choice("token_importance", token_importance, ("similarity", "attention"))
+        self.gather_across_devices = bool(gather_across_devices)
         self.seed = _checked_count("seed", seed, least=0)
         self._dim_generator = random.Random(seed)
+        # Set by MIPICCallback: for error messages, and where fp16's gradient scaler skips bad batches by itself.
+        self.global_step: int | None = None
+        self.skips_nonfinite = False
+        self._batches = 0
 
         self.prefixes: tuple[int, ...] = ()
         self.sia_layers: tuple[int, ...] = ()
@@ -190,6 +217,16 @@ class MIPICLoss(nn.Module):
         self._backbone: Backbone | None = describe(model) if wanted and self.alpha < 1 else None
         if self._backbone is not None:
             self._set_up_alignment(self._backbone, sia_layers, pic_checkpoints, gammas)
+        self._keeper = HeadKeeper(self.mipic_heads)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: all but the keeper, which belongs to these very heads."""
+        return {name: value for name, value in self.__dict__.items() if name != "_keeper"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy a keeper of its own."""
+        super().__setstate__(state)
+        self._keeper = HeadKeeper(self.mipic_heads)
 
     def _set_up_alignment(
         self,
@@ -302,21 +339,83 @@ class MIPICLoss(nn.Module):
             Dict of scalars whose sum is the loss.
         """
         features = list(sentence_features)
+        self._batches += self.model.training
+        if self._uses_cache:
+            return self._forward_cached(features, labels)
         if self._backbone is None:
-            return self.base_terms(features, labels)
+            return self.check_finite(self.base_terms(features, labels))
 
-        importance = "no"
-        if self.sia_layers and self.token_importance == "attention":
-            importance = "detached" if self.detach_teacher else "with_gradient"
-        with record_states(self.model, self._backbone.depth, importance) as recorder:
+        with self._recorded() as recorder:
             terms = self.base_terms(features, labels)
         terms = {name: self.alpha * term.float() for name, term in terms.items()}
         columns = self.columns(recorder, features)
-        if self.sia_layers:
-            terms |= {name: (1 - self.alpha) * term for name, term in self.sia_terms(recorder.passes).items()}
-        if self.pic_checkpoints:
-            terms["pic"] = (1 - self.alpha) * self.pic_term(recorder.passes, columns)
+        return self.check_finite(terms | self.alignment_terms([self.observe(p) for p in recorder.passes], columns))
+
+    def _forward_cached(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
+        """The same for a base loss with gradient caching."""
+        scale = 1 if self._backbone is None else self.alpha
+        dims = [(self.matryoshka_dims[index], scale * self.matryoshka_weights[index]) for index in self.draw_dims()]
+        if self._backbone is None:
+            terms, total = cached_terms(self.loss, features, labels, dims)
+        else:
+            terms, total = cached_terms(
+                self.loss,
+                features,
+                labels,
+                dims,
+                self._recorded,
+                lambda recorded: self.observe(recorded).pack(),
+                lambda columns: self.alignment_terms([self._unpack(torch.cat(columns))], len(columns[0])),
+            )
+        terms = self.check_finite(terms)
+        if total.requires_grad:
+            # One term carries the gradient of all; the difference is zero.
+            terms["matryoshka"] = terms["matryoshka"] + (total - total.detach())
         return terms
+
+    def _recorded(self) -> AbstractContextManager[Recorder]:
+        """The context in which the base loss's forward passes are recorded."""
+        assert self._backbone is not None
+        importance = "no"
+        if self.sia_layers and self.token_importance == "attention":
+            importance = "detached" if self.detach_teacher else "with_gradient"
+        return record_states(self.model, self._backbone.depth, importance)
+
+    def check_finite(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Stop at a term that is nan or inf, before it reaches the parameters.
+
+        Only where gradients are computed. It waits for the device once per batch, as the trainer does by itself for
+        each logged term (``logging_nan_inf_filter``). Gradients that overflow in fp16 are no concern of this: the
+        gradient scaler needs them. Where a scaler is at work (fp16 autocast around the loss, or fp16 training with
+        ``MIPICCallback``) it also skips batches whose loss is not finite, so these are then logged, not refused.
+
+        Args:
+            terms: What :meth:`forward` is about to return.
+
+        Returns:
+            The same.
+
+        Raises:
+            FloatingPointError: If a term is not finite; the message names it and the step.
+        """
+        if not torch.is_grad_enabled():
+            return terms
+        if bool(torch.stack([term.detach().float() for term in terms.values()]).isfinite().all()):
+            return terms
+        bad = ", ".join(f"{name} = {term.item()}" for name, term in terms.items() if not term.isfinite())
+        where = f"training batch {self._batches} of this loss"
+        if self.global_step is not None:
+            where = f"step {self.global_step + 1} ({where})"
+        device_type = next(iter(terms.values())).device.type
+        autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
+        if self.skips_nonfinite or autocast:
+            logger.warning("MIPICLoss: %s at %s. The gradient scaler will skip this step.", bad, where)
+            return terms
+        raise FloatingPointError(
+            f"MIPICLoss: {bad} at {where}. No parameter was changed by this batch. Look for nan in the labels, for a "
+            "learning rate that is too high, or, in fp16, for overflow: bf16 avoids it, and MIPICCallback lets fp16's "
+            "gradient scaler skip such batches."
+        )
 
     def base_terms(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
         """L_MRL: the base loss at every truncation dimension, summed with ``matryoshka_weights``.
@@ -372,18 +471,67 @@ class MIPICLoss(nn.Module):
             raise RuntimeError(f"Forward passes of {rows} rows cannot be split into columns of {size} sentences.")
         return size
 
-    def sia_terms(self, passes: list[RecordedPass]) -> dict[str, Tensor]:
+    def observe(self, recorded: RecordedPass) -> Observation:
+        """All that the alignment terms need of the sentences of one forward pass.
+
+        Args:
+            recorded: The forward pass.
+
+        Returns:
+            Per-sentence values; everything that mixes sentences comes after.
+        """
+        assert self._backbone is not None
+        layers = [self.sia_layer(recorded, layer) for layer in self.sia_layers]
+        links = []
+        if self.pic_checkpoints:
+            vectors = [
+                recorded.pool(self._backbone.pooling, recorded.hidden_states[layer])[:, :dim]
+                for dim, layer in self.pic_checkpoints
+            ]
+            links = [
+                (pic.predict_next(head, vector), target.detach().to(torch.promote_types(target.dtype, torch.float32)))
+                for head, (vector, target) in zip(self.chain_heads(), pairwise(vectors), strict=True)
+            ]
+        return Observation(layers, links)
+
+    def _unpack(self, packed: Tensor) -> Observation:
+        """Undo :meth:`Observation.pack`."""
+        count = len(self.prefixes)
+        sizes = [size for _ in self.sia_layers for size in (count, count, count)]
+        sizes += [size for _, (dim, _) in pairwise(self.pic_checkpoints) for size in (dim, dim)]
+        parts = iter(packed.split(sizes, dim=-1))
+        layers = [sia.SIATerms(next(parts), next(parts), next(parts).detach() > 0) for _ in self.sia_layers]
+        links = [(next(parts), next(parts).detach()) for _ in self.pic_checkpoints[1:]]
+        return Observation(layers, links)
+
+    def alignment_terms(self, observations: list[Observation], size: int) -> dict[str, Tensor]:
+        """L_SIA in its two parts and L_PIC, weighted.
+
+        Args:
+            observations: One per forward pass.
+            size: B, sentences per column.
+
+        Returns:
+            ``sia_attention``, ``sia_cka`` and ``pic``, as far as they are active.
+        """
+        terms: dict[str, Tensor] = {}
+        if self.sia_layers:
+            terms |= self.sia_terms([observation.layers for observation in observations])
+        if self.pic_checkpoints:
+            terms["pic"] = self.pic_term([observation.links for observation in observations], size)
+        return {name: (1 - self.alpha) * term for name, term in terms.items()}
+
+    def sia_terms(self, passes: list[list[sia.SIATerms]]) -> dict[str, Tensor]:
         """L_SIA in its two parts (Eq. 13 and 14), weighted but for ``1 - alpha``.
 
         Args:
-            passes: The recorded forward passes.
+            passes: One entry per forward pass: SIA of each layer, per sentence and prefix.
 
         Returns:
             ``sia_attention`` and ``sia_cka``, as far as their weights are not zero.
         """
         attention, cka = [], []
-        for layer in self.sia_layers:
-            parts = [self.sia_layer(recorded, layer) for recorded in passes]
+        for parts in zip(*passes, strict=True):
             attention.append(torch.cat([part.attention for part in parts]).mean(dim=0))
             valid = torch.cat([part.cka_valid for part in parts]).sum(dim=0)
             cka.append(torch.cat([part.cka for part in parts]).sum(dim=0) / valid.clamp(min=1))
@@ -424,29 +572,26 @@ class MIPICLoss(nn.Module):
             with_cka=bool(self.cka_weight),
         )
 
-    def pic_term(self, passes: list[RecordedPass], size: int) -> Tensor:
+    def pic_term(self, passes: list[list[tuple[Tensor, Tensor]]], size: int) -> Tensor:
         """L_PIC (Eq. 17), weighted but for ``1 - alpha``.
 
         Args:
-            passes: The recorded forward passes.
+            passes: One entry per forward pass: (phi_c(z_c), z_{c+1}) of each link.
             size: B, sentences per column.
 
         Returns:
             Scalar.
         """
-        assert self._backbone is not None
-        pooling = self._backbone.pooling
-        vectors = [
+        links = []
+        for pairs in zip(*passes, strict=True):
             # (columns, B, dim): negatives come from the same column, however columns were batched
-            torch.cat([recorded.pool(pooling, recorded.hidden_states[layer]) for recorded in passes])[
-                :, :dim
-            ].unflatten(0, (-1, size))
-            for dim, layer in self.pic_checkpoints
-        ]
-        links = [
-            pic.chain_link(head, vector, target, self.chain_temperature)
-            for head, (vector, target) in zip(self.chain_heads(), pairwise(vectors), strict=True)
-        ]
+            predicted, target = (torch.cat(parts).unflatten(0, (-1, size)) for parts in zip(*pairs, strict=True))
+            offset = 0
+            if self.gather_across_devices and distributed.is_available() and distributed.is_initialized():
+                # No gradient flows into targets, so plain gathering is exact.
+                target = all_gather(target.transpose(0, 1).contiguous()).transpose(0, 1)
+                offset = distributed.get_rank() * size
+            links.append(pic.chain_info_nce(predicted, target, self.chain_temperature, offset))
         return self.pic_weight * self.aggregate(torch.stack(links))
 
     def lifts(self, layer: int) -> list[Tensor] | None:
@@ -487,6 +632,7 @@ class MIPICLoss(nn.Module):
             "detach_teacher",
             "lift_init",
             "token_importance",
+            "gather_across_devices",
             "seed",
         )
         return config | {name: getattr(self, name) for name in settings}

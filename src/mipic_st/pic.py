@@ -28,7 +28,7 @@ def chain_head(dim: int, next_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, next_dim))
 
 
-def chain_info_nce(predicted: Tensor, target: Tensor, temperature: float = 0.05) -> Tensor:
+def chain_info_nce(predicted: Tensor, target: Tensor, temperature: float = 0.05, offset: int = 0) -> Tensor:
     r"""InfoNCE of one link of the chain, with in-batch negatives (Eq. 16).
 
     .. math:: -\frac{1}{B} \sum_b \log \frac{\exp(s_{bb} / \tau)}{\sum_j \exp(s_{bj} / \tau)}, \quad
@@ -37,8 +37,10 @@ def chain_info_nce(predicted: Tensor, target: Tensor, temperature: float = 0.05)
     Args:
         predicted: phi_c(z_c), (..., B, d). Leading axes (the input columns) are separate batches: the sentences of
             one column are no negatives for those of another.
-        target: z_{c+1}, (..., B, d). No gradient flows into it.
+        target: z_{c+1}, (..., M, d), M >= B. No gradient flows into it.
         temperature: tau, > 0.
+        offset: Row of ``target`` that belongs to the first row of ``predicted``; more than zero where ``target``
+            holds the sentences of several devices.
 
     Returns:
         Scalar, the mean over sentences and columns; zero for a batch of one.
@@ -46,11 +48,26 @@ def chain_info_nce(predicted: Tensor, target: Tensor, temperature: float = 0.05)
     with no_autocast(predicted):
         predicted, target = full_precision(predicted, target.detach())
         logits = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).transpose(-1, -2) / temperature
-        return -logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1).mean()
+        return -logits.log_softmax(dim=-1).diagonal(offset, dim1=-2, dim2=-1).mean()
+
+
+def predict_next(head: nn.Module, vector: Tensor) -> Tensor:
+    """Run the head on z_c, in full precision (Eq. 15).
+
+    Args:
+        head: phi_c, from :func:`chain_head`.
+        vector: z_c, (..., B, d_c).
+
+    Returns:
+        phi_c(z_c), (..., B, d_{c+1}).
+    """
+    with no_autocast(vector):
+        parameter = next(head.parameters())
+        return head(vector.to(torch.promote_types(vector.dtype, parameter.dtype)))
 
 
 def chain_link(head: nn.Module, vector: Tensor, next_vector: Tensor, temperature: float = 0.05) -> Tensor:
-    """One link of the chain: run the head on z_c in full precision, compare with z_{c+1} (Eq. 15 and 16).
+    """One link of the chain: run the head on z_c, compare with z_{c+1} (Eq. 15 and 16).
 
     Args:
         head: phi_c, from :func:`chain_head`.
@@ -61,7 +78,4 @@ def chain_link(head: nn.Module, vector: Tensor, next_vector: Tensor, temperature
     Returns:
         Scalar.
     """
-    with no_autocast(vector):
-        parameter = next(head.parameters())
-        predicted = head(vector.to(torch.promote_types(vector.dtype, parameter.dtype)))
-    return chain_info_nce(predicted, next_vector, temperature)
+    return chain_info_nce(predict_next(head, vector), next_vector, temperature)

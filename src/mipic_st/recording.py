@@ -4,16 +4,19 @@ Three things, each undone when its ``with`` block ends, however it ends:
 
 - :func:`record_states` keeps what every forward pass of the model produced at each layer.
 - :func:`truncated_passes` lets a base loss run once per truncation dimension on one set of forward passes.
+- :func:`stand_in` copies a loss with other methods, so that the loss itself need not be changed.
 - :func:`describe` reads depth, width and pooling off a model, and refuses models whose hidden states have no prefixes
   that correspond to the prefixes of the sentence embedding.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
@@ -179,6 +182,28 @@ def _describe_route(modules: list[nn.Module]) -> Backbone:
     return Backbone(depth=depth, width=width, pooling=pooling)
 
 
+def stand_in(loss: nn.Module, **methods: Callable[..., Any]) -> nn.Module:
+    """Make an object that is the given loss in everything but a few methods. The loss itself is not touched.
+
+    For losses that call their own methods again in the backward pass, long after any patch would have been taken off.
+
+    Args:
+        loss: The loss; parameters, submodules and hooks are shared.
+        **methods: The methods to replace, as plain functions.
+
+    Returns:
+        The stand-in.
+    """
+    twin = copy.copy(loss)
+    for name, value in vars(loss).items():
+        # e.g. MegaBatchMarginLoss, which chooses its forward once and keeps it as an attribute
+        if isinstance(value, MethodType) and value.__self__ is loss:
+            object.__setattr__(twin, name, MethodType(value.__func__, twin))
+    for name, method in methods.items():
+        object.__setattr__(twin, name, method)
+    return twin
+
+
 @contextmanager
 def replaced_forward(
     model: nn.Module, make: Callable[[Callable[..., Features]], Callable[..., Features]]
@@ -288,7 +313,15 @@ def record_states(model: nn.Module, depth: int, attentions: str = "no") -> Itera
 
     Yields:
         A :class:`Recorder`; read its ``passes`` after the base loss has run.
+
+    Raises:
+        RuntimeError: If the model is in DeepSpeed's engine.
     """
+    if type(model).__name__ == "DeepSpeedEngine":
+        raise RuntimeError(
+            "MIPICLoss's heads cannot be trained by DeepSpeed, which reduces the gradients of the model's own "
+            "parameters only. Use DistributedDataParallel (torchrun without a DeepSpeed config), or alpha=1."
+        )
     configs = {
         id(config): config
         for module in unwrap(model).modules()

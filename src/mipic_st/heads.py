@@ -1,0 +1,191 @@
+"""Keeping the heads of a loss right while an optimizer that somebody else made steps them.
+
+A trainer hands the parameters of a loss to its optimizer and then forgets them: it does not average their gradients
+over processes, does not put them into checkpoints, and older versions do not clear their gradients. What can be set
+right without any configuration is done here, from PyTorch's public hook before an optimizer step; the rest is in
+:mod:`mipic_st.training`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import sentence_transformers
+import torch
+from packaging.version import Version
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+RESUME_FIX = "SentenceTransformerTrainer(..., callbacks=[MIPICCallback(loss)])"
+
+# Until then the trainer cleared the gradients of the model only, so those of a loss's own parameters piled up.
+_TRAINER_CLEARS_LOSS = Version(sentence_transformers.__version__) >= Version("6.2")
+
+
+# What _steps_in gives for an optimizer that keeps a state but no step count.
+_UNKNOWN = -1
+
+
+@dataclass
+class _Record:
+    """What a keeper knows about one optimizer: its state for the first head, and the steps it made."""
+
+    moments: Any
+    steps: int
+
+
+def _steps_in(moments: Any) -> int:
+    """Number of steps that an optimizer's state for one parameter has seen; zero for one that was just made."""
+    if not moments:
+        return 0
+    if "step" in moments:
+        return int(moments["step"])
+    return _UNKNOWN if any(bool(value.any()) for value in moments.values() if isinstance(value, Tensor)) else 0
+
+
+class HeadKeeper:
+    """Watches the optimizer that steps the heads of one loss.
+
+    Before each step of it: heads are made equal on all ranks (first step), their gradients are averaged over the
+    ranks, and an optimizer that was resumed from a checkpoint while the heads were not is refused.
+
+    The hooks are global, as PyTorch offers no other kind for an optimizer that does not exist yet. They refer to the
+    keeper weakly and are removed when it is gone, that is, with its loss.
+
+    Args:
+        heads: The module that holds the parameters.
+    """
+
+    def __init__(self, heads: nn.Module) -> None:
+        self.heads = heads
+        self._prepared = False
+        self._records: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
+        reference = weakref.ref(self)
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (keeper := reference()) is not None:
+                keeper.before_step(optimizer)
+
+        handles = [register_optimizer_step_pre_hook(before)]
+        if not _TRAINER_CLEARS_LOSS:
+
+            def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+                if (keeper := reference()) is not None:
+                    for parameter in keeper.own(optimizer):
+                        parameter.grad = None
+
+            handles.append(register_optimizer_step_post_hook(after))
+        for handle in handles:
+            weakref.finalize(self, handle.remove).atexit = False
+
+    def own(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """Those of the heads that this optimizer steps, in the order of the loss."""
+        theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [parameter for parameter in self.heads.parameters() if id(parameter) in theirs]
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Do what has to be done before the step, unless :meth:`prepare` has done it already."""
+        own = self.own(optimizer)
+        if not own:
+            return
+        if not self._prepared:
+            self.prepare(optimizer)
+        self._prepared = False
+        self._records[optimizer].steps += own[0].grad is not None
+
+    def prepare(self, optimizer: Optimizer) -> None:
+        """Do it ahead of the step, so that gradients can be clipped after they were averaged.
+
+        Args:
+            optimizer: The optimizer about to step.
+        """
+        if own := self.own(optimizer):
+            first = optimizer not in self._records
+            self._check_resumed(optimizer, own)
+            self._synchronise(own, first)
+            self._prepared = True
+
+    def finish(self) -> None:
+        """The step was done, or called off by a gradient scaler: the next one is prepared anew."""
+        self._prepared = False
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Take note that the heads belong to the optimizer's present state: both come from one checkpoint.
+
+        Args:
+            optimizer: The optimizer that was resumed.
+        """
+        if own := self.own(optimizer):
+            moments = optimizer.state.get(own[0]) or None
+            self._records[optimizer] = _Record(moments, max(0, _steps_in(moments)))
+
+    def _check_resumed(self, optimizer: Optimizer, own: list[nn.Parameter]) -> None:
+        """Refuse an optimizer whose state was loaded while the heads stayed what they were.
+
+        Its state for a parameter is an object made at the first step and then kept: only when another one is there
+        (once after the first step, else after loading) is it looked into, which may wait for the device.
+        """
+        moments = optimizer.state.get(own[0]) or None
+        record = self._records.get(optimizer)
+        if record is not None and moments is record.moments:
+            return
+        count = _steps_in(moments)
+        if record is None:
+            right, record = count == 0, _Record(None, 0)
+        elif count == _UNKNOWN:
+            right = record.moments is None and record.steps > 0
+        else:
+            right = count in (0, record.steps)
+        if not right:
+            raise RuntimeError(
+                f"The optimizer was resumed from a checkpoint{'' if count < 0 else f' at step {count}'}, but the heads "
+                "of MIPICLoss were not: its moments would be applied to other parameters. Save and restore them with "
+                f"the callback, from the first run on: {RESUME_FIX}. For a checkpoint that was made without it, "
+                "MIPICCallback(loss, missing_heads='reset') starts the heads afresh."
+            )
+        if count == 0:
+            record.steps = 0
+        record.moments = moments
+        self._records[optimizer] = record
+
+    @staticmethod
+    def _synchronise(own: list[nn.Parameter], first: bool) -> None:
+        """Average gradients over all ranks; before the first step, take the heads of rank 0.
+
+        One collective, the same on all ranks, also where some gradients are missing (another data set's loss was
+        used): those count as zero, as they do in DistributedDataParallel. A parameter that no rank has a gradient
+        for keeps none.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return
+        world = distributed.get_world_size()
+        if world == 1:
+            return
+        with torch.no_grad():
+            if first:
+                values = _flatten(own)
+                distributed.broadcast(values, src=0)
+                _unflatten(values, own)
+            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in own]
+            present = torch.tensor([float(p.grad is not None) for p in own], device=own[0].device)
+            values = _flatten([*gradients, present])
+            distributed.all_reduce(values)
+            values, counts = values[: -len(own)] / world, values[-len(own) :]
+            missing = [parameter.grad is None for parameter in own]
+            used = counts.tolist() if any(missing) else [world] * len(own)
+            _unflatten(values, gradients)
+            for parameter, gradient, count in zip(own, gradients, used, strict=True):
+                parameter.grad = gradient if count else None
+
+
+def _flatten(tensors: list[Tensor] | list[nn.Parameter]) -> Tensor:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def _unflatten(values: Tensor, tensors: list[Tensor] | list[nn.Parameter]) -> None:
+    """Copy the values back, in place."""
+    for tensor, part in zip(tensors, values.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
