@@ -186,10 +186,10 @@ def test_dropout_is_replayed(tiny_model):
     start.backward()
     parameters = [p for p in loss.parameters() if p.grad is not None]
     slope = sum(p.grad.square().sum() for p in parameters).item()
-    rate = 1e-7
+    rate = 1e-6  # terms are float32
     for parameter in parameters:
         parameter.data.sub_(parameter.grad, alpha=rate)
-    assert (start.item() - value().item()) / rate == pytest.approx(slope, rel=1e-3)
+    assert (start.item() - value().item()) / rate == pytest.approx(slope, rel=1e-2)
 
 
 @pytest.mark.parametrize("base", list(PAIRS))

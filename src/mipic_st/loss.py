@@ -217,16 +217,16 @@ class MIPICLoss(nn.Module):
         self._backbone: Backbone | None = describe(model) if wanted and self.alpha < 1 else None
         if self._backbone is not None:
             self._set_up_alignment(self._backbone, sia_layers, pic_checkpoints, gammas)
-        self._keeper = HeadKeeper(self.mipic_heads)
+        self.keeper = HeadKeeper(self.mipic_heads)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but the keeper, which belongs to these very heads."""
-        return {name: value for name, value in self.__dict__.items() if name != "_keeper"}
+        return {name: value for name, value in self.__dict__.items() if name != "keeper"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy a keeper of its own."""
         super().__setstate__(state)
-        self._keeper = HeadKeeper(self.mipic_heads)
+        self.keeper = HeadKeeper(self.mipic_heads)
 
     def _set_up_alignment(
         self,
@@ -449,6 +449,20 @@ class MIPICLoss(nn.Module):
         if not 0 < self.n_dims_per_step < count or not self.model.training:
             return range(count)
         return sorted(self._dim_generator.sample(range(count), self.n_dims_per_step))
+
+    def draw_state(self) -> list[Any]:
+        """State of the draw of dims, as JSON can hold it."""
+        version, numbers, gauss = self._dim_generator.getstate()
+        return [version, list(numbers), gauss]
+
+    def set_draw_state(self, state: Sequence[Any]) -> None:
+        """Continue the draw of dims where :meth:`draw_state` was taken.
+
+        Args:
+            state: What that returned.
+        """
+        version, numbers, gauss = state
+        self._dim_generator.setstate((version, tuple(numbers), gauss))
 
     def columns(self, recorder: Recorder, features: list[dict[str, Tensor]]) -> int:
         """Check that something was recorded, and return B, the number of sentences in one column.

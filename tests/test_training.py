@@ -1,0 +1,489 @@
+"""MIPICCallback and resuming: bit for bit with it, refused without it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from torch.optim import optimizer as torch_optimizer
+from transformers import TrainerCallback
+
+from conftest import DIMS, WIDTH, column_features, make_tokenizer, total
+from mipic_st import MIPICCallback, MIPICLoss, set_matryoshka_config
+from mipic_st.training import HEADS_FILE
+from training_fixtures import logs, make_loss, make_trainer, pairs, parameters
+
+DRAWN = {"n_dims_per_step": 2}
+
+
+def fresh(tiny_model, **options):
+    """Model and loss, both as at the start of a run."""
+    model = tiny_model(training=True)
+    return model, make_loss(model, **options)
+
+
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    assert any("mipic_heads" in name for name in got)
+    different = [name for name in got if not torch.equal(got[name], expected[name])]
+    assert different == []
+
+
+class StopAt(TrainerCallback):
+    """Ends training after a step, as a lost machine would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.fixture
+def interrupted(tiny_model, tmp_path):
+    """A run that saved at step 3 and went no further."""
+    folder = tmp_path / "run"
+    model, loss = fresh(tiny_model, **DRAWN)
+    trainer = make_trainer(
+        model,
+        loss,
+        folder,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=3,
+        callbacks=[MIPICCallback(loss), StopAt(3)],
+    )
+    trainer.train()
+    return folder
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resume_is_bit_identical(tiny_model, tmp_path, accumulation):
+    """Stopped at step 3 and resumed, every parameter and head is that of the uninterrupted run, dropout included."""
+    arguments = {
+        "max_steps": 6,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
+    model, loss = fresh(tiny_model, **DRAWN)
+    start = parameters(loss)
+    make_trainer(model, loss, tmp_path / "whole", callbacks=[MIPICCallback(loss)], **arguments).train()
+    expected = parameters(loss)
+    moved = [name for name in start if "mipic_heads" in name and not torch.equal(start[name], expected[name])]
+    assert len(moved) == len([name for name in start if "mipic_heads" in name])
+
+    model, loss = fresh(tiny_model, **DRAWN)
+    callbacks = [MIPICCallback(loss), StopAt(3)]
+    make_trainer(model, loss, tmp_path / "parts", callbacks=callbacks, **arguments).train()
+    assert (tmp_path / "parts" / "checkpoint-3" / HEADS_FILE).is_file()
+    model, loss = fresh(tiny_model, **DRAWN)
+    trainer = make_trainer(model, loss, tmp_path / "parts", callbacks=[MIPICCallback(loss)], **arguments)
+    trainer.train(resume_from_checkpoint=True)
+    assert_equal(parameters(loss), expected)
+
+
+def test_resume_without_the_callback_is_refused(tiny_model, interrupted):
+    """At the first step, before a parameter changed, with the line that fixes it."""
+    model, loss = fresh(tiny_model, **DRAWN)
+    trainer = make_trainer(model, loss, interrupted, max_steps=6)
+    with pytest.raises(RuntimeError, match=r"resumed from a checkpoint at step 3.*callbacks=\[MIPICCallback\(loss\)\]"):
+        trainer.train(resume_from_checkpoint=True)
+    saved = SentenceTransformer(str(interrupted / "checkpoint-3"), device="cpu").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert "forward" not in vars(model)
+
+
+def test_resume_in_the_same_process_without_the_callback_is_refused(tiny_model, tmp_path):
+    """The same loss object, further than the checkpoint: its heads are not those of the checkpoint."""
+    model, loss = fresh(tiny_model)
+    trainer = make_trainer(model, loss, tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
+    trainer.train()
+    with pytest.raises(RuntimeError, match="resumed from a checkpoint at step 4"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_resume_from_another_folder(tiny_model, interrupted, tmp_path):
+    """A folder that is not in output_dir is named to the callback; without that, a clear error."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(interrupted / "checkpoint-3", elsewhere)
+    model, loss = fresh(tiny_model, **DRAWN)
+    trainer = make_trainer(model, loss, tmp_path / "new", max_steps=6, callbacks=[MIPICCallback(loss)])
+    with pytest.raises(FileNotFoundError, match=r"there is no .*checkpoint-3.*resume_from_checkpoint=\.\.\."):
+        trainer.train(resume_from_checkpoint=str(elsewhere))
+
+    callback = MIPICCallback(loss, resume_from_checkpoint=elsewhere)
+    make_trainer(model, loss, tmp_path / "new", max_steps=6, callbacks=[callback]).train(
+        resume_from_checkpoint=str(elsewhere)
+    )
+    resumed = parameters(loss)
+    model, loss = fresh(tiny_model, **DRAWN)
+    make_trainer(model, loss, interrupted, max_steps=6, callbacks=[MIPICCallback(loss)]).train(
+        resume_from_checkpoint=True
+    )
+    assert_equal(resumed, parameters(loss))
+
+
+def test_heads_of_another_run_are_recognised(tiny_model, interrupted, tmp_path):
+    """A heads file that does not belong to the resumed optimizer is refused."""
+    model, loss = fresh(tiny_model, **DRAWN)
+    other = tmp_path / "other"
+    arguments = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "learning_rate": 5e-3}
+    make_trainer(model, loss, other, callbacks=[MIPICCallback(loss)], **arguments).train()
+    shutil.copy(other / "checkpoint-3" / HEADS_FILE, interrupted / "checkpoint-3" / HEADS_FILE)
+    model, loss = fresh(tiny_model, **DRAWN)
+    trainer = make_trainer(model, loss, interrupted, max_steps=6, callbacks=[MIPICCallback(loss)])
+    with pytest.raises(ValueError, match="is of another run than the optimizer"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (truncate, ValueError, "is damaged.*earlier checkpoint"),
+        (lambda path: path.write_bytes(b""), ValueError, "is damaged"),
+        (Path.unlink, FileNotFoundError, "is missing.*made without MIPICCallback.*missing_heads='reset'"),
+    ],
+)
+def test_bad_heads_files(tiny_model, interrupted, spoil, error, message):
+    """Truncated, empty, missing: a clear error, and the heads in memory stay as they were."""
+    spoil(interrupted / "checkpoint-3" / HEADS_FILE)
+    model, loss = fresh(tiny_model, **DRAWN)
+    before = {name: parameter.clone() for name, parameter in loss.mipic_heads.named_parameters()}
+    trainer = make_trainer(model, loss, interrupted, max_steps=6, callbacks=[MIPICCallback(loss)])
+    with pytest.raises(error, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(before[name], value) for name, value in loss.mipic_heads.named_parameters())
+    assert (interrupted / "checkpoint-3" / "optimizer.pt").is_file()
+
+
+def test_heads_of_another_shape_are_refused(tiny_model, interrupted):
+    """A loss with other dims names what differs; one with other layers too."""
+    model = tiny_model()
+    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS, sia_layers=[2], pic_weight=0)
+    with pytest.raises(ValueError, match=r"loss with other heads: it lacks \['mipic_heads.sia.2"):
+        MIPICCallback(loss).load(interrupted / "checkpoint-3")
+    loss = make_loss(model, pic_checkpoints=[(4, 1), (8, 1), (16, 2), (24, 3)])
+    before = {name: parameter.clone() for name, parameter in loss.mipic_heads.named_parameters()}
+    with pytest.raises(ValueError, match=r"mipic_heads.pic.2.* has shape .*this loss needs"):
+        MIPICCallback(loss).load(interrupted / "checkpoint-3")
+    assert all(torch.equal(before[name], value) for name, value in loss.mipic_heads.named_parameters())
+
+
+def test_a_checkpoint_made_without_the_callback_can_be_continued(tiny_model, tmp_path, caplog):
+    """missing_heads="reset": the model resumes, heads and their moments start afresh, and that is logged."""
+    model, loss = fresh(tiny_model)
+    make_trainer(model, loss, tmp_path, max_steps=3, save_strategy="steps", save_steps=3).train()
+    model, loss = fresh(tiny_model)
+    trainer = make_trainer(model, loss, tmp_path, max_steps=5, callbacks=[MIPICCallback(loss, missing_heads="reset")])
+    with caplog.at_level(logging.WARNING):
+        trainer.train(resume_from_checkpoint=True)
+    assert "the heads start afresh" in caplog.text
+    head = next(loss.mipic_heads.parameters())
+    assert int(trainer.optimizer.state[head]["step"]) == 2
+    assert trainer.state.global_step == 5
+
+
+def test_training_on_in_the_same_process(tiny_model, tmp_path):
+    """A second train() with the same loss, and a new trainer with it, are no resume and run."""
+    model, loss = fresh(tiny_model)
+    trainer = make_trainer(model, loss, tmp_path, max_steps=2)
+    trainer.train()
+    trainer.train()
+    make_trainer(model, loss, tmp_path, max_steps=2).train()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "rmsprop", "adagrad", "adamw_torch"])
+def test_other_optimizers(tiny_model, tmp_path, optimizer):
+    """Fresh runs are never taken for resumed ones; resuming without the callback is refused by any with a memory."""
+    model, loss = fresh(tiny_model)
+    arguments = {"optim": optimizer, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    if optimizer == "sgd":
+        arguments["optim_args"] = "momentum=0.9"
+    make_trainer(model, loss, tmp_path, **arguments).train()
+    model, loss = fresh(tiny_model)
+    trainer = make_trainer(model, loss, tmp_path, **arguments)
+    with pytest.raises(RuntimeError, match="resumed from a checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_load_best_model_at_end_and_save_total_limit(tiny_model, tmp_path):
+    """The heads at the end are those of the best checkpoint; old folders go whole."""
+    model, loss = fresh(tiny_model)
+
+    class Worsening(TrainerCallback):
+        """Each evaluation is worse than the one before."""
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+
+    trainer = make_trainer(
+        model,
+        loss,
+        tmp_path,
+        max_steps=6,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        eval_dataset=pairs(8),
+        callbacks=[MIPICCallback(loss), Worsening()],
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert kept == ["checkpoint-2", "checkpoint-6"]
+    assert all((tmp_path / name / HEADS_FILE).is_file() for name in kept)
+    at_end = {name: value.clone() for name, value in loss.mipic_heads.named_parameters()}
+    callback = MIPICCallback(loss)
+    callback.load(tmp_path / "checkpoint-6")
+    assert any(not torch.equal(at_end[name], value) for name, value in loss.mipic_heads.named_parameters())
+    callback.load(best)
+    assert all(torch.equal(at_end[name], value) for name, value in loss.mipic_heads.named_parameters())
+
+
+def test_a_dict_of_losses_resumes_bit_for_bit(tiny_model, tmp_path):
+    """Several losses under one callback, one of them shared by two data sets, one no MIPICLoss."""
+    data = {"one": pairs(24, seed=1), "two": pairs(24, seed=5), "three": pairs(24, seed=9), "four": pairs(24, seed=13)}
+
+    def run(folder, resume=False, stop=None):
+        model = tiny_model(training=True)
+        shared = make_loss(model, n_dims_per_step=1)
+        by_name = {
+            "one": shared,
+            "two": make_loss(model, losses.MultipleNegativesSymmetricRankingLoss(model), seed=4, sia_layers=[2]),
+            "three": shared,
+            "four": losses.MultipleNegativesRankingLoss(model),
+        }
+        callbacks = [MIPICCallback(by_name)] + ([StopAt(stop)] if stop else [])
+        trainer = make_trainer(
+            model,
+            by_name,
+            folder,
+            train=datasets_dict(data),
+            max_steps=12,
+            save_strategy="steps",
+            save_steps=6,
+            per_device_train_batch_size=4,
+            callbacks=callbacks,
+            learning_rate_mapping={r"^(one|two)\.mipic_heads\.": 5e-3},
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return {f"{name}.{key}": value for name in ("one", "two") for key, value in parameters(by_name[name]).items()}
+
+    expected = run(tmp_path / "whole")
+    run(tmp_path / "parts", stop=6)
+    assert_equal(run(tmp_path / "parts", resume=True), expected)
+
+
+def datasets_dict(data):
+    import datasets
+
+    return datasets.DatasetDict(data)
+
+
+# --- clipping, logging, learning rate ---------------------------------------------------------------------------------
+
+
+def test_gradients_of_the_heads_are_clipped_and_logged(tiny_model, tmp_path):
+    """With the callback, to max_grad_norm on their own; without it they are not clipped."""
+    norms = {}
+    for clipped in (True, False):
+        model, loss = fresh(tiny_model)
+        seen = []
+        handle = torch_optimizer.register_optimizer_step_pre_hook(
+            lambda *_, loss=loss, seen=seen: seen.append(
+                torch.stack([p.grad.norm() for p in loss.mipic_heads.parameters()]).norm().item()
+            )
+        )
+        callbacks = [MIPICCallback(loss)] if clipped else []
+        trainer = make_trainer(model, loss, tmp_path, max_grad_norm=0.01, callbacks=callbacks, max_steps=3)
+        trainer.train()
+        handle.remove()
+        norms[clipped] = seen
+        logged = logs(trainer, "heads_grad_norm")
+    assert norms[True] == pytest.approx([0.01] * 3, rel=1e-3)
+    assert min(norms[False]) > 0.02
+    assert logged == []
+    model, loss = fresh(tiny_model)
+    trainer = make_trainer(model, loss, tmp_path, max_grad_norm=0.01, callbacks=[MIPICCallback(loss)], max_steps=3)
+    trainer.train()
+    logged = logs(trainer, "heads_grad_norm")
+    assert len(logged) == 3
+    assert logged[0] == pytest.approx(norms[False][0], rel=1e-3)
+
+
+def test_a_learning_rate_for_the_heads(tiny_model, tmp_path):
+    """learning_rate_mapping with the heads' prefix; by default they have the base rate and, but for biases, decay."""
+    model, loss = fresh(tiny_model)
+    trainer = make_trainer(model, loss, tmp_path, learning_rate_mapping={r"^mipic_heads\.": 7e-3}, max_steps=1)
+    trainer.create_optimizer()
+    rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    heads = {id(p) for p in loss.mipic_heads.parameters()}
+    assert heads <= rates.keys()
+    assert all((rate == 7e-3) == (key in heads) for key, rate in rates.items())
+    trainer = make_trainer(model, loss, tmp_path, learning_rate=1e-3, weight_decay=0.1, max_steps=1)
+    trainer.create_optimizer()
+    groups = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in loss.mipic_heads.named_parameters():
+        assert groups[id(parameter)]["lr"] == 1e-3
+        assert groups[id(parameter)]["weight_decay"] == (0.0 if name.endswith("bias") else 0.1)
+
+
+def test_an_optimizer_without_the_heads_is_refused(tiny_model, tmp_path):
+    """optimizer_cls_and_kwargs drops them silently; the callback says so."""
+    model, loss = fresh(tiny_model)
+    trainer = make_trainer(
+        model,
+        loss,
+        tmp_path,
+        optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": list(model.parameters()), "lr": 1e-3}),
+        callbacks=[MIPICCallback(loss)],
+    )
+    with pytest.raises(ValueError, match=r"does not have the heads of the loss given to MIPICCallback.*args\.optim"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("bad", ["a string", {"one": "x"}, {}, lambda model: None], ids=repr)
+def test_the_callback_wants_the_loss(bad):
+    """Anything else is a TypeError that says what is wanted."""
+    with pytest.raises(TypeError, match="loss must be the MIPICLoss that the trainer gets"):
+        MIPICCallback(bad)
+
+
+def test_missing_heads_is_checked(tiny_model):
+    """One of two words."""
+    _, loss = fresh(tiny_model)
+    with pytest.raises(ValueError, match="missing_heads must be 'error' or 'reset', got 'ignore'"):
+        MIPICCallback(loss, missing_heads="ignore")
+
+
+# --- saved config -----------------------------------------------------------------------------------------------------
+
+
+def test_the_config_says_matryoshka(tiny_model, tmp_path):
+    """With the callback, config.json of checkpoint and trained model has the keys; the model loads without us."""
+    model, loss = fresh(tiny_model)
+    trainer = make_trainer(
+        model, loss, tmp_path, max_steps=2, save_strategy="steps", save_steps=2, callbacks=[MIPICCallback(loss)]
+    )
+    trainer.train()
+    model.save(str(tmp_path / "saved"))
+    for folder in ("saved", "checkpoint-2"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["is_matryoshka"] is True
+        assert config["matryoshka_dimensions"] == [4, 8, 16, 32]
+        assert config["mipic_checkpoints"] == [[4, 1], [16, 2], [32, 3]] == [list(p) for p in loss.pic_checkpoints]
+        assert not config.get("output_hidden_states")
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert not (tmp_path / "saved" / HEADS_FILE).exists()
+    texts = ["a red house", "the old man plays guitar"]
+    torch.testing.assert_close(loaded.encode(texts), model.eval().encode(texts))
+
+
+def test_set_matryoshka_config_by_hand(tiny_model, tmp_path):
+    """The public function does the same without training; it can be repeated and checks its dims."""
+    model = tiny_model()
+    set_matryoshka_config(model, [32, 8])
+    set_matryoshka_config(model, [16, 32, 16], [(16, 2), (32, 3)])
+    model.save(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["matryoshka_dimensions"], config["mipic_checkpoints"]) == ([16, 32], [[16, 2], [32, 3]])
+    for dims in ([], [0, 8], [WIDTH + 1]):
+        with pytest.raises(ValueError, match="matryoshka_dims must be from 1 to the model's width of 32"):
+            set_matryoshka_config(model, dims)
+    static = SentenceTransformer(modules=[StaticEmbedding(make_tokenizer().backend_tokenizer, embedding_dim=16)])
+    with pytest.raises(ValueError, match="no Transformer module"):
+        set_matryoshka_config(static, [8, 16])
+
+
+def test_the_model_card_lists_the_loss(tiny_model, tmp_path):
+    """Class path, base loss, settings and the paper's citation."""
+    model, loss = fresh(tiny_model)
+    make_trainer(model, loss, tmp_path / "run", max_steps=1, callbacks=[MIPICCallback(loss)]).train()
+    model.save(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "mipic_st.loss.MIPICLoss" in card
+    assert '"loss": "MultipleNegativesRankingLoss"' in card
+    for name in loss.get_config_dict():
+        assert f'"{name}"' in card
+    assert "2604.24374" in card
+
+
+# --- the keeper -------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_go_with_the_loss(tiny_model):
+    """No optimizer hook outlives its loss, and copies have their own."""
+    hooks = torch_optimizer._global_optimizer_pre_hooks
+    gc.collect()
+    before = len(hooks)
+    model, loss = fresh(tiny_model)
+    twin = copy.deepcopy(loss)
+    again = pickle.loads(pickle.dumps(loss))
+    assert len(hooks) == before + 3
+    assert twin.keeper.heads is twin.mipic_heads is not loss.mipic_heads
+    assert again.keeper.heads is again.mipic_heads
+    assert random.Random(loss.seed).getstate() == again._dim_generator.getstate()
+    del loss, twin, again, model
+    gc.collect()
+    assert len(hooks) == before
+
+
+def test_optimizers_of_others_are_left_alone(tiny_model):
+    """An optimizer without the heads may have any state."""
+    _, loss = fresh(tiny_model)
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([weight])
+    for _ in range(2):
+        weight.grad = torch.ones(2)
+        optimizer.step()
+    state = optimizer.state_dict()
+    optimizer = torch.optim.Adam([weight])
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert int(optimizer.state[weight]["step"]) == 3
+    assert loss.mipic_heads is loss.keeper.heads
+
+
+def test_a_plain_loop(tiny_model):
+    """Without any trainer: several steps, then state saved and loaded by hand is refused unless the heads came along."""
+    model, loss = fresh(tiny_model)
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-3)
+    for step in range(3):
+        optimizer.zero_grad()
+        total(loss(column_features(model, seed=step), None)).backward()
+        optimizer.step()
+    state = optimizer.state_dict()
+    other_model, other = fresh(tiny_model)
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
+    optimizer.load_state_dict(state)
+    total(other(column_features(other_model), None)).backward()
+    with pytest.raises(RuntimeError, match="resumed from a checkpoint at step 3"):
+        optimizer.step()
+    other.keeper.adopt(optimizer)
+    optimizer.step()
