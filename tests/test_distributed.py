@@ -1,0 +1,109 @@
+"""Two gloo processes under torchrun against one process on the concatenated batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+from conftest import DEPTH, column_features, total
+from distributed_worker import EQUAL, parameters_of, run_drift, run_equal
+from mipic_st import MIPICLoss, pic
+from training_fixtures import make_loss, one_thread  # noqa: F401
+
+HERE = Path(__file__).parent
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, transformer_folder):
+    """A model without dropout, so that one process and two can be compared."""
+    transformer = Transformer(str(transformer_folder("bert", **NO_DROPOUT)))
+    folder = tmp_path_factory.mktemp("start")
+    SentenceTransformer(modules=[transformer, Pooling(32, "mean")], device="cpu").save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(start, tmp_path_factory):
+    """Parameters after each scenario, per rank."""
+    output = tmp_path_factory.mktemp("ranks")
+    paths = [str(HERE.parent / "src"), str(HERE), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launch, str(HERE / "distributed_worker.py"), str(start), str(output)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    return [torch.load(output / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", list(EQUAL))
+def test_two_processes_equal_one(start, ranks, tmp_path, name):
+    """After several steps model and heads are, to 1e-5, those of one process with the whole batch."""
+    initial = parameters_of(make_loss(SentenceTransformer(str(start), device="cpu")))
+    expected = parameters_of(run_equal(name, start, tmp_path, 1))
+    got = ranks[0][name]
+    assert got.keys() == expected.keys()
+    for key, value in got.items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=f"{name}: {key}")
+    for part in ("model.", "mipic_heads.sia.", "mipic_heads.pic."):
+        keys = [key for key in got if key.startswith(part)]
+        moved = sum((expected[key] - initial[key]).square().sum() for key in keys).sqrt()
+        apart = sum((got[key] - expected[key]).square().sum() for key in keys).sqrt()
+        assert moved > 1e-3, f"{part} has hardly moved"
+        assert apart < 1e-3 * moved, f"{part} moved elsewhere"
+
+
+@pytest.mark.parametrize("name", [*EQUAL, "drift", "data sets", "whole", "resumed"])
+def test_ranks_agree(ranks, name):
+    """Model and heads are the same on both ranks to the last bit."""
+    assert any("mipic_heads" in key for key in ranks[0][name])
+    different = [key for key, value in ranks[0][name].items() if not torch.equal(value, ranks[1][name][key])]
+    assert different == []
+
+
+def test_the_ranks_had_something_to_agree_on(start, ranks, tmp_path):
+    """Alone, each rank's seed and data lead elsewhere: agreement is no accident."""
+    alone = dict(run_drift(start, tmp_path, 0).named_parameters())
+    heads = [key for key in ranks[0]["drift"] if "mipic_heads" in key]
+    assert not any(torch.equal(ranks[0]["drift"][key], alone[key]) for key in heads if "sia" in key)
+
+
+def test_resuming_in_two_processes(ranks):
+    """Stopped and resumed, both ranks end where the uninterrupted run ends, bit for bit."""
+    for rank in ranks:
+        assert all(torch.equal(value, rank["resumed"][key]) for key, value in rank["whole"].items())
+
+
+def test_gathered_targets_are_the_concatenated_batch():
+    """PIC with targets of all devices: the mean over devices is the loss of the concatenated batch."""
+    generator = torch.Generator().manual_seed(0)
+    predicted, target = (torch.randn(2, 6, 8, generator=generator) for _ in range(2))
+    expected = pic.chain_info_nce(predicted, target)
+    parts = [pic.chain_info_nce(predicted[:, rank * 3 : rank * 3 + 3], target, offset=rank * 3) for rank in (0, 1)]
+    torch.testing.assert_close(sum(parts) / 2, expected)
+    assert not torch.isclose(pic.chain_info_nce(predicted[:, :3], target[:, :3]), parts[0])
+
+
+def test_gathering_in_one_process_changes_nothing(tiny_model):
+    """The option may stay on."""
+    model = tiny_model()
+    base = MultipleNegativesRankingLoss(model)
+    features = column_features(model)
+    values = [
+        total(MIPICLoss(model, base, [32, 8], sia_layers=[DEPTH], gather_across_devices=gather)(features, None))
+        for gather in (False, True)
+    ]
+    assert torch.equal(*values)
