@@ -219,7 +219,10 @@ def test_other_optimizers(tiny_model, tmp_path, optimizer):
     arguments = {"optim": optimizer, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     if optimizer == "sgd":
         arguments["optim_args"] = "momentum=0.9"
-    make_trainer(model, loss, tmp_path, **arguments).train()
+    trainer = make_trainer(model, loss, tmp_path, **arguments)
+    trainer.train()
+    if optimizer == "sgd" and not trainer.optimizer.param_groups[0]["momentum"]:
+        pytest.skip("this transformers ignores optim_args for sgd, which then has no memory")
     model, loss = fresh(tiny_model)
     trainer = make_trainer(model, loss, tmp_path, **arguments)
     with pytest.raises(RuntimeError, match="resumed from a checkpoint"):

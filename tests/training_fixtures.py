@@ -55,8 +55,11 @@ def make_trainer(model, loss, folder, train=None, **arguments):
 
 
 def parameters(loss):
-    """Copies of all parameters, model and heads."""
-    return {name: parameter.detach().clone() for name, parameter in loss.named_parameters()}
+    """Copies of all parameters, model and heads, under the names that they have without any wrapper."""
+    return {
+        name.replace("module.", "").replace("_orig_mod.", ""): parameter.detach().clone()
+        for name, parameter in loss.named_parameters()
+    }
 
 
 def logs(trainer, key):
