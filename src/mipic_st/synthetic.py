@@ -23,8 +23,9 @@ import random
 import re
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
+from itertools import cycle, islice, repeat
 from typing import Literal, NamedTuple, TypeVar
 
 Split = Literal["train", "eval"]
@@ -40,7 +41,7 @@ SCORES: dict[str, float] = {
     "unrelated": 0.0,
 }
 
-# Rows that repeat earlier ones are drawn again; this many misses in a row mean that there are no new ones left.
+# Rows that repeat earlier ones are drawn again; after so many misses in a row there are taken to be no new ones.
 _MAX_MISSES = 10_000
 
 _SLOT = re.compile(r"\{(?:(\w+):)?(\w+)\}")
@@ -67,7 +68,7 @@ def synthetic_pairs(
         asked for, ``negative``. No row repeats.
 
     Raises:
-        ValueError: If ``size`` is not positive, ``split`` is unknown, or the frames cannot give that many rows.
+        ValueError: If ``size`` is not positive, ``split`` is unknown, or the frames do not give that many rows.
 
     Example:
         >>> sorted(synthetic_pairs(1)[0])
@@ -75,26 +76,24 @@ def synthetic_pairs(
     """
     corpus = _corpus(split)
     draw = _Draw(seed)
+    frames = draw.cycle(corpus.frames)
 
-    def rows() -> Iterator[dict[str, str] | None]:
-        for frame in draw.cycle(corpus.frames):
-            scene = draw.scene(frame, corpus)
-            kind = "detail" if frame.has_detail and draw.chance(0.2) else "paraphrase"
-            pair = _paraphrase(draw, scene, kind)
-            if pair is None:
-                yield None
-                continue
-            row = {"anchor": pair.first, "positive": pair.second}
-            if negatives:
-                kind = draw.pick(("change", "contradiction", "contradiction"))
-                other = _different(draw, scene, corpus, kind, pair.wording)
-                if other is None or other in row.values():
-                    yield None
-                    continue
-                row["negative"] = other
-            yield row
+    def row() -> dict[str, str] | None:
+        frame = next(frames)
+        scene = draw.scene(frame, corpus)
+        pair = _paraphrase(draw, scene, "detail" if frame.has_detail and draw.chance(0.2) else "paraphrase")
+        if pair is None:
+            return None
+        texts = {"anchor": pair.first, "positive": pair.second}
+        if negatives:
+            kind = draw.pick(("change", "contradiction", "contradiction"))
+            other = _different(draw, scene, corpus, kind, pair.wording)
+            if other is None or other in texts.values():
+                return None
+            texts["negative"] = other
+        return texts
 
-    return _take(rows(), size)
+    return _take(repeat(row), size)
 
 
 def synthetic_sts(size: int = 1500, *, seed: int = 0, split: Split = "eval") -> list[dict[str, str | float]]:
@@ -110,7 +109,7 @@ def synthetic_sts(size: int = 1500, *, seed: int = 0, split: Split = "eval") -> 
         repeats.
 
     Raises:
-        ValueError: If ``size`` is not positive, ``split`` is unknown, or the frames cannot give that many rows.
+        ValueError: If ``size`` is not positive, ``split`` is unknown, or the frames do not give that many rows.
 
     Example:
         >>> [row["kind"] for row in synthetic_sts(3)]
@@ -119,34 +118,33 @@ def synthetic_sts(size: int = 1500, *, seed: int = 0, split: Split = "eval") -> 
     corpus = _corpus(split)
     draw = _Draw(seed)
     with_detail = [frame for frame in corpus.frames if frame.has_detail]
+    frames = {kind: draw.cycle(with_detail if kind == "detail" else corpus.frames) for kind in SCORES}
 
-    def pair_of(kind: str, frame: Frame) -> tuple[str, str] | None:
-        scene = draw.scene(frame, corpus)
+    def second_of(kind: str, scene: Scene, wording: str) -> str | None:
+        if kind in ("change", "contradiction"):
+            return _different(draw, scene, corpus, kind, wording)
+        near = kind == "topic"
+        frame = scene.frame
+        others = [other for other in corpus.frames if other is not frame and (other.topic == frame.topic) == near]
+        other = draw.scene(draw.pick(others), corpus, like=scene)
+        return _render(draw, draw.pick(other.frame.same), other)
+
+    def row(kind: str) -> dict[str, str | float] | None:
+        scene = draw.scene(next(frames[kind]), corpus)
         if kind in ("paraphrase", "detail"):
             pair = _paraphrase(draw, scene, kind)
-            return pair and (pair.first, pair.second)
-        wording = draw.pick(frame.same)
-        first = _render(draw, wording, scene)
-        if kind in ("change", "contradiction"):
-            second = _different(draw, scene, corpus, kind, wording)
+            if pair is None:
+                return None
+            texts: tuple[str, str | None] = (pair.first, pair.second)
         else:
-            near = kind == "topic"
-            others = [f for f in corpus.frames if f is not frame and (f.topic == frame.topic) == near]
-            other = draw.scene(draw.pick(others), corpus, like=scene)
-            second = _render(draw, draw.pick(other.frame.same), other)
-        return None if second is None else (first, second)
+            wording = draw.pick(scene.frame.same)
+            texts = (_render(draw, wording, scene), second_of(kind, scene, wording))
+        if texts[1] in (None, texts[0]):
+            return None
+        first, second = texts if draw.chance(0.5) else texts[::-1]
+        return {"sentence1": first, "sentence2": second, "score": SCORES[kind], "kind": kind}  # type: ignore[dict-item]
 
-    def rows() -> Iterator[dict[str, str | float] | None]:
-        frames = {kind: draw.cycle(with_detail if kind == "detail" else corpus.frames) for kind in SCORES}
-        while True:
-            for kind, score in SCORES.items():
-                # A kind keeps its turn until it gave a row, so that all kinds come equally often.
-                while (pair := pair_of(kind, next(frames[kind]))) is None or pair[0] == pair[1]:
-                    yield None
-                first, second = pair if draw.chance(0.5) else pair[::-1]
-                yield {"sentence1": first, "sentence2": second, "score": score, "kind": kind}
-
-    return _take(rows(), size, key=("sentence1", "sentence2"))
+    return _take((partial(row, kind) for kind in cycle(SCORES)), size)
 
 
 def synthetic_topics(size: int = 1000, *, seed: int = 0, split: Split = "train") -> list[dict[str, str]]:
@@ -161,7 +159,7 @@ def synthetic_topics(size: int = 1000, *, seed: int = 0, split: Split = "train")
         Rows with ``text`` and ``label``, a topic such as ``"kitchen"``. No text repeats.
 
     Raises:
-        ValueError: If ``size`` is not positive, ``split`` is unknown, or the frames cannot give that many rows.
+        ValueError: If ``size`` is not positive, ``split`` is unknown, or the frames do not give that many rows.
 
     Example:
         >>> sorted(synthetic_topics(1)[0])
@@ -171,13 +169,13 @@ def synthetic_topics(size: int = 1000, *, seed: int = 0, split: Split = "train")
     draw = _Draw(seed)
     topics = list(dict.fromkeys(frame.topic for frame in corpus.frames))
 
-    def rows() -> Iterator[dict[str, str]]:
-        frames = {topic: draw.cycle([f for f in corpus.frames if f.topic == topic]) for topic in topics}
-        for topic in draw.cycle(topics):
-            scene = draw.scene(next(frames[topic]), corpus)
-            yield {"text": _render(draw, draw.pick(scene.frame.same), scene), "label": topic}
+    frames = {topic: draw.cycle([frame for frame in corpus.frames if frame.topic == topic]) for topic in topics}
 
-    return _take(rows(), size, key=("text",))
+    def row(topic: str) -> dict[str, str]:
+        scene = draw.scene(next(frames[topic]), corpus)
+        return {"text": _render(draw, draw.pick(scene.frame.same), scene), "label": topic}
+
+    return _take((partial(row, topic) for topic in cycle(topics)), size)
 
 
 @dataclass(frozen=True)
@@ -302,7 +300,7 @@ def _render(draw: _Draw, wording: str, scene: Scene) -> str:
     text = _shown(wording, scene.detail)
     text = _CHOICE.sub(lambda match: draw.pick(match[1].split("/")), text)
     text = _SLOT.sub(lambda match: draw.pick(scene.values[match[1] or match[2]]), text)
-    text = re.sub(r" +([?.,])", r"\1", text.strip())  # a detail left out may leave its space behind
+    text = re.sub(r" +([?., ])", r"\1", text.strip())  # a detail left out may leave its space behind
     text = _ARTICLE.sub(r"\1n ", text)
     text = re.sub(r"(^|[.?] )([a-z])", lambda match: match[1] + match[2].upper(), text)
     return text if text.endswith((".", "?")) else text + "."
@@ -317,25 +315,21 @@ def _slots_of(wording: str) -> list[tuple[str, str]]:
     return [(match[1] or match[2], match[2]) for match in _SLOT.finditer(wording)]
 
 
-def _take(rows: Iterator[dict[str, T] | None], size: int, key: tuple[str, ...] | None = None) -> list[dict[str, T]]:
-    """The first ``size`` distinct rows; None stands for a draw that gave nothing."""
+def _take(turns: Iterator[Callable[[], dict[str, T] | None]], size: int) -> list[dict[str, T]]:
+    """Let each turn draw until it gives a new row (None is a miss), so that no turn is lost to a repetition."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"size must be a positive integer, got {size!r}.")
     taken: list[dict[str, T]] = []
     seen: set[tuple[T, ...]] = set()
-    misses = 0
-    for row in rows:
-        identity = None if row is None else tuple(row[name] for name in key or row)
-        if row is None or identity is None or identity in seen:
-            misses += 1
-            if misses > _MAX_MISSES:
-                raise ValueError(f"size={size} is too large: the synthetic frames give no more than {len(taken)} rows.")
-            continue
-        misses = 0
+    for turn in islice(turns, size):
+        for _ in range(_MAX_MISSES):
+            row = turn()
+            if row is not None and (identity := tuple(row.values())) not in seen:
+                break
+        else:
+            raise ValueError(f"size={size} is too large: the synthetic frames gave no new row after {len(taken)}.")
         seen.add(identity)
         taken.append(row)
-        if len(taken) == size:
-            break
     return taken
 
 
