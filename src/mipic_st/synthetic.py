@@ -52,7 +52,7 @@ _ARTICLE = re.compile(r"\b([Aa]) (?=(?!uni|use|eu|one\b)[aeiou]|8|11\b|18\b)")
 
 
 def synthetic_pairs(
-    size: int = 6000, *, seed: int = 0, negatives: bool = True, split: Split = "train"
+    size: int = 4000, *, seed: int = 0, negatives: bool = True, split: Split = "train"
 ) -> list[dict[str, str]]:
     """Synthetic training pairs for contrastive losses such as ``MultipleNegativesRankingLoss``.
 
