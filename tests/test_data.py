@@ -92,6 +92,13 @@ def test_scores_stay_as_they_are_unless_a_range_is_given(tmp_path):
     assert load_sts_file(path, score_range=(0, 5))["score"][:] == [score / 5 for score in SCORED["score"]]
 
 
+def test_byte_order_mark_and_spaces_in_the_header(tmp_path):
+    """A CSV as spreadsheets write it is read, spaces around column names are ignored."""
+    path = tmp_path / "data.csv"
+    path.write_bytes(b"\xef\xbb\xbfanchor, positive\r\nx,y\r\n")
+    assert load_training_file(path).to_dict() == {"anchor": ["x"], "positive": ["y"]}
+
+
 def test_tsv_quotes_are_text(tmp_path):
     """A lone quotation mark in a TSV neither swallows rows nor fails."""
     path = tmp_path / "data.tsv"
@@ -109,6 +116,8 @@ def test_tsv_quotes_are_text(tmp_path):
         ("a.csv", b"anchor,positive\nx,y\nx, \n", "Row 2 in column 'positive' of"),
         ("a.csv", b"anchor,positive\nx,y\nx\n", "Row 2 in column 'positive' of"),
         ("a.csv", b'anchor,positive\n"x,y\nx,y\n', "as csv"),
+        ("a.csv", b"anchor,positive\nx,y,z\n", "rows have more fields than the header has names"),
+        ("a.csv", b"anchor,positive\nx,y\nx,y,z\n", "Expected 2 fields in line 3, saw 3"),
         ("a.csv", b"anchor,positive\n\xff\xfe,y\n", "as csv"),
         ("a.jsonl", b'{"anchor": "x"\n', "as jsonl"),
         ("a.jsonl", b'{"anchor": "x", "positive": 3}\n', "must be a text that is not empty, got 3"),

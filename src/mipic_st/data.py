@@ -169,6 +169,8 @@ def _read(path: str | PathLike[str]) -> Dataset:
             # Sentences such as "None" or "NA" are no missing values. TSV has no quoting: a lone " would swallow rows.
             quoting = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
             frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8", **quoting)
+            if not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus fields for an index
+                raise ValueError("rows have more fields than the header has names (a comma that is not quoted?)")
     except pd.errors.EmptyDataError as error:
         raise ValueError(f"{path} is empty.") from error
     except (ValueError, OSError) as error:  # ParserError, UnicodeDecodeError and pyarrow's errors are ValueErrors
@@ -182,7 +184,7 @@ def _select(
     """Keep the columns of the first shape that fits, under their standard names, and check their values."""
     if score_range is not None and not (len(score_range) == 2 and score_range[0] < score_range[1]):
         raise ValueError(f"score_range must be (lowest, highest), got {score_range!r}.")
-    present = {name.lower(): name for name in dataset.column_names}
+    present = {name.strip().lower(): name for name in dataset.column_names}
     columns = next((found for shape in shapes if (found := _match(shape, present))), None)
     if columns is None:
         wanted = " or ".join(f"({', '.join(shape)})" for shape in shapes)
