@@ -81,7 +81,10 @@ def load_train() -> Dataset:
 
 def load_eval() -> dict[str, Dataset]:
     if args.eval_file:
-        return {Path(file).stem: load_sts_file(file) for file in args.eval_file}
+        names = [Path(file).stem for file in args.eval_file]
+        if len(set(names)) < len(names):
+            names = args.eval_file
+        return {name: load_sts_file(file) for name, file in zip(names, args.eval_file, strict=True)}
     return {"synthetic, held out": Dataset.from_list(synthetic_sts())}
 
 
