@@ -17,12 +17,12 @@ needs_model = pytest.mark.skipif(
 )
 
 
-def run(script, *arguments, **environment):
+def run(script, *arguments):
     """Run a script as a user does; returns what it printed to stdout and stderr."""
     source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", **environment},
+        env={**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -32,11 +32,9 @@ def run(script, *arguments, **environment):
 
 
 def table_rows(printed):
-    """Cells of the table's body: the lines that start with a dim."""
-    lines = (re.sub(r"[│┃]", " ", line).split() for line in printed.splitlines())
-    return {
-        int(cells[0]): [float(cell) for cell in cells[1:]] for cells in lines if len(cells) > 3 and cells[0].isdigit()
-    }
+    """Numbers of the table's body by dim: the lines between vertical bars that start with a whole number."""
+    lines = [line.replace("│", " ").split() for line in printed.splitlines() if line.startswith("│")]
+    return {int(cells[0]): [float(cell) for cell in cells[1:]] for cells in lines if cells[0].isdigit()}
 
 
 @needs_model
