@@ -182,9 +182,7 @@ def sia_tensors(
             student_scores = torch.stack([(q * (token[:dim] @ lifts[i])).sum() / math.sqrt(width) for token in tokens])
             log_teacher = torch.log_softmax(teacher_scores / temperature, dim=0)
             log_student = torch.log_softmax(student_scores / temperature, dim=0)
-            log_p, log_q = (
-                (log_student, log_teacher) if direction == "student_teacher" else (log_teacher, log_student)
-            )
+            log_p, log_q = (log_student, log_teacher) if direction == "student_teacher" else (log_teacher, log_student)
             attention.append((log_p.exp() * (log_p - log_q)).sum())
 
             chosen = most_important(teacher_scores.tolist(), topk_size(len(tokens), gammas[i], min_k))
