@@ -7,7 +7,6 @@ vector that the next checkpoint gave the same sentence.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,13 +43,16 @@ def chain_info_nce(predicted: Tensor, target: Tensor, temperature: float = 0.05)
         Scalar, the mean over sentences and columns; zero for a batch of one.
     """
     with no_autocast(predicted):
-        predicted, target = full_precision(predicted, target.detach())
+        (predicted,) = full_precision(predicted)
+        target = target.detach().to(predicted.dtype)
         logits = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).transpose(-1, -2) / temperature
         return -logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1).mean()
 
 
 def chain_link(head: nn.Module, vector: Tensor, next_vector: Tensor, temperature: float = 0.05) -> Tensor:
-    """One link of the chain: run the head on z_c in full precision, compare with z_{c+1} (Eq. 15 and 16).
+    """One link of the chain: run the head on z_c and compare with z_{c+1} (Eq. 15 and 16).
+
+    The head runs in the precision of its own parameters, whatever autocast and the vectors are in.
 
     Args:
         head: phi_c, from :func:`chain_head`.
@@ -62,6 +64,5 @@ def chain_link(head: nn.Module, vector: Tensor, next_vector: Tensor, temperature
         Scalar.
     """
     with no_autocast(vector):
-        parameter = next(head.parameters())
-        predicted = head(vector.to(torch.promote_types(vector.dtype, parameter.dtype)))
+        predicted = head(vector.to(next(head.parameters()).dtype))
     return chain_info_nce(predicted, next_vector, temperature)
