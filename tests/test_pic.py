@@ -1,6 +1,7 @@
 """PIC (Eq. 15-17) against the references, and what its heads and targets must do."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -259,7 +260,7 @@ def test_chain_equals_straightforward():
     """The sum over the links equals L_PIC of the straightforward implementation (Eq. 17), gradients included."""
     dims = (4, 8, 16, 32)
     vectors = [draw(6, dim, seed=dim).requires_grad_() for dim in dims]
-    heads = [make_head(*pair, seed=seed) for seed, pair in enumerate(zip(dims, dims[1:], strict=False))]
+    heads = [make_head(*pair, seed=seed) for seed, pair in enumerate(pairwise(dims))]
     value = sum(pic.chain_link(head, vectors[c], vectors[c + 1]) for c, head in enumerate(heads))
     expected = reference.straightforward_chain(vectors, [parameters(head) for head in heads])
     torch.testing.assert_close(value, expected)

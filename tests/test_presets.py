@@ -140,7 +140,7 @@ def test_thinning_gives_the_published_tinybert_dims():
 
 @pytest.mark.parametrize(("name", "depth", "width", "dims", "alpha", "layers", "checkpoints"), TABLE)
 def test_checkpoints_of_a_published_shape_with_fewer_dims(name, depth, width, dims, alpha, layers, checkpoints):
-    """Any two or more of the paper's dims give a chain that starts at the smallest or next to it and ends at the top."""
+    """Any two or more of the paper's dims give a rising chain that ends with the largest at the last layer."""
     dims = numbers(dims)
     for leave_out in range(1, 2 ** len(dims) - 1):
         some = [dim for i, dim in enumerate(dims) if not leave_out >> i & 1]
