@@ -22,6 +22,10 @@ def chain_head(dim: int, next_dim: int) -> nn.Sequential:
 
     Returns:
         Two linear layers with one ReLU between them; the hidden width is ``max(dim, next_dim) // 2``.
+
+    Example:
+        >>> [layer.out_features for layer in chain_head(16, 64) if isinstance(layer, nn.Linear)]
+        [32, 64]
     """
     hidden_dim = max(1, max(dim, next_dim) // 2)
     return nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, next_dim))
@@ -41,6 +45,14 @@ def chain_info_nce(predicted: Tensor, target: Tensor, temperature: float = 0.05)
 
     Returns:
         Scalar, the mean over sentences and columns; zero for a batch of one.
+
+    Example:
+        >>> import torch
+        >>> vectors = torch.eye(3)
+        >>> chain_info_nce(vectors, vectors).item() < 1e-6
+        True
+        >>> round(chain_info_nce(vectors.roll(1, 0), vectors).item(), 3)
+        20.0
     """
     with no_autocast(predicted):
         (predicted,) = full_precision(predicted)
