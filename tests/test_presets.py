@@ -187,6 +187,11 @@ def test_spread():
             assert gaps.max() - gaps.min() <= 1 or gaps.max() <= last / count + 1
 
 
+def test_spread_rounds_to_the_nearest():
+    """Twelve layers in five steps of 2.4: 2.4, 4.8, 7.2, 9.6, 12."""
+    assert presets.spread(5, 12) == (2, 5, 7, 10, 12)
+
+
 @pytest.mark.parametrize("depth", range(1, 41))
 def test_layers_of_any_depth(depth):
     """Seven layers, or all of a shallower model, rising to the last one."""
