@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from reference import head_value, info_nce_value, sia_values
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from conftest import DIMS, WIDTH, column_features
 from mipic_st import MIPICLoss
+from reference import head_value, info_nce_value, sia_values
 
 
 def encoder_outputs(model, features):

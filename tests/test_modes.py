@@ -156,7 +156,6 @@ def test_torch_compile_without_a_recompilation_storm(tiny_model, tmp_path, base)
         trainer.train()
         assert unmoved(loss, before) == []
         results[compiled] = [logs(trainer, term) for term in TERMS]
-    print(f"graphs after each step ({base}): {graphs}")
     assert 1 <= graphs[-1] <= 20
     assert graphs[-1] == graphs[9], "still compiling in the second half"
     for one, other in zip(results[False], results[True], strict=True):

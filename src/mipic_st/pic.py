@@ -7,7 +7,6 @@ vector that the next checkpoint gave the same sentence.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +22,10 @@ def chain_head(dim: int, next_dim: int) -> nn.Sequential:
 
     Returns:
         Two linear layers with one ReLU between them; the hidden width is ``max(dim, next_dim) // 2``.
+
+    Example:
+        >>> [layer.out_features for layer in chain_head(16, 64) if isinstance(layer, nn.Linear)]
+        [32, 64]
     """
     hidden_dim = max(1, max(dim, next_dim) // 2)
     return nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, next_dim))
@@ -44,15 +47,24 @@ def chain_info_nce(predicted: Tensor, target: Tensor, temperature: float = 0.05,
 
     Returns:
         Scalar, the mean over sentences and columns; zero for a batch of one.
+
+    Example:
+        >>> import torch
+        >>> vectors = torch.eye(3)
+        >>> chain_info_nce(vectors, vectors).item() < 1e-6
+        True
+        >>> round(chain_info_nce(vectors.roll(1, 0), vectors).item(), 3)
+        20.0
     """
     with no_autocast(predicted):
-        predicted, target = full_precision(predicted, target.detach())
+        (predicted,) = full_precision(predicted)
+        target = target.detach().to(predicted.dtype)
         logits = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).transpose(-1, -2) / temperature
         return -logits.log_softmax(dim=-1).diagonal(offset, dim1=-2, dim2=-1).mean()
 
 
 def predict_next(head: nn.Module, vector: Tensor) -> Tensor:
-    """Run the head on z_c, in full precision (Eq. 15).
+    """Run the head on z_c, in the precision of the head's own parameters (Eq. 15).
 
     Args:
         head: phi_c, from :func:`chain_head`.
@@ -62,12 +74,13 @@ def predict_next(head: nn.Module, vector: Tensor) -> Tensor:
         phi_c(z_c), (..., B, d_{c+1}).
     """
     with no_autocast(vector):
-        parameter = next(head.parameters())
-        return head(vector.to(torch.promote_types(vector.dtype, parameter.dtype)))
+        return head(vector.to(next(head.parameters()).dtype))
 
 
 def chain_link(head: nn.Module, vector: Tensor, next_vector: Tensor, temperature: float = 0.05) -> Tensor:
-    """One link of the chain: run the head on z_c, compare with z_{c+1} (Eq. 15 and 16).
+    """One link of the chain: run the head on z_c and compare with z_{c+1} (Eq. 15 and 16).
+
+    The head runs in the precision of its own parameters, whatever autocast and the vectors are in.
 
     Args:
         head: phi_c, from :func:`chain_head`.

@@ -155,9 +155,10 @@ def default_gammas(count: int) -> tuple[float, ...]:
 def default_checkpoints(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[int, int], ...]:
     """PIC checkpoints for any dims and depth.
 
-    The published pairs where the backbone has a published shape and all dims are the paper's. Otherwise one layer per
-    dim, evenly spaced up to the last one; with more dims than layers, the dims are thinned evenly and the smallest and
-    the largest stay (the rule that gives the published TinyBERT table, which leaves out 128).
+    The published pairs where the backbone has a published shape, all dims are the paper's, the full width is one of
+    them and at least two have a pair (TinyBERT's table has none for 128). Otherwise one layer per dim, evenly spaced
+    up to the last one; with more dims than layers, the dims are thinned evenly and the smallest and the largest stay
+    (the rule that gives the published TinyBERT table, which leaves out 128).
 
     Args:
         dims: Matryoshka dims, any order.
@@ -174,7 +175,9 @@ def default_checkpoints(dims: Sequence[int], depth: int, width: int) -> tuple[tu
     dims = sorted(dims)
     recipe = find_recipe(depth, width)
     if recipe is not None and set(dims) <= set(recipe.dims):
-        return tuple(pair for pair in recipe.pic_checkpoints if pair[0] in dims)
+        published = tuple(pair for pair in recipe.pic_checkpoints if pair[0] in dims)
+        if len(published) > 1 and published[-1] == (width, depth):
+            return published
     if len(dims) > depth:
         dims = [dims[round(index * (len(dims) - 1) / max(1, depth - 1))] for index in range(depth)]
     return tuple(zip(dims, spread(len(dims), depth), strict=True))

@@ -68,6 +68,11 @@ def initial_lift(dim: int, width: int, init: LiftInit = "identity") -> Tensor:
 
     Raises:
         ValueError: If ``init`` is none of the three.
+
+    Example:
+        >>> initial_lift(2, 3)
+        tensor([[1., 0., 0.],
+                [0., 1., 0.]])
     """
     if init == "identity":
         return torch.eye(dim, width)
@@ -90,6 +95,12 @@ def project_query(query: Tensor, lifts: Sequence[Tensor]) -> Tensor:
 
     Returns:
         (B, n, D), row i being P_i q followed by zeros.
+
+    Example:
+        >>> query = torch.tensor([[1.0, 2.0, 3.0]])
+        >>> project_query(query, [initial_lift(1, 3), initial_lift(2, 3)])
+        tensor([[[1., 0., 0.],
+                 [1., 2., 0.]]])
     """
     width = query.shape[-1]
     projected = (query @ torch.cat(list(lifts)).T).split([lift.shape[0] for lift in lifts], dim=-1)
@@ -105,6 +116,10 @@ def token_scores(hidden: Tensor, queries: Tensor) -> Tensor:
 
     Returns:
         (B, n, L), padding included.
+
+    Example:
+        >>> token_scores(torch.ones(1, 2, 4), torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]))
+        tensor([[[5., 5.]]])
     """
     return queries @ hidden.transpose(1, 2) / hidden.shape[-1] ** 0.5
 
@@ -118,6 +133,10 @@ def masked_log_softmax(scores: Tensor, mask: Tensor) -> Tensor:
 
     Returns:
         Same shape as ``scores``; finite everywhere, also for a sentence without real tokens.
+
+    Example:
+        >>> masked_log_softmax(torch.zeros(1, 3), torch.tensor([[True, True, False]])).exp()
+        tensor([[0.5000, 0.5000, 1.0000]])
     """
     mask = mask.view(mask.shape[0], *[1] * (scores.ndim - 2), mask.shape[1])
     log_probs = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2).log_softmax(dim=-1)
@@ -145,6 +164,12 @@ def attention_kl(
 
     Returns:
         (B, n), in nats. Zero for a sentence with one real token or none.
+
+    Example:
+        >>> mask = torch.tensor([[True, True]])
+        >>> teacher = masked_log_softmax(torch.zeros(1, 2), mask)
+        >>> attention_kl(torch.tensor([[[0.0, 0.0], [2.0, 0.0]]]), teacher, mask, temperature=1.0)
+        tensor([[0.0000, 0.3278]])
     """
     student = masked_log_softmax(student_scores / temperature, mask)
     teacher = teacher_log_probs[:, None, :]
@@ -169,6 +194,11 @@ def topk_sizes(lengths: Tensor, gammas: Sequence[float], min_k: int) -> Tensor:
 
     Returns:
         (B, n), integers.
+
+    Example:
+        >>> topk_sizes(torch.tensor([40, 5]), gammas=(0.2, 0.7), min_k=8)
+        tensor([[ 8, 28],
+                [ 5,  5]])
     """
     shares = torch.tensor([round(gamma * _GAMMA_UNIT) for gamma in gammas], device=lengths.device)
     by_share = (lengths[:, None] * shares + _GAMMA_UNIT - 1) // _GAMMA_UNIT
@@ -186,6 +216,10 @@ def prefix_grams(tokens: Tensor, dims: Sequence[int]) -> list[Tensor]:
 
     Returns:
         One (B, k, k) tensor per prefix.
+
+    Example:
+        >>> prefix_grams(torch.ones(1, 1, 8), dims=(2, 8))
+        [tensor([[[2.]]]), tensor([[[8.]]])]
     """
     grams: list[Tensor] = []
     for start, stop in pairwise([0, *dims]):
@@ -205,6 +239,12 @@ def centred_gram(gram: Tensor, selected: Tensor, sizes: Tensor) -> Tensor:
 
     Returns:
         (B, k, k).
+
+    Example:
+        >>> tokens = torch.tensor([[[1.0], [3.0]]])
+        >>> centred_gram(tokens @ tokens.mT, torch.tensor([[1.0, 1.0]]), torch.tensor([2.0]))
+        tensor([[[ 1., -1.],
+                 [-1.,  1.]]])
     """
     row_mean = (gram @ selected[:, :, None]) / sizes[:, None, None]
     mean = (row_mean * selected[:, :, None]).sum(dim=1, keepdim=True) / sizes[:, None, None]
@@ -254,11 +294,13 @@ def topk_cka_loss(
     rank = torch.arange(ranking.shape[1], device=hidden.device)
     selected = (rank < sizes[:, :, None]).to(hidden.dtype)  # (B, n, k)
 
-    # CKA ignores a common shift: taking it out first keeps float32 sums of squares accurate.
-    largest = selected[:, -1, :, None]
-    largest_size = sizes[:, -1].clamp(min=1).to(hidden.dtype)
+    # CKA ignores a common shift: taking it out first keeps float32 sums of squares accurate. The mean of the smallest
+    # set lies among the tokens of every set, so no entry grows beyond the spread of its set, also where a larger set
+    # has a token of massive norm.
+    largest, smallest = selected[:, -1, :, None], selected[:, 0, :, None]
+    smallest_size = sizes[:, 0].clamp(min=1).to(hidden.dtype)
     energy = (tokens.detach() * largest).square().sum(dim=(1, 2))
-    shift = ((tokens.detach() * largest).sum(dim=1) / largest_size[:, None])[:, None, :]
+    shift = ((tokens.detach() * smallest).sum(dim=1) / smallest_size[:, None])[:, None, :]
     tokens = tokens - shift
 
     if detach_teacher:
@@ -342,7 +384,7 @@ def sia_terms(
         attention = cka = hidden.new_zeros(shape)
         valid = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
         if lifts is not None:
-            student_scores = token_scores(hidden, project_query(query, full_precision(*lifts)))
+            student_scores = token_scores(hidden, project_query(query, [lift.to(query.dtype) for lift in lifts]))
             attention = attention_kl(student_scores, teacher_log_probs, mask, temperature, kl_direction)
         if with_cka:
             cka, valid = topk_cka_loss(hidden, teacher_scores, mask, dims, gammas, min_k, detach_teacher)

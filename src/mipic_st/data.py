@@ -1,0 +1,234 @@
+"""Read training and evaluation pairs from a file or from the Hugging Face hub, with columns named alike.
+
+Two shapes are understood, by the names of their columns (case does not matter):
+
+- pairs: ``anchor, positive`` and perhaps ``negative``, for contrastive losses;
+- scored pairs (STS): ``sentence1, sentence2, score``, for ``CoSENTLoss`` and for evaluation.
+
+Other columns are left out. Scores stay as they are, whatever their range, since ``CoSENTLoss`` and Spearman's
+correlation only use their order; pass ``score_range`` to map them to [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+#: Columns of the two shapes, each with the other names it is known by, most telling first.
+PAIR_COLUMNS: dict[str, tuple[str, ...]] = {
+    "anchor": ("anchor", "query", "question"),
+    "positive": ("positive", "pos", "answer"),
+}
+NEGATIVE_COLUMN: tuple[str, ...] = ("negative", "neg", "hard_negative")
+SCORED_COLUMNS: dict[str, tuple[str, ...]] = {
+    "sentence1": ("sentence1", "sentence_1", "sentence_a", "text1", "question1"),
+    "sentence2": ("sentence2", "sentence_2", "sentence_b", "text2", "question2"),
+    "score": ("score", "similarity", "similarity_score", "relatedness_score", "label", "is_duplicate"),
+}
+SUFFIXES: tuple[str, ...] = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+def load_training_file(path: str | PathLike[str], *, score_range: tuple[float, float] | None = None) -> Dataset:
+    """Read training data from a file, in either shape.
+
+    Args:
+        path: A ``.csv``, ``.tsv`` (tab between fields, no quoting), ``.jsonl`` (one object a line) or ``.parquet``
+            file, UTF-8, with named columns.
+        score_range: Lowest and highest possible score, e.g. ``(0, 5)``, to map scores to [0, 1]. None keeps them.
+
+    Returns:
+        Data set with the columns ``anchor, positive[, negative]`` or ``sentence1, sentence2, score``, in this order.
+        A file with both shapes is read as pairs.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read, has no rows or not the columns, or holds an empty text or a score that
+            is no finite number or outside ``score_range``. The message names the file, and column and row.
+        ImportError: If ``datasets`` is not installed.
+
+    Example:
+        >>> load_training_file("pairs.csv").column_names  # doctest: +SKIP
+        ['anchor', 'positive']
+    """
+    return _select(_read(path), (_PAIRS, _SCORED), str(path), score_range)
+
+
+def load_sts_file(path: str | PathLike[str], *, score_range: tuple[float, float] | None = None) -> Dataset:
+    """Read scored pairs from a file, for evaluation.
+
+    Args:
+        path: As for :func:`load_training_file`.
+        score_range: As for :func:`load_training_file`.
+
+    Returns:
+        Data set with the columns ``sentence1, sentence2, score``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As for :func:`load_training_file`.
+        ImportError: If ``datasets`` is not installed.
+
+    Example:
+        >>> load_sts_file("sts13_test.csv").num_rows  # doctest: +SKIP
+        1500
+    """
+    return _select(_read(path), (_SCORED,), str(path), score_range)
+
+
+def load_training_hub(name: str, *, split: str = "train", score_range: tuple[float, float] | None = None) -> Dataset:
+    """Load training data from the hub, in either shape.
+
+    Args:
+        name: Name of the data set, with its configuration after a colon if it has several:
+            ``"sentence-transformers/all-nli:pair"``. A local folder of data files works too.
+        split: Split to load, e.g. ``"train"`` or ``"train[:10000]"``.
+        score_range: As for :func:`load_training_file`.
+
+    Returns:
+        Data set as from :func:`load_training_file`.
+
+    Raises:
+        ConnectionError: If the hub cannot be reached and the data set is not in the local cache.
+        ValueError: If there is no such data set, configuration or split, or as for :func:`load_training_file`.
+        ImportError: If ``datasets`` is not installed.
+
+    Example:
+        >>> load_training_hub("sentence-transformers/stsb").column_names  # doctest: +SKIP
+        ['sentence1', 'sentence2', 'score']
+    """
+    datasets = _datasets()
+    path, _, config = name.partition(":")
+    if Path(name).exists():
+        path, config = name, ""
+    try:
+        loaded = datasets.load_dataset(path, config or None, split=split)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"The data set {name!r} is not in the local cache and the hub cannot be reached ({error}). Check the "
+            "network and that HF_HUB_OFFLINE is not set, or use a file."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"Cannot load split {split!r} of the data set {name!r}: {error}") from error
+    return _select(loaded, (_PAIRS, _SCORED), f"{name} ({split})", score_range)
+
+
+def is_scored(dataset: Dataset) -> bool:
+    """Whether a data set loaded by this module holds scored pairs (else: anchor and positive).
+
+    Args:
+        dataset: Result of one of the functions above.
+
+    Returns:
+        True for ``sentence1, sentence2, score``.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> is_scored(Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}))
+        False
+    """
+    return "score" in dataset.column_names
+
+
+_PAIRS = PAIR_COLUMNS
+_SCORED = SCORED_COLUMNS
+
+
+def _datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('Reading data needs datasets: pip install "mipic-st[train]"') from error
+    return datasets
+
+
+def _read(path: str | PathLike[str]) -> Dataset:
+    """Read a file as it is, texts as texts."""
+    datasets = _datasets()
+    # datasets depends on pandas, whose readers need no cache folder on disk.
+    import pandas as pd
+
+    file = Path(path)
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"Cannot tell the format of {path}: the name must end in one of {', '.join(SUFFIXES)}.")
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        if suffix == ".parquet":
+            frame = pd.read_parquet(file)
+        elif suffix == ".jsonl":
+            # "2020-01-01" or "1e5" in a text column must stay text.
+            frame = pd.read_json(file, lines=True, dtype=False, convert_dates=False, encoding="utf-8")
+        else:
+            # Sentences such as "None" or "NA" are no missing values. TSV has no quoting: a lone " would swallow rows.
+            quoting = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
+            frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8", **quoting)
+            if not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus fields for an index
+                raise ValueError("rows have more fields than the header has names (a comma that is not quoted?)")
+    except pd.errors.EmptyDataError as error:
+        raise ValueError(f"{path} is empty.") from error
+    except (ValueError, OSError) as error:  # ParserError, UnicodeDecodeError and pyarrow's errors are ValueErrors
+        raise ValueError(f"Cannot read {path} as {suffix[1:]}: {error}") from error
+    return datasets.Dataset.from_pandas(frame, preserve_index=False)
+
+
+def _select(
+    dataset: Dataset, shapes: Sequence[dict[str, tuple[str, ...]]], source: str, score_range: tuple[float, float] | None
+) -> Dataset:
+    """Keep the columns of the first shape that fits, under their standard names, and check their values."""
+    if score_range is not None and not (len(score_range) == 2 and score_range[0] < score_range[1]):
+        raise ValueError(f"score_range must be (lowest, highest), got {score_range!r}.")
+    present = {name.strip().lower(): name for name in dataset.column_names}
+    columns = next((found for shape in shapes if (found := _match(shape, present))), None)
+    if columns is None:
+        wanted = " or ".join(f"({', '.join(shape)})" for shape in shapes)
+        raise ValueError(
+            f"{source} has the columns {dataset.column_names}, expected {wanted}. Rename them to these names."
+        )
+    if not dataset.num_rows:
+        raise ValueError(f"{source} has the columns {dataset.column_names} but no rows.")
+    if "anchor" in columns:
+        columns |= _match({"negative": NEGATIVE_COLUMN}, present) or {}
+
+    values: dict[str, list[Any]] = {}
+    for name, original in columns.items():
+        column = list(dataset[original])
+        check = _checked_scores if name == "score" else _checked_texts
+        values[name] = check(column, f"column {original!r} of {source}", score_range)
+    return _datasets().Dataset.from_dict(values)
+
+
+def _match(shape: dict[str, tuple[str, ...]], present: dict[str, str]) -> dict[str, str] | None:
+    """Standard name -> name in the data, or None if a column is missing."""
+    found = {name: next((present[a] for a in aliases if a in present), None) for name, aliases in shape.items()}
+    matched = {name: original for name, original in found.items() if original is not None}
+    return matched if len(matched) == len(shape) else None
+
+
+def _checked_texts(column: list[Any], where: str, _: tuple[float, float] | None) -> list[str]:
+    for row, text in enumerate(column, start=1):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"Row {row} in {where} must be a text that is not empty, got {text!r}.")
+    return column
+
+
+def _checked_scores(column: list[Any], where: str, score_range: tuple[float, float] | None) -> list[float]:
+    low, high = score_range or (-math.inf, math.inf)
+    scores = []
+    for row, value in enumerate(column, start=1):
+        try:
+            score = float(value)
+        except (TypeError, ValueError):
+            score = math.nan
+        if not math.isfinite(score):
+            raise ValueError(f"Row {row} in {where} must be a finite number, got {value!r}.")
+        if not low <= score <= high:
+            raise ValueError(f"Row {row} in {where} must lie in score_range={score_range}, got {value!r}.")
+        scores.append((score - low) / (high - low) if score_range else score)
+    return scores

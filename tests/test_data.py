@@ -1,0 +1,214 @@
+"""Reading pairs: every format and column name gives the same rows; whatever is wrong is said."""
+
+import json
+import re
+
+import pandas as pd
+import pytest
+
+from mipic_st.data import (
+    SCORED_COLUMNS,
+    SUFFIXES,
+    is_scored,
+    load_sts_file,
+    load_training_file,
+    load_training_hub,
+)
+
+# Texts that readers like to turn into something else.
+TEXTS = ["None", "NA", "1.50", "2020-01-01", 'He said "no", twice', "comma, and ünïcode 日本", "null"]
+PAIRS = {"anchor": TEXTS, "positive": TEXTS[::-1]}
+SCORED = {"sentence1": TEXTS, "sentence2": TEXTS[::-1], "score": [0.0, 1.0, 2.5, 3.0, 4.0, 5.0, 0.5]}
+
+
+def write(path, columns):
+    """Write columns with each format's own usual writer."""
+    path.parent.mkdir(exist_ok=True)
+    frame = pd.DataFrame(columns)
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".tsv":
+        rows = [list(columns), *zip(*columns.values(), strict=True)]
+        path.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        rows = frame.to_dict("records")
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        frame.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("columns", [PAIRS, {**PAIRS, "negative": TEXTS}, SCORED], ids=["pairs", "triplets", "scored"])
+def test_every_format_gives_the_rows_as_written(tmp_path, suffix, columns):
+    """What was written comes back, text as text, in the standard order of columns."""
+    data = load_training_file(write(tmp_path / f"data{suffix}", columns))
+    assert data.to_dict() == columns
+    assert data.column_names == list(columns)
+    assert is_scored(data) == ("score" in columns)
+
+
+def test_upper_case_suffix_and_string_path(tmp_path):
+    """The suffix may be in capitals, the path a string."""
+    path = write(tmp_path / "data.csv", PAIRS)
+    assert load_training_file(str(path.rename(tmp_path / "DATA.CSV"))).num_rows == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("Query", "Positive", "NEG"), ["anchor", "positive", "negative"]),
+        (("question", "answer", "topic"), ["anchor", "positive"]),
+        (("sentence_A", "sentence_B", "relatedness_score"), ["sentence1", "sentence2", "score"]),
+        (("question1", "question2", "is_duplicate"), ["sentence1", "sentence2", "score"]),
+        (("Text1", "text2", "similarity"), ["sentence1", "sentence2", "score"]),
+    ],
+)
+def test_common_column_names(tmp_path, names, expected):
+    """Common names are recognised in any case and any order; other columns are left out."""
+    columns = dict(zip(names, (["a b"], ["c d"], ["1"]), strict=True))
+    path = write(tmp_path / "data.csv", {"id": ["7"], **dict(reversed(columns.items()))})
+    assert load_training_file(path).column_names == expected
+
+
+def test_score_name_wins_over_label(tmp_path):
+    """With several columns that could be the score, the one called score is taken."""
+    path = write(tmp_path / "data.csv", {"label": [1], "sentence1": ["a"], "sentence2": ["b"], "score": [0.25]})
+    assert load_sts_file(path)["score"][:] == [0.25]
+    assert SCORED_COLUMNS["score"][0] == "score"
+
+
+def test_pairs_win_over_scores(tmp_path):
+    """A training file with both shapes is read as pairs, while evaluation takes the scored columns."""
+    path = write(tmp_path / "data.csv", {**SCORED, **PAIRS})
+    assert load_training_file(path).column_names == ["anchor", "positive"]
+    assert load_sts_file(path).column_names == ["sentence1", "sentence2", "score"]
+
+
+def test_scores_stay_as_they_are_unless_a_range_is_given(tmp_path):
+    """score_range maps to [0, 1]; without it nothing changes."""
+    path = write(tmp_path / "data.csv", SCORED)
+    assert load_sts_file(path)["score"][:] == SCORED["score"]
+    assert load_sts_file(path, score_range=(0, 5))["score"][:] == [score / 5 for score in SCORED["score"]]
+
+
+def test_byte_order_mark_and_spaces_in_the_header(tmp_path):
+    """A CSV as spreadsheets write it is read, spaces around column names are ignored."""
+    path = tmp_path / "data.csv"
+    path.write_bytes(b"\xef\xbb\xbfanchor, positive\r\nx,y\r\n")
+    assert load_training_file(path).to_dict() == {"anchor": ["x"], "positive": ["y"]}
+
+
+def test_tsv_quotes_are_text(tmp_path):
+    """A lone quotation mark in a TSV neither swallows rows nor fails."""
+    path = tmp_path / "data.tsv"
+    path.write_text('anchor\tpositive\n"open\tb\nc\td"\n', encoding="utf-8")
+    assert load_training_file(path).to_dict() == {"anchor": ['"open', "c"], "positive": ["b", 'd"']}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"anchor,other\nx,y\n", "has the columns ['anchor', 'other'], expected (anchor, positive) or"),
+        ("a.csv", b"anchor,positive\n", "has the columns ['anchor', 'positive'] but no rows"),
+        ("a.csv", b"", "is empty"),
+        ("a.jsonl", b"", "expected (anchor, positive)"),
+        ("a.csv", b"anchor,positive\nx,y\nx, \n", "Row 2 in column 'positive' of"),
+        ("a.csv", b"anchor,positive\nx,y\nx\n", "Row 2 in column 'positive' of"),
+        ("a.csv", b'anchor,positive\n"x,y\nx,y\n', "as csv"),
+        ("a.csv", b"anchor,positive\nx,y,z\n", "rows have more fields than the header has names"),
+        ("a.csv", b"anchor,positive\nx,y\nx,y,z\n", "Expected 2 fields in line 3, saw 3"),
+        ("a.csv", b"anchor,positive\n\xff\xfe,y\n", "as csv"),
+        ("a.jsonl", b'{"anchor": "x"\n', "as jsonl"),
+        ("a.jsonl", b'{"anchor": "x", "positive": 3}\n', "must be a text that is not empty, got 3"),
+        ("a.jsonl", b'{"anchor": "x", "positive": "y"}\n{"anchor": "z"}\n', "Row 2 in column 'positive' of"),
+        ("a.parquet", b"no parquet", "as parquet"),
+        ("a.txt", b"x", "must end in one of .csv, .tsv, .jsonl, .parquet"),
+        ("a.csv", b"sentence1,sentence2,score\na,b,1\na,b,high\n", "Row 2 in column 'score' of"),
+        ("a.csv", b"sentence1,sentence2,score\na,b,nan\n", "must be a finite number, got 'nan'"),
+        ("a.csv", b"sentence1,sentence2,score\na,b,\n", "must be a finite number, got ''"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, name, content, message):
+    """The error says which file, and what is wrong where."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_training_file(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    """A file that is not there is named, a folder is no file."""
+    for path in (tmp_path / "no.csv", tmp_path):
+        with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(path))):
+            load_training_file(path)
+
+
+def test_evaluation_needs_scores(tmp_path):
+    """Pairs cannot be evaluated: the expected columns are named."""
+    with pytest.raises(ValueError, match=re.escape("expected (sentence1, sentence2, score)")):
+        load_sts_file(write(tmp_path / "data.csv", PAIRS))
+
+
+@pytest.mark.parametrize(
+    ("score_range", "message"),
+    [((0, 4), "Row 6 in column 'score'"), ((5, 0), "score_range must be (lowest, highest), got (5, 0)")],
+)
+def test_score_range_is_checked(tmp_path, score_range, message):
+    """A score outside the range, or a range upside down, is refused."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_sts_file(write(tmp_path / "data.csv", SCORED), score_range=score_range)
+
+
+def test_hub_loader_takes_a_folder_and_a_split(tmp_path, monkeypatch):
+    """load_training_hub passes name and split on, and names the columns as the file loader does."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    write(folder / "train.parquet", {"query": TEXTS, "answer": TEXTS})
+    assert load_training_hub(str(folder), split="train[:3]").to_dict() == {"anchor": TEXTS[:3], "positive": TEXTS[:3]}
+
+
+def test_hub_configuration_follows_the_colon(monkeypatch):
+    """NAME:CONFIG is split into both, and a wrong column is reported with the name."""
+    import datasets
+
+    calls = []
+
+    def load_dataset(*arguments, **options):
+        calls.append((arguments, options))
+        return datasets.Dataset.from_dict({"text": ["a"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=re.escape("some/set:part (train) has the columns ['text']")):
+        load_training_hub("some/set:part")
+    assert calls == [(("some/set", "part"), {"split": "train"})]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (ConnectionError("no network"), ConnectionError, "HF_HUB_OFFLINE is not set, or use a file"),
+        (FileNotFoundError("nothing there"), ValueError, "Cannot load split 'train' of the data set 'some/set'"),
+        (ValueError("Unknown split"), ValueError, "Unknown split"),
+    ],
+)
+def test_hub_errors_say_what_to_do(monkeypatch, raised, expected, message):
+    """Errors of the hub come with the data set's name and the way out."""
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(expected, match=re.escape(message)):
+        load_training_hub("some/set")
+
+
+def test_missing_extra_gives_the_command(monkeypatch, tmp_path):
+    """Without datasets, the error names the extra to install."""
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=re.escape('pip install "mipic-st[train]"')):
+        load_training_file(tmp_path / "data.csv")
