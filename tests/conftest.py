@@ -28,6 +28,9 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+# Tiny models are slower with threads than without, by orders of magnitude where cores are shared.
+torch.set_num_threads(1)
+
 WORDS = (
     "a the one two three small large red blue old man woman dog cat child plays eats sees buys sells likes "
     "guitar apple house river train book song letter with without near behind in on and not quickly slowly"

@@ -46,7 +46,7 @@ def test_training_the_real_model(minilm, tmp_path):
         max_steps=24,
         per_device_train_batch_size=20,
         learning_rate=5e-5,
-        learning_rate_mapping={r"^mipic_heads\.": 2e-3},
+        learning_rate_mapping={r"^mipic_heads\.": 3e-4},
         warmup_steps=2,
         logging_steps=1,
         save_strategy="no",

@@ -57,8 +57,8 @@ class MIPICLoss(nn.Module):
 
     A drop-in for ``MatryoshkaLoss``: the base loss is applied to every truncation dimension, and while it runs, the
     hidden states of its own forward passes are recorded. On them, SIA asks each prefix to see the tokens of a sentence
-    as the full width does (the full width teaches and, by default, is a constant), and PIC chains narrow, early
-    sentence vectors to wide, late ones (each target is a constant). Use it when embeddings are served at small
+    as the full width does (the full width teaches; by default gradients flow into it too), and PIC chains narrow,
+    early sentence vectors to wide, late ones (each target is a constant). Use it when embeddings are served at small
     dimensions. Evaluation and serving need nothing of it: the trained model is a plain SentenceTransformer.
 
     .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC}) \qquad (Eq. 18)
@@ -91,7 +91,9 @@ class MIPICLoss(nn.Module):
         aggregation: ``"sum"`` adds layers, prefixes and links as Eq. 13, 14 and 17 do; ``"mean"`` averages them.
         kl_direction: ``"student_teacher"`` for KL(prefix || full), the paper's Eq. 6; ``"teacher_student"`` for the
             reverse, as in the released notebooks.
-        detach_teacher: Whether all of SIA's full-width side (query, distribution, Gram matrix) is a constant.
+        detach_teacher: Whether all of SIA's full-width side (query, distribution, Gram matrix) is a constant. Since the
+            full width contains the prefix, its scores then move with the prefix that follows them: on all-MiniLM-L6-v2
+            the attention term grew during training with a constant teacher, and fell without.
         lift_init: First value of the lifts P (Eq. 5): ``"identity"`` starts at ordinary truncation, ``"orthogonal"``
             and ``"random"`` do not.
         token_importance: ``"similarity"`` ranks tokens by the full-width query (Eq. 4). ``"attention"`` takes the
@@ -173,7 +175,7 @@ class MIPICLoss(nn.Module):
         chain_temperature: float = 0.05,
         aggregation: Aggregation = "sum",
         kl_direction: sia.KLDirection = "student_teacher",
-        detach_teacher: bool = True,
+        detach_teacher: bool = False,
         lift_init: sia.LiftInit = "identity",
         token_importance: TokenImportance = "similarity",
         gather_across_devices: bool = False,
