@@ -196,6 +196,21 @@ def _evaluate(
         found = None if overwrite else cache.load_task_result(task.metadata.name, metas[cell])
         return found is not None and not found.get_missing_evaluations(task)
 
+    def run(task: Any, store: EmbeddingStore, cell: tuple[int, str], keep_in: Any) -> Any:
+        encoder = copy.copy(wrapper)
+        encoder.model = store.view(cell[0], precision=cell[1], normalize=normalize)
+        encoder.mteb_model_meta = metas[cell]
+        with _labels_read_once(task):
+            return mteb.evaluate(
+                encoder,
+                task,
+                co2_tracker=False,
+                encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+                cache=keep_in,
+                overwrite_strategy="always" if overwrite or keep_in is None else "only-missing",
+                show_progress_bar=False,
+            ).task_results[0]
+
     ready, absent = [], []
     for task in resolve_tasks(tasks):
         complete = all(is_there(task, cell) for cell in cells)
@@ -218,7 +233,6 @@ def _evaluate(
     with progress:
         for task in ready:
             store = EmbeddingStore(model)
-            _read_labels_once(task)
             loaded_here = False
             try:
                 for cell in cells:
@@ -228,25 +242,14 @@ def _evaluate(
                     if not there and not task.data_loaded:
                         task.load_data()
                         loaded_here = True
-
-                    def run(at: tuple[int, str], store: EmbeddingStore = store, task: Any = task, keep: bool = True) -> Any:
-                        encoder = copy.copy(wrapper)
-                        encoder.model = store.view(at[0], precision=at[1], normalize=normalize)
-                        encoder.mteb_model_meta = metas[at]
-                        return mteb.evaluate(
-                            encoder,
-                            task,
-                            co2_tracker=False,
-                            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
-                            cache=cache if keep else None,
-                            overwrite_strategy="always" if overwrite or not keep else "only-missing",
-                            show_progress_bar=False,
-                        ).task_results[0]
-
                     if not there and precision == "int8" and not len(store):
                         # float32 came from an earlier run: fill the store, so that int8 is calibrated on all texts
-                        run((dim, "float32"), keep=False)
-                    result = cache.load_task_result(task.metadata.name, metas[cell]) if there else run(cell)
+                        run(task, store, (dim, "float32"), None)
+                    result = (
+                        cache.load_task_result(task.metadata.name, metas[cell])
+                        if there
+                        else run(task, store, cell, cache)
+                    )
                     peak = max(peak, store.nbytes)
                     records.append(
                         {
@@ -373,7 +376,7 @@ def _attach_local(task: Any, data_dir: Path | None) -> bool:
     }.get(kind)
     if columns is None or list(task.hf_subsets) != ["default"]:
         return False
-    splits = [split for split in task.eval_splits if split == "test"] or list(task.eval_splits)
+    splits = list(task.eval_splits)
     if kind == "Classification":
         splits = list(dict.fromkeys([task.train_split, *splits]))
     files = {split: _local_file(name, split, data_dir) for split in splits}
@@ -402,7 +405,6 @@ def _attach_local(task: Any, data_dir: Path | None) -> bool:
             )
         parts[split] = Dataset.from_pandas(frame[columns], preserve_index=False)
     task.dataset = DatasetDict(parts)
-    task.eval_splits_local = splits
     task.data_loaded = True
     return True
 
@@ -439,21 +441,26 @@ class _PlainColumns:
         return _PlainColumns(self._dataset.select(rows))
 
 
-def _read_labels_once(task: Any) -> None:
-    """Speed only, the numbers stay: mteb's private methods get the same data set with columns as lists."""
+@contextlib.contextmanager
+def _labels_read_once(task: Any) -> Iterator[None]:
+    """Speed only, the numbers stay: two private methods of mteb's get the same data with columns as lists."""
     undersample = getattr(task, "_undersample_data", None)
     experiment = getattr(task, "_run_experiment", None)
     if undersample is None or experiment is None or task.metadata.type != "Classification":
+        yield
         return
-    if isinstance(getattr(undersample, "__self__", None), type(task)):
-        plain: dict[int, _PlainColumns] = {}
+    plain: dict[int, _PlainColumns] = {}
 
-        def columns(dataset: Any) -> Any:
-            if isinstance(dataset, _PlainColumns):
-                return dataset
-            return plain.setdefault(id(dataset), _PlainColumns(dataset))
+    def columns(dataset: Any) -> Any:
+        # the wrapper keeps the data set alive, so its id stays its own
+        return plain.setdefault(id(dataset), _PlainColumns(dataset))
 
-        task._undersample_data = lambda dataset, *args, **kwargs: undersample(columns(dataset), *args, **kwargs)
-        task._run_experiment = lambda train, test, *args, **kwargs: experiment(
-            _PlainColumns(train), columns(test), *args, **kwargs
-        )
+    task._undersample_data = lambda dataset, *args, **kwargs: undersample(columns(dataset), *args, **kwargs)
+    task._run_experiment = lambda train, test, *args, **kwargs: experiment(
+        _PlainColumns(train), columns(test), *args, **kwargs
+    )
+    try:
+        yield
+    finally:
+        task.__dict__.pop("_undersample_data", None)
+        task.__dict__.pop("_run_experiment", None)
