@@ -42,9 +42,7 @@ def backbone(kind, layers=4):
     _, size = tokenizer()
     torch.manual_seed(3)
     if kind == "bert":
-        model = transformers.BertModel(
-            transformers.BertConfig(vocab_size=size, num_hidden_layers=layers, **SIZES)
-        )
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=size, num_hidden_layers=layers, **SIZES))
     elif kind == "distilbert":
         model = transformers.DistilBertModel(
             transformers.DistilBertConfig(vocab_size=size, n_layers=layers, dim=32, n_heads=4, hidden_dim=48)

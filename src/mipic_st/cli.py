@@ -156,7 +156,9 @@ def _model_names(places: Sequence[str]) -> list[str | None]:
         names.append(f"local/{folder.parent.name}-{folder.name}" if same else f"local/{folder.name}")
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
-        raise ValueError(f"MODEL: {sorted(map(str, repeated))} named twice; give each model once, from folders with different names.")
+        raise ValueError(
+            f"MODEL: {sorted(map(str, repeated))} named twice; give each model once, from folders with different names."
+        )
     return names
 
 

@@ -511,7 +511,9 @@ class DimView:
     ) -> Any:
         self.encode_calls += 1
         if output_value != "sentence_embedding":
-            raise TypeError(f"per-dimension evaluation gives sentence embeddings only, not output_value={output_value!r}.")
+            raise TypeError(
+                f"per-dimension evaluation gives sentence embeddings only, not output_value={output_value!r}."
+            )
         if truncate_dim is not None and truncate_dim != self._dim:
             raise ValueError(f"the evaluator asks for truncate_dim={truncate_dim} at dim {self._dim}; leave it unset.")
         single = isinstance(inputs, str)

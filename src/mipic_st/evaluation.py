@@ -368,7 +368,9 @@ class ClassificationProbeEvaluator(BaseEvaluator):
         super().__init__()
         for part, texts, labels in (("train", train_texts, train_labels), ("test", test_texts, test_labels)):
             if len(texts) != len(labels):
-                raise ValueError(f"{part}_texts has {len(texts)} entries and {part}_labels {len(labels)}; give one each.")
+                raise ValueError(
+                    f"{part}_texts has {len(texts)} entries and {part}_labels {len(labels)}; give one each."
+                )
             if not len(texts):
                 raise ValueError(f"{part}_texts is empty.")
         classes = set(train_labels)
@@ -435,9 +437,7 @@ class ClassificationProbeEvaluator(BaseEvaluator):
             from sklearn.linear_model import LogisticRegression
             from sklearn.metrics import accuracy_score, f1_score
         except ImportError as error:
-            raise ImportError(
-                'the classification probe needs scikit-learn: pip install "mipic-st[eval]"'
-            ) from error
+            raise ImportError('the classification probe needs scikit-learn: pip install "mipic-st[eval]"') from error
 
         draws = self._draws()
         used = np.unique(np.concatenate(draws))

@@ -239,9 +239,7 @@ class EvaluationReport:
         """
         curves = self._curves(task, ("float32", "int8", "binary"))
         several = curves["model"].nunique() > 1
-        curves["model"] = (
-            curves["model"].map(_short) + ", " + curves["precision"] if several else curves["precision"]
-        )
+        curves["model"] = curves["model"].map(_short) + ", " + curves["precision"] if several else curves["precision"]
         return self._line_plot(curves, "score (x 100)", self._title(task), path, x="bytes")
 
     def plot_layer_dim(
@@ -302,7 +300,12 @@ class EvaluationReport:
             rows = curves[curves["model"] == name].groupby(x)["score"].agg(["mean", "min", "max"]).sort_index()
             colour = _COLOURS[number % len(_COLOURS)]
             axes.plot(
-                rows.index, rows["mean"], color=colour, marker=_MARKERS[number % len(_MARKERS)], markersize=5, linewidth=1.8
+                rows.index,
+                rows["mean"],
+                color=colour,
+                marker=_MARKERS[number % len(_MARKERS)],
+                markersize=5,
+                linewidth=1.8,
             )
             if (rows["max"] > rows["min"]).any():
                 axes.fill_between(rows.index, rows["min"], rows["max"], color=colour, alpha=0.18, linewidth=0)
@@ -339,14 +342,22 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Write each line's name right of its end, moved apart so that names do not overlap."""
     low, high = axes.get_ylim()
     gap = 0.055 * (high - low)
-    placed: list[float] = []
-    for _, y, _, _ in sorted(ends, key=lambda end: end[1]):
-        placed.append(max(y, placed[-1] + gap) if placed else y)
-    # moved up only so far: shift the pile down by half of what it grew
-    surplus = placed[-1] - max(y for _, y, _, _ in ends)
     rightmost = max(x for x, _, _, _ in ends)
-    for (x, y, name, colour), at in zip(sorted(ends, key=lambda end: end[1]), placed, strict=True):
+    for x, y, name, colour in ends:
+        if x < rightmost:
+            # a line that stops early carries its name above its end: a leader would cross the others
+            axes.annotate(
+                name, (x, y), (0, 7), textcoords="offset points", ha="center", va="bottom", color=colour, fontsize=9.5
+            )
+    last = sorted((end for end in ends if end[0] == rightmost), key=lambda end: end[1])
+    placed: list[float] = []
+    for _, y, _, _ in last:
+        placed.append(max(y, placed[-1] + gap) if placed else y)
+    # the pile only grew upwards: move it down by half of what it grew
+    surplus = placed[-1] - last[-1][1]
+    for (x, y, name, colour), at in zip(last, placed, strict=True):
         target = at - surplus / 2
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4}
         axes.annotate(
             name,
             xy=(x, y),
@@ -356,9 +367,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
             color=colour,
             fontsize=9.5,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4}
-            if x < rightmost or abs(target - y) > gap / 4
-            else None,
+            arrowprops=leader if abs(target - y) > gap / 4 else None,
         )
 
 
