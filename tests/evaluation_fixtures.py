@@ -11,10 +11,14 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-WORDS = (
-    "a the cat dog bird fish sits runs flies swims on under near mat house tree river sun moon red blue green old new "
-    "big small man woman child plays reads eats sleeps fast slow happy sad query: text: and not very ."
-).split()
+# fmt: off
+WORDS = [
+    "a", "the", "cat", "dog", "bird", "fish", "sits", "runs", "flies", "swims", "on", "under",
+    "near", "mat", "house", "tree", "river", "sun", "moon", "red", "blue", "green", "old", "new",
+    "big", "small", "man", "woman", "child", "plays", "reads", "eats", "sleeps", "fast", "slow", "happy",
+    "sad", "query:", "text:", "and", "not", "very", ".",
+]
+# fmt: on
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
 

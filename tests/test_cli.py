@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from evaluation_fixtures import data_dir, minilm, sentences, tiny_model
 from sentence_transformers import SentenceTransformer
 
+from evaluation_fixtures import data_dir, minilm, sentences, tiny_model
 from mipic_st.cli import main
 
 

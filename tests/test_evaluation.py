@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from evaluation_fixtures import CountingModel, sentences, tiny_model
 from sentence_transformers.sentence_transformer.evaluation import (
     BinaryClassificationEvaluator,
     EmbeddingSimilarityEvaluator,
@@ -15,6 +14,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
     TripletEvaluator,
 )
 
+from evaluation_fixtures import CountingModel, sentences, tiny_model
 from mipic_st.embedding_store import EmbeddingStore, bytes_per_vector
 from mipic_st.evaluation import ClassificationProbeEvaluator, MatryoshkaEvaluator
 
@@ -215,7 +215,7 @@ def test_dims_above_the_width_and_unknown_layers_are_named(model):
     """Dims beyond D and layers beyond L raise with the limit."""
     with pytest.raises(ValueError, match=r"dims \[64\] exceed the model's width of 32"):
         MatryoshkaEvaluator(sts(), [8, 64])(model)
-    with pytest.raises(ValueError, match="from 0 .* to 4"):
+    with pytest.raises(ValueError, match=r"from 0 .* to 4"):
         MatryoshkaEvaluator(sts(), [8], layers=[5])(model)
 
 

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from evaluation_fixtures import sentences, tiny_model
 
+from evaluation_fixtures import sentences, tiny_model
 from mipic_st.embedding_store import EmbeddingStore
 from mipic_st.export import export_truncated, measure_speedup
 

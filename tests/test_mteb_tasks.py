@@ -1,12 +1,12 @@
-"""Invariants of evaluate_mteb on tiny local tasks: equal to mteb's own run, no collisions, resumable, random state kept."""
+"""Invariants of evaluate_mteb: equal to mteb's own run, no collisions, resumable, random state kept."""
 
 import random
 
 import numpy as np
 import pytest
 import torch
-from evaluation_fixtures import CountingModel, data_dir, minilm, sentences, tiny_model
 
+from evaluation_fixtures import CountingModel, data_dir, minilm, sentences, tiny_model
 from mipic_st import mteb_tasks
 from mipic_st.mteb_tasks import evaluate_mteb
 
@@ -58,7 +58,8 @@ def test_full_width_equals_mtebs_own_run(model, tiny_tasks, tmp_path):
     ours = run(model, tiny_tasks, [8, 32], tmp_path / "out")
     for task in tiny_tasks:
         native = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False)
-        assert ours[(task.metadata.name, 32, "float32")] == pytest.approx(native.task_results[0].get_score(), abs=1e-9)
+        # mteb's files hold 6 digits
+        assert ours[(task.metadata.name, 32, "float32")] == round(native.task_results[0].get_score(), 6)
 
 
 def test_each_text_is_encoded_once_for_all_dims(model, tiny_tasks, tmp_path, monkeypatch):
@@ -119,7 +120,7 @@ def test_random_state_of_the_caller_is_untouched(model, tiny_tasks, tmp_path):
     expected = draw()
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(7)
-    run(model, ["STS13"] if False else tiny_tasks, [8], tmp_path)
+    run(model, tiny_tasks, [8], tmp_path)
     assert draw() == expected
 
 
@@ -130,7 +131,7 @@ def test_prompts_are_honoured(tmp_path, tiny_tasks):
     ours = run(model, tiny_tasks[:1], [32], tmp_path / "b")
     native = mteb.evaluate(model, tiny_tasks[0], cache=None, co2_tracker=False, show_progress_bar=False)
     key = ("STS13", 32, "float32")
-    assert ours[key] == pytest.approx(native.task_results[0].get_score(), abs=1e-9)
+    assert ours[key] == round(native.task_results[0].get_score(), 6)
     assert ours[key] != pytest.approx(plain[key], abs=1e-6)
 
 

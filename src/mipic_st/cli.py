@@ -126,7 +126,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             skip_missing=arguments.skip_missing,
             show_progress_bar=not arguments.quiet,
         )
-        report += EvaluationReport(part.records, {name: part.info})
+        report += EvaluationReport(part.records, {str(part.records[0]["model"]) if part.records else place: part.info})
         del model
     if not len(report):
         raise ValueError("no task had data, nothing was evaluated.")
@@ -143,9 +143,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _model_names(places: Sequence[str]) -> list[str | None]:
+def _model_names(places: Sequence[str]) -> list[str]:
     """Names that tell the models apart: local folders with one basename get their parent's name too."""
-    names: list[str | None] = []
+    names: list[str] = []
     for place in places:
         folder = Path(place)
         if not folder.exists():

@@ -429,7 +429,7 @@ class EmbeddingStore:
         return space.gather(texts, state, dim)
 
     def int8_ranges(self, dim: int, layer: int | None, normalize: bool) -> np.ndarray:
-        """Smallest and largest value per position over all stored texts, shape (2, d): one calibration for all calls."""
+        """Smallest and largest value per position over all stored texts, shape (2, d): one calibration for all."""
         state = 0 if self.layers is None else self.layers.index(layer if layer is not None else self.layers[-1])
         key = (dim, state, int(normalize))
         if key not in self._ranges:
@@ -473,6 +473,11 @@ class DimView:
         return getattr(self._store.model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse the forward pass: its output has no dim.
+
+        Raises:
+            TypeError: Always.
+        """
         raise TypeError(
             "this evaluator runs the model's forward pass itself instead of model.encode, so it cannot be evaluated "
             "per dimension; use an evaluator that encodes, such as ClassificationProbeEvaluator for labels."
@@ -541,6 +546,6 @@ class DimView:
         """Quantise with sentence-transformers, then widen the codes to float32 as its own evaluators do."""
         if self._precision == "int8":
             ranges = self._store.int8_ranges(self._dim, self._layer, self._normalize)
-            return quantize_embeddings(vectors, "int8", ranges=ranges).astype(np.float32)
+            return np.asarray(quantize_embeddings(vectors, "int8", ranges=ranges)).astype(np.float32)
         packed = quantize_embeddings(vectors, "ubinary")
         return np.unpackbits(packed, axis=1, count=self._dim).astype(np.float32)

@@ -42,8 +42,8 @@ class MatryoshkaEvaluator(BaseEvaluator):
     uncut width stays as the model gives it). Metrics carry the dim in the data set's name, so they land in trainer logs
     and in the model card's tables: ``sts-dev-64_spearman_cosine``, with layers ``sts-dev-L4-64_spearman_cosine``, with
     precisions ``sts-dev-64-int8_spearman_cosine``. The mean and the worst dim of the wrapped evaluator's primary metric
-    are added: ``sts-dev-mean_spearman_cosine``, ``sts-dev-worst_spearman_cosine``. An evaluator without a name counts as
-    ``dim``: ``dim-64_spearman_cosine``.
+    are added: ``sts-dev-mean_spearman_cosine``, ``sts-dev-worst_spearman_cosine``. An evaluator without a name
+    counts as ``dim``: ``dim-64_spearman_cosine``.
 
     For a pre-norm backbone (Qwen3, ModernBERT, Gemma3) the states of an intermediate layer pass the model's final norm:
     a cell is the score of what `export_truncated` gives for it.
@@ -55,8 +55,8 @@ class MatryoshkaEvaluator(BaseEvaluator):
             the final vector.
         precisions: Columns, from ``"float32"`` (always there), ``"int8"``, ``"binary"``. int8 is calibrated at each dim
             on all texts of the evaluation.
-        primary: Which score selects checkpoints: one of ``dims``, ``"mean"`` or ``"worst"``, over float32 vectors of the
-            deepest layer.
+        primary: Which score selects checkpoints: one of ``dims``, ``"mean"`` or ``"worst"``, over float32 vectors of
+            the deepest layer.
         normalize: Renormalise after the cut. With False the vectors are those of ``encode(truncate_dim=...)``.
 
     Raises:
@@ -94,7 +94,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
         for leaf in leaves:
             if getattr(leaf, "truncate_dim", None) is not None:
                 raise ValueError(
-                    f"evaluator {leaf.__class__.__name__} has truncate_dim={leaf.truncate_dim}; leave it unset, "  # type: ignore[attr-defined]
+                    f"evaluator {leaf.__class__.__name__} has truncate_dim={leaf.truncate_dim}; leave it unset, "
                     "dims says where to cut."
                 )
         repeated = [name for name, count in Counter(_name(leaf) for leaf in leaves).items() if count > 1]
@@ -118,7 +118,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
         self.peak_store_bytes = 0
         self._copies: dict[tuple[int | None, int, str], BaseEvaluator] = {}
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
         """Evaluate all cells.
@@ -172,7 +172,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
         values = [value for _, value in main.values()]
         some_dim = self.dims[-1]
         some_key = main[some_dim][0]
-        own = f"{self.name}-{_cell_label(self.layers and max(self.layers), some_dim, 'float32')}"
+        own = f"{self.name}-{_cell_label(None if self.layers is None else max(self.layers), some_dim, 'float32')}"
         suffix = some_key[len(own) :] if some_key.startswith(own) else "_" + some_key
         worst = min(values) if self.greater_is_better else max(values)
         summary = {
@@ -416,7 +416,7 @@ class ClassificationProbeEvaluator(BaseEvaluator):
             draws.append(np.array(chosen))
         return draws
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
         """Encode, fit, score.

@@ -34,8 +34,8 @@ def export_truncated(
     """A copy of the model that stops after ``layer`` and gives ``dim`` values.
 
     The backbone is built anew with fewer layers (a pre-norm backbone keeps its final norm); a Dense module without bias
-    whose weight selects the first ``dim`` values follows, then Normalize. All of it is sentence-transformers' own, so the
-    saved folder loads where this package is not installed. The result is checked against the grid cell
+    whose weight selects the first ``dim`` values follows, then Normalize. All of it is sentence-transformers' own, so
+    the saved folder loads where this package is not installed. The result is checked against the grid cell
     ``(layer, dim)`` of `MatryoshkaEvaluator` before it is returned. The model that was passed in is left alone.
 
     Args:
@@ -82,7 +82,7 @@ def export_truncated(
     exported = SentenceTransformer(
         modules=modules,
         device=str(model.device),
-        prompts=dict(model.prompts),
+        prompts=dict(model.prompts),  # type: ignore[arg-type]
         default_prompt_name=model.default_prompt_name,
         similarity_fn_name=model.similarity_fn_name,
     )
@@ -110,7 +110,7 @@ def _cut_backbone(auto_model: Any, layer: int) -> Any:
     missing = [name for name, value in wanted.items() if name not in weights or weights[name].shape != value.shape]
     if missing:
         raise TypeError(
-            f"{type(auto_model).__name__} cannot be cut at layer {layer}: no weights for {missing[:3]}; leave layer out."
+            f"{type(auto_model).__name__} cannot be cut at layer {layer}: no weights for {missing[:3]}. Leave it out."
         )
     cut.load_state_dict({name: weights[name] for name in wanted})
     return cut.eval()

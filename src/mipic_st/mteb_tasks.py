@@ -75,7 +75,7 @@ def _import_mteb() -> Any:
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """mteb reseeds random, numpy and torch when imported, when a task is made and when one is evaluated."""
+    """Keep the caller's random state: mteb reseeds random, numpy and torch on import, per task, per run."""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
@@ -245,11 +245,10 @@ def _evaluate(
                     if not there and precision == "int8" and not len(store):
                         # float32 came from an earlier run: fill the store, so that int8 is calibrated on all texts
                         run(task, store, (dim, "float32"), None)
-                    result = (
-                        cache.load_task_result(task.metadata.name, metas[cell])
-                        if there
-                        else run(task, store, cell, cache)
-                    )
+                    if not there:
+                        run(task, store, cell, cache)
+                    # read back also when fresh: mteb rounds to 6 digits in its files, and a resumed run must not differ
+                    result = cache.load_task_result(task.metadata.name, metas[cell])
                     peak = max(peak, store.nbytes)
                     records.append(
                         {
@@ -400,8 +399,8 @@ def _attach_local(task: Any, data_dir: Path | None) -> bool:
         expected = stats.get(split, {}).get("num_samples")
         if expected is not None and expected != len(frame):
             raise ValueError(
-                f"{str(path)!r} has {len(frame)} rows, {name}'s {split} part has {expected}: scores of partial data must "
-                f"not carry the task's name. Use the whole set."
+                f"{str(path)!r} has {len(frame)} rows, {name}'s {split} part has {expected}: scores of partial data "
+                f"must not carry the task's name. Use the whole set."
             )
         parts[split] = Dataset.from_pandas(frame[columns], preserve_index=False)
     task.dataset = DatasetDict(parts)
