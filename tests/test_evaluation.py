@@ -8,6 +8,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
     LabelAccuracyEvaluator,
+    NanoBEIREvaluator,
     ParaphraseMiningEvaluator,
     RerankingEvaluator,
     SequentialEvaluator,
@@ -105,6 +106,25 @@ def test_store_ignores_the_models_own_truncate_dim(tmp_path):
     """A model loaded with truncate_dim=8 is still scored at 16."""
     model = tiny_model(tmp_path, truncate_dim=8)
     assert EmbeddingStore(model).view(16).encode(A).shape == (24, 16)
+
+
+def test_nano_beir_equals_the_native_one(model, monkeypatch):
+    """NanoBEIR's data sets and their mean equal the native evaluator's at each dim (data made on the spot)."""
+    parts = {
+        "corpus": [{"_id": f"d{i}", "text": text} for i, text in enumerate(B)],
+        "queries": [{"_id": f"q{i}", "text": text} for i, text in enumerate(A[:6])],
+        "qrels": [{"query-id": f"q{i}", "corpus-id": f"d{i}"} for i in range(6)],
+    }
+    monkeypatch.setattr(
+        NanoBEIREvaluator, "_load_dataset_subset_split", lambda self, subset, split, required_columns: parts[subset]
+    )
+    names = ["msmarco", "nq"]
+    ours = MatryoshkaEvaluator(NanoBEIREvaluator(names), [4, 32], primary=4)
+    scores = ours(model)
+    native = NanoBEIREvaluator(names, truncate_dim=4)(model)
+    for key in ("NanoBEIR_mean{}_cosine_ndcg@10", "NanoMSMARCO{}_cosine_map@100"):
+        assert scores[key.format("-4")] == pytest.approx(native[key.format("_4")], abs=1e-6)
+    assert ours.primary_metric == "NanoBEIR_mean-4_cosine_ndcg@10"
 
 
 @pytest.mark.parametrize("primary", [9, "mean", "worst"])

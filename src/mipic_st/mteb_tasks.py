@@ -309,7 +309,7 @@ def fingerprint(model: SentenceTransformer) -> str:
         "similarity": str(model.similarity_fn_name),
         "length": model.max_seq_length,
         "modules": [
-            (type(module).__name__, module.get_config_dict() if hasattr(module, "get_config_dict") else "")
+            (type(module).__name__, module.get_config_dict() if hasattr(module, "get_config_dict") else "")  # type: ignore[operator]
             for module in model.children()
         ],
     }

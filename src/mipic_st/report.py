@@ -343,11 +343,19 @@ def _label_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     low, high = axes.get_ylim()
     gap = 0.055 * (high - low)
     rightmost = max(x for x, _, _, _ in ends)
-    for x, y, name, colour in ends:
-        if x < rightmost:
-            # a line that stops early carries its name above its end: a leader would cross the others
+    # lines that stop early carry their names above their ends, where a leader would cross other lines
+    for early in sorted({x for x, _, _, _ in ends if x < rightmost}):
+        group = sorted((end for end in ends if end[0] == early), key=lambda end: end[1])
+        for place, (x, _, name, colour) in enumerate(group):
             axes.annotate(
-                name, (x, y), (0, 7), textcoords="offset points", ha="center", va="bottom", color=colour, fontsize=9.5
+                name,
+                (x, group[-1][1]),
+                (0, 7 + 12 * place),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                color=colour,
+                fontsize=9.5,
             )
     last = sorted((end for end in ends if end[0] == rightmost), key=lambda end: end[1])
     placed: list[float] = []
