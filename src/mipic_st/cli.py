@@ -1,0 +1,230 @@
+"""The command ``mipic-st``: evaluate models per dimension, export cut models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+_EVAL_EPILOG = """examples:
+  mipic-st eval sentence-transformers/all-MiniLM-L6-v2 --tasks sts --dims 32 64 128 384 --output results
+  mipic-st eval ./run-a ./run-b --tasks STS13 Banking77Classification --data-dir data --dims 16 64 --output results
+
+what is in --output afterwards: results/ (mteb's files, so a second run does only what is missing), report.md,
+report.csv, report.json, report.tex, and plots as PNG and SVG.
+exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    from mipic_st import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="mipic-st", description="Matryoshka embeddings: evaluate per dimension, export cut models."
+    )
+    parser.add_argument("--version", action="version", version=f"mipic-st {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "eval",
+        help="score models on MTEB tasks at several dims, encoding once",
+        description="Score models on MTEB tasks at several dims. Every text is encoded once per model.",
+        epilog=_EVAL_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("models", nargs="+", metavar="MODEL", help="hub name or local folder")
+    run.add_argument(
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="TASK",
+        help="presets (`mipic-st tasks` lists them), MTEB task names, or one benchmark",
+    )
+    run.add_argument("--dims", nargs="+", type=int, metavar="DIM", help="default: powers of 2 from 16, and full width")
+    run.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results, tables and plots")
+    run.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with local data, looked at before the hub")
+    run.add_argument(
+        "--precisions",
+        nargs="+",
+        default=["float32"],
+        choices=["float32", "int8", "binary"],
+        metavar="P",
+        help="float32 (default), int8, binary",
+    )
+    run.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts per forward pass (default: 32)")
+    run.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
+    run.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+    run.add_argument("--no-normalize", action="store_true", help="do not renormalise after the cut")
+    run.add_argument("--overwrite", action="store_true", help="run again what is in --output already")
+    run.add_argument("--skip-missing", action="store_true", help="leave out tasks without data instead of failing")
+    run.add_argument("--no-plots", action="store_true", help="write tables only")
+    run.add_argument("--quiet", action="store_true", help="no progress bars, no table on the terminal")
+    run.set_defaults(function=_eval)
+
+    cut = commands.add_parser(
+        "export",
+        help="save a model cut to its first layers and dims",
+        description="Save a plain SentenceTransformer with fewer layers and dims; it loads without this package.",
+        epilog="example:\n  mipic-st export ./run-a --layer 4 --dim 64 --output ./run-a-small",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cut.add_argument("model", metavar="MODEL", help="hub name or local folder")
+    cut.add_argument("--layer", type=int, metavar="L", help="last layer to keep (default: all)")
+    cut.add_argument("--dim", type=int, metavar="D", help="values to keep (default: all)")
+    cut.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
+    cut.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
+    cut.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+    cut.set_defaults(function=_export)
+
+    presets = commands.add_parser("tasks", help="list task presets with their sizes and expected minutes")
+    presets.set_defaults(function=_tasks)
+    return parser
+
+
+def _load(name: str, device: str | None, trust_remote_code: bool):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(name, device=device, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        kind = "folder" if Path(name).exists() else "folder or reachable hub model"
+        raise ValueError(f"model {name!r} cannot be loaded as a {kind}: {str(error).splitlines()[0]}") from error
+
+
+def _default_dims(width: int) -> list[int]:
+    dims = [2**power for power in range(4, 12) if 2**power < width]
+    return [*dims, width]
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from mipic_st.embedding_store import full_width
+    from mipic_st.mteb_tasks import evaluate_mteb
+    from mipic_st.report import EvaluationReport
+
+    names = _model_names(arguments.models)
+    tasks = arguments.tasks[0] if len(arguments.tasks) == 1 else arguments.tasks
+    report = EvaluationReport([])
+    for place, name in zip(arguments.models, names, strict=True):
+        if not arguments.quiet:
+            print(f"{place}", file=sys.stderr)
+        model = _load(place, arguments.device, arguments.trust_remote_code)
+        part = evaluate_mteb(
+            model,
+            tasks,
+            arguments.dims or _default_dims(full_width(model)),
+            output=arguments.output,
+            model_name=name,
+            data_dir=arguments.data_dir,
+            precisions=list(dict.fromkeys(["float32", *arguments.precisions])),
+            batch_size=arguments.batch_size,
+            normalize=not arguments.no_normalize,
+            overwrite=arguments.overwrite,
+            skip_missing=arguments.skip_missing,
+            show_progress_bar=not arguments.quiet,
+        )
+        report += EvaluationReport(part.records, {str(part.records[0]["model"]) if part.records else place: part.info})
+        del model
+    if not len(report):
+        raise ValueError("no task had data, nothing was evaluated.")
+    output: Path = arguments.output
+    report.to_csv(output / "report.csv")
+    report.to_json(output / "report.json")
+    report.to_latex(output / "report.tex")
+    table = report.to_markdown(output / "report.md")
+    if not arguments.no_plots:
+        _plots(report, output)
+    if not arguments.quiet:
+        print(table)
+    print(f"written to {output}", file=sys.stderr)
+    return EXIT_OK
+
+
+def _model_names(places: Sequence[str]) -> list[str]:
+    """Names that tell the models apart: local folders with one basename get their parent's name too."""
+    names: list[str] = []
+    for place in places:
+        folder = Path(place)
+        if not folder.exists():
+            names.append(place)
+            continue
+        folder = folder.resolve()
+        same = [other for other in places if other != place and Path(other).resolve().name == folder.name]
+        names.append(f"local/{folder.parent.name}-{folder.name}" if same else f"local/{folder.name}")
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise ValueError(
+            f"MODEL: {sorted(map(str, repeated))} named twice; give each model once, from folders with different names."
+        )
+    return names
+
+
+def _plots(report, output: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+    except ImportError:
+        print('no plots: pip install "mipic-st[plot]"', file=sys.stderr)
+        return
+    report.plot_score_by_dim(output / "score_by_dim")
+    report.plot_retained(output / "retained")
+    if len({record["precision"] for record in report.records}) > 1:
+        report.plot_quality_by_bytes(output / "quality_by_bytes")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from mipic_st.export import export_truncated, measure_speedup
+
+    output: Path = arguments.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output {str(output)!r} exists and is not an empty folder; name a new one.")
+    model = _load(arguments.model, arguments.device, arguments.trust_remote_code)
+    exported = export_truncated(model, arguments.layer, arguments.dim)
+    figures = measure_speedup(model, exported)
+    exported.save_pretrained(str(output))
+    statement = {"layer": arguments.layer, "dim": arguments.dim, **figures}
+    (output / "export.json").write_text(json.dumps(statement, indent=1) + "\n", encoding="utf-8")
+    print(
+        f"{output}: {figures['speedup']:.2f} times as fast ({figures['seconds_full']:.3f} s to "
+        f"{figures['seconds_cut']:.3f} s for 128 sentences on {model.device}), "
+        f"{figures['parameters_cut'] / 1e6:.1f} of {figures['parameters_full'] / 1e6:.1f} million parameters"
+    )
+    return EXIT_OK
+
+
+def _tasks(arguments: argparse.Namespace) -> int:
+    from mipic_st.mteb_tasks import PRESETS
+
+    for name, preset in PRESETS.items():
+        print(f"{name:15} {preset.texts:7,} texts, about {preset.minutes:g} min on two CPU cores (22M parameters)")
+        print(f"{'':15} {', '.join(preset.tasks)}")
+    return EXIT_OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; None takes the process's.
+
+    Returns:
+        Exit code: 0 done, 1 failed with a message on stderr, 2 wrong arguments, 130 interrupted.
+    """
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return int(arguments.function(arguments))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"mipic-st: {error}", file=sys.stderr)
+        return EXIT_FAILED

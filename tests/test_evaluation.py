@@ -1,0 +1,334 @@
+"""Invariants of the evaluation: one encoding, no dim's score for another, equal to the native evaluators."""
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers.sentence_transformer.evaluation import (
+    BinaryClassificationEvaluator,
+    EmbeddingSimilarityEvaluator,
+    InformationRetrievalEvaluator,
+    LabelAccuracyEvaluator,
+    NanoBEIREvaluator,
+    ParaphraseMiningEvaluator,
+    RerankingEvaluator,
+    SequentialEvaluator,
+    TripletEvaluator,
+)
+
+from evaluation_fixtures import CountingModel, sentences, tiny_model
+from mipic_st.embedding_store import EmbeddingStore, bytes_per_vector
+from mipic_st.evaluation import ClassificationProbeEvaluator, MatryoshkaEvaluator
+
+DIMS = [4, 9, 32]
+A, B, C = sentences(24, 1), sentences(24, 2), sentences(24, 3)
+SCORES = [((7 * i) % 24) / 24 for i in range(24)]
+
+
+def sts(**kwargs):
+    return EmbeddingSimilarityEvaluator(A, B, SCORES, **{"name": "sts-dev", **kwargs})
+
+
+def make(kind, **kwargs):
+    ids = {f"d{i}": text for i, text in enumerate(B)}
+    queries = {f"q{i}": text for i, text in enumerate(A[:8])}
+    if kind == "sts":
+        return sts(**kwargs)
+    if kind == "binary":
+        return BinaryClassificationEvaluator(A, B, [i % 2 for i in range(24)], name="pairs", **kwargs)
+    if kind == "triplet":
+        return TripletEvaluator(A, B, C, name="trip", **kwargs)
+    if kind == "ir":
+        relevant = {f"q{i}": {f"d{i}", f"d{i + 3}"} for i in range(8)}
+        return InformationRetrievalEvaluator(queries, ids, relevant, name="ir", corpus_chunk_size=10, **kwargs)
+    if kind == "rerank":
+        samples = [{"query": A[i], "positive": [B[i]], "negative": [B[i + 1], C[i]]} for i in range(10)]
+        return RerankingEvaluator(samples, name="rerank", **kwargs)
+    return ParaphraseMiningEvaluator(ids, [("d0", "d1"), ("d2", "d5")], name="mining", **kwargs)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("kind", ["sts", "binary", "triplet", "ir", "rerank", "mining"])
+def test_equals_the_native_evaluator_at_each_dim(model, kind):
+    """Every metric at every dim equals the native evaluator with truncate_dim to 1e-6."""
+    ours = MatryoshkaEvaluator(make(kind), DIMS)(model)
+    for dim in DIMS:
+        native_evaluator = make(kind, truncate_dim=dim)
+        name = native_evaluator.name
+        for key, value in native_evaluator(model).items():
+            if "threshold" in key:
+                continue
+            assert ours[f"{name}-{dim}_{key.removeprefix(name + '_')}"] == pytest.approx(value, abs=1e-6), (dim, key)
+
+
+def test_scores_differ_between_dims(model):
+    """The equality above would also hold for a store that always answered with one dim, were all scores alike."""
+    scores = MatryoshkaEvaluator(sts(), DIMS)(model)
+    assert len({round(scores[f"sts-dev-{dim}_spearman_cosine"], 6) for dim in DIMS}) == len(DIMS)
+
+
+def test_every_distinct_text_is_encoded_once(model, monkeypatch):
+    """Repeated texts, several evaluators and seven dims: one encoding per distinct text, empty string included."""
+    counted = CountingModel(model, monkeypatch)
+    repeated = EmbeddingSimilarityEvaluator([A[0], A[0], ""], [B[0], A[0], B[0]], [0.1, 1.0, 0.3], name="rep")
+    MatryoshkaEvaluator(SequentialEvaluator([sts(), make("triplet"), repeated]), [2, 4, 8, 12, 16, 24, 32])(model)
+    assert sorted(counted.texts) == sorted({*A, *B, *C, ""})
+
+
+def test_prompts_keep_texts_apart(tmp_path, monkeypatch):
+    """A query prompt makes the same text another vector, as in the native evaluator."""
+    model = tiny_model(tmp_path, prompts={"query": "query: "})
+    same = TripletEvaluator(A, A, C, name="t")
+    CountingModel(model, monkeypatch)
+    store = EmbeddingStore(model)
+    view = store.view(8, normalize=False)
+    query, document = view.encode_query(A), view.encode_document(A)
+    np.testing.assert_allclose(query, model.encode_query(A, truncate_dim=8), atol=1e-6)
+    np.testing.assert_allclose(document, model.encode_document(A, truncate_dim=8), atol=1e-6)
+    assert np.abs(query - document).max() > 1e-3
+    MatryoshkaEvaluator(same, [8])(model)
+
+
+def test_cut_vectors_have_unit_length_and_the_full_width_is_the_models(tmp_path):
+    """Renormalised below full width; untouched at it, also for a model without Normalize."""
+    model = tiny_model(tmp_path, normalize=False)
+    store = EmbeddingStore(model)
+    np.testing.assert_allclose(np.linalg.norm(store.view(8).encode(A), axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(store.view(32).encode(A), model.encode(A), atol=1e-5)
+    raw = store.view(8, normalize=False).encode(A)
+    np.testing.assert_allclose(raw, model.encode(A, truncate_dim=8), atol=1e-5)
+
+
+def test_store_ignores_the_models_own_truncate_dim(tmp_path):
+    """A model loaded with truncate_dim=8 is still scored at 16."""
+    model = tiny_model(tmp_path, truncate_dim=8)
+    assert EmbeddingStore(model).view(16).encode(A).shape == (24, 16)
+
+
+def test_nano_beir_equals_the_native_one(model, monkeypatch):
+    """NanoBEIR's data sets and their mean equal the native evaluator's at each dim (data made on the spot)."""
+    parts = {
+        "corpus": [{"_id": f"d{i}", "text": text} for i, text in enumerate(B)],
+        "queries": [{"_id": f"q{i}", "text": text} for i, text in enumerate(A[:6])],
+        "qrels": [{"query-id": f"q{i}", "corpus-id": f"d{i}"} for i in range(6)],
+    }
+    monkeypatch.setattr(
+        NanoBEIREvaluator, "_load_dataset_subset_split", lambda self, subset, split, required_columns: parts[subset]
+    )
+    names = ["msmarco", "nq"]
+    ours = MatryoshkaEvaluator(NanoBEIREvaluator(names), [4, 32], primary=4)
+    scores = ours(model)
+    native = NanoBEIREvaluator(names, truncate_dim=4)(model)
+    for key in ("NanoBEIR_mean{}_cosine_ndcg@10", "NanoMSMARCO{}_cosine_map@100"):
+        assert scores[key.format("-4")] == pytest.approx(native[key.format("_4")], abs=1e-6)
+    assert ours.primary_metric == "NanoBEIR_mean-4_cosine_ndcg@10"
+
+
+@pytest.mark.parametrize("primary", [9, "mean", "worst"])
+def test_primary_metric_is_the_chosen_one(model, primary):
+    """The primary key is in the result and holds the dim's score, the mean or the minimum."""
+    evaluator = MatryoshkaEvaluator(sts(), DIMS, primary=primary)
+    scores = evaluator(model)
+    per_dim = [scores[f"sts-dev-{dim}_spearman_cosine"] for dim in DIMS]
+    assert evaluator.primary_metric == f"sts-dev-{primary}_spearman_cosine"
+    expected = {9: per_dim[1], "mean": float(np.mean(per_dim)), "worst": min(per_dim)}[primary]
+    assert scores[evaluator.primary_metric] == pytest.approx(expected)
+
+
+def test_csv_files_are_one_per_dim(model, tmp_path):
+    """No dim writes into another dim's CSV file, and a second run appends."""
+    evaluator = MatryoshkaEvaluator(sts(), DIMS)
+    evaluator(model, output_path=str(tmp_path))
+    evaluator(model, output_path=str(tmp_path))
+    for dim in DIMS:
+        lines = (tmp_path / f"similarity_evaluation_sts-dev-{dim}_results.csv").read_text().splitlines()
+        assert len(lines) == 3
+        assert lines[0].count(",") == lines[1].count(",")
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+@pytest.mark.parametrize("dim", [9, 32])
+def test_quantised_columns_equal_the_native_ones(model, precision, dim):
+    """int8 and binary scores equal EmbeddingSimilarityEvaluator(precision=...), odd dims included."""
+    ours = MatryoshkaEvaluator(sts(), [dim], precisions=["float32", precision])(model)
+    native = sts(precision=precision, truncate_dim=dim)(model)
+    key = f"sts-dev-{dim}-{precision}_spearman_cosine"
+    assert ours[key] == pytest.approx(native["sts-dev_spearman_cosine"], abs=1e-6)
+
+
+def test_bytes_per_vector():
+    """4 bytes, 1 byte, 1 bit per value, bits rounded up to bytes."""
+    assert [bytes_per_vector(9, p) for p in ("float32", "int8", "binary")] == [36, 9, 2]
+
+
+def test_last_layer_of_the_grid_is_the_model(model):
+    """The last layer's cells equal the scores without layers; a lower layer's differ; the config flag is restored."""
+    plain = MatryoshkaEvaluator(sts(), DIMS)(model)
+    grid = MatryoshkaEvaluator(sts(), DIMS, layers=[1, 4])(model)
+    for dim in DIMS:
+        key = f"{dim}_spearman_cosine"
+        assert grid[f"sts-dev-L4-{key}"] == pytest.approx(plain[f"sts-dev-{key}"], abs=1e-6)
+        assert abs(grid[f"sts-dev-L1-{key}"] - plain[f"sts-dev-{key}"]) > 1e-4
+    assert model[0].auto_model.config.output_hidden_states is False
+
+
+def test_flag_is_restored_after_an_error(model, monkeypatch):
+    """An exception inside the grid's forward leaves config and training mode as they were."""
+    model.train()
+    monkeypatch.setattr(model[0], "forward", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        MatryoshkaEvaluator(sts(), DIMS, layers=[1])(model)
+    assert model[0].auto_model.config.output_hidden_states is False
+    assert model.training
+    model.eval()
+
+
+def test_nan_embeddings_are_named(tmp_path):
+    """NaN raises with the number of texts and the first one, instead of a silent NaN score."""
+    model = tiny_model(tmp_path)
+    with torch.no_grad():
+        model[0].auto_model.embeddings.word_embeddings.weight[5] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or infinite values for \d+ of \d+ texts, the first is '"):
+        MatryoshkaEvaluator(sts(), DIMS)(model)
+
+
+def test_vectors_are_freed(model):
+    """After a call the evaluator holds scores only, and says how large the vectors were."""
+    evaluator = MatryoshkaEvaluator(sts(), DIMS)
+    evaluator(model)
+    assert evaluator.peak_store_bytes == len({*A, *B}) * 32 * 4
+
+
+def test_sequence_scores_every_evaluator(model):
+    """A SequentialEvaluator's parts keep their names, and its score gets the dim."""
+    evaluator = MatryoshkaEvaluator(SequentialEvaluator([make("triplet"), sts()]), [4, 32], primary=4)
+    scores = evaluator(model)
+    assert {"trip-4_cosine_accuracy", "sts-dev-32_spearman_cosine", "dim-mean_sequential_score"} <= set(scores)
+    assert scores["dim-4_sequential_score"] == scores["sts-dev-4_spearman_cosine"]
+    assert evaluator.primary_metric == "dim-4_sequential_score"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dims": []}, "dims is empty"),
+        ({"dims": [8, 8]}, "twice"),
+        ({"dims": [0]}, "at least 1"),
+        ({"dims": [8], "primary": 9}, "primary must be"),
+        ({"dims": [8], "precisions": ["int8"]}, "must include 'float32'"),
+        ({"dims": [8], "precisions": ["float32", "int4"]}, "int4"),
+        ({"dims": [8], "evaluator": sts(truncate_dim=8)}, "leave it unset"),
+        ({"dims": [8], "evaluator": SequentialEvaluator([sts(), sts()])}, "share the name 'sts-dev'"),
+        ({"dims": [8], "layers": []}, "layers is empty"),
+    ],
+)
+def test_bad_arguments_are_named_at_construction(arguments, message):
+    """Bad arguments raise before any model is seen."""
+    with pytest.raises(ValueError, match=message):
+        MatryoshkaEvaluator(**{"evaluator": sts(), **arguments})
+
+
+def test_dims_above_the_width_and_unknown_layers_are_named(model):
+    """Dims beyond D and layers beyond L raise with the limit."""
+    with pytest.raises(ValueError, match=r"dims \[64\] exceed the model's width of 32"):
+        MatryoshkaEvaluator(sts(), [8, 64])(model)
+    with pytest.raises(ValueError, match=r"from 0 .* to 4"):
+        MatryoshkaEvaluator(sts(), [8], layers=[5])(model)
+
+
+def test_evaluator_that_does_not_encode_is_refused(model):
+    """LabelAccuracyEvaluator runs the forward pass itself; its scores would say nothing about dims."""
+    loader = torch.utils.data.DataLoader([])
+    with pytest.raises((TypeError, ZeroDivisionError)):
+        MatryoshkaEvaluator(LabelAccuracyEvaluator(loader, name="x", softmax_model=None), [8])(model)
+
+
+def probe(**kwargs):
+    words = ["cat", "dog", "bird"] * 12
+    train = [f"{text} {word} {word}" for text, word in zip(sentences(36, 5), words, strict=True)]
+    test = [f"{word} {text}" for text, word in zip(sentences(36, 6), words, strict=True)]
+    return ClassificationProbeEvaluator(train, words, test, words, name="animals", **kwargs)
+
+
+def test_probe_equals_a_plain_loop(model):
+    """MTEB's protocol, written out: chained shuffles, k per label, mean accuracy and macro-F1, renormalised vectors."""
+    from collections import defaultdict
+
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import accuracy_score, f1_score
+
+    evaluator = probe(n_experiments=3, samples_per_label=4, seed=42)
+    ours = MatryoshkaEvaluator(evaluator, [8])(model)
+    train = model.encode(evaluator.train_texts)[:, :8]
+    test = model.encode(evaluator.test_texts)[:, :8]
+    train /= np.linalg.norm(train, axis=1, keepdims=True)
+    test /= np.linalg.norm(test, axis=1, keepdims=True)
+    indices, accuracy, f1 = list(range(36)), [], []
+    for _ in range(3):
+        np.random.RandomState(42).shuffle(indices)
+        seen, chosen = defaultdict(int), []
+        for i in indices:
+            if seen[evaluator.train_labels[i]] < 4:
+                chosen.append(i)
+                seen[evaluator.train_labels[i]] += 1
+        fitted = LogisticRegression(max_iter=100, random_state=42).fit(train[chosen], evaluator.train_labels[chosen])
+        predicted = fitted.predict(test)
+        accuracy.append(accuracy_score(evaluator.test_labels, predicted))
+        f1.append(f1_score(evaluator.test_labels, predicted, average="macro"))
+    assert ours["animals-8_accuracy"] == pytest.approx(np.mean(accuracy), abs=1e-6)
+    assert ours["animals-8_macro_f1"] == pytest.approx(np.mean(f1), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((["a", "b"], [0, 0], ["c"], [0]), "one class only, 0"),
+        ((["a", "b"], [0], ["c"], [0]), "train_texts has 2 entries and train_labels 1"),
+        ((["a", "b"], [0, 1], ["c"], [2]), "test_labels holds"),
+        ((["a", "b"], [0, 1], [], []), "test_texts is empty"),
+    ],
+)
+def test_probe_names_bad_labels(arguments, message):
+    """One class, lengths that differ, unknown test labels and empty parts raise at construction."""
+    with pytest.raises(ValueError, match=message):
+        ClassificationProbeEvaluator(*arguments)
+
+
+@pytest.mark.slow
+def test_inside_the_trainer(tmp_path):
+    """Scores land in the logs, the model card and the choice of the best checkpoint."""
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    model = tiny_model(tmp_path)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(tmp_path / "run"),
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_sts-dev-9_spearman_cosine",
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"anchor": A, "positive": B}),
+        loss=MultipleNegativesRankingLoss(model),
+        evaluator=MatryoshkaEvaluator(sts(), DIMS, primary=9),
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_sts-dev-9_spearman_cosine" in entry]
+    assert len(logged) == 2
+    assert trainer.state.best_metric == max(entry["eval_sts-dev-9_spearman_cosine"] for entry in logged)
+    model.save_pretrained(str(tmp_path / "final"))
+    card = (tmp_path / "final" / "README.md").read_text()
+    assert "sts-dev-4" in card
+    assert "sts-dev-32" in card
