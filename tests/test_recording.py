@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 
 import pytest
+import sentence_transformers
 import torch
+from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import (
@@ -150,6 +152,10 @@ def test_recording_attention_without_eager_is_an_error(tiny_model):
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_pooling_of_a_layer_is_the_models_own(tiny_model, pooling, padding_side):
     """The query vector of an intermediate layer equals what a model cut at that layer would embed."""
+    if (pooling, padding_side) == ("weightedmean", "left") and Version(sentence_transformers.__version__) < Version(
+        "6.2"
+    ):
+        pytest.skip("before sentence-transformers 6.2, weightedmean counted left padding as positions")
     model = tiny_model("bert", pooling=pooling, padding_side=padding_side)
     features = model.preprocess(sentences(6))
     with recording.record_states(model, DEPTH) as recorder:
