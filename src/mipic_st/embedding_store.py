@@ -7,15 +7,16 @@ patched. Symbols: n texts, S stored states (1, or one per requested layer), D fu
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device, quantize_embeddings
+
+from mipic_st.recording import hidden_states_requested
 
 logger = logging.getLogger(__name__)
 
@@ -177,18 +178,6 @@ def final_norm(auto_model: torch.nn.Module) -> torch.nn.Module | None:
     return None
 
 
-@contextlib.contextmanager
-def _hidden_states_on(transformer: Any) -> Iterator[None]:
-    """Ask the backbone for all hidden states through its config, for the length of the block."""
-    config = transformer.auto_model.config
-    before = config.output_hidden_states
-    config.output_hidden_states = True
-    try:
-        yield
-    finally:
-        config.output_hidden_states = before
-
-
 def encode_layers(
     model: SentenceTransformer,
     texts: Sequence[str],
@@ -232,7 +221,7 @@ def encode_layers(
     was_training = model.training
     model.eval()
     try:
-        with _hidden_states_on(transformer), torch.inference_mode():
+        with hidden_states_requested(model), torch.inference_mode():
             for start in trange(0, len(order), batch_size, desc="Batches", disable=not show_progress_bar):
                 rows = order[start : start + batch_size]
                 features = batch_to_device(

@@ -303,6 +303,32 @@ class Recorder:
 
 
 @contextmanager
+def hidden_states_requested(model: nn.Module) -> Iterator[bool]:
+    """Ask every encoder of the model for its hidden states, through its config, for the duration of the block.
+
+    Args:
+        model: The outermost model.
+
+    Yields:
+        Whether any of them was asked before.
+    """
+    configs = {
+        id(config): config
+        for module in unwrap(model).modules()
+        if isinstance(module, Transformer)
+        for config in (module.auto_model.config, module.auto_model.config.get_text_config())
+    }
+    before = {key: config.output_hidden_states for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            config.output_hidden_states = True
+        yield any(before.values())
+    finally:
+        for key, config in configs.items():
+            config.output_hidden_states = before[key]
+
+
+@contextmanager
 def record_states(model: nn.Module, depth: int, attentions: str = "no") -> Iterator[Recorder]:
     """Record the hidden states of every forward pass of the model inside the block.
 
@@ -322,22 +348,10 @@ def record_states(model: nn.Module, depth: int, attentions: str = "no") -> Itera
             "MIPICLoss's heads cannot be trained by DeepSpeed, which reduces the gradients of the model's own "
             "parameters only. Use DistributedDataParallel (torchrun without a DeepSpeed config), or alpha=1."
         )
-    configs = {
-        id(config): config
-        for module in unwrap(model).modules()
-        if isinstance(module, Transformer)
-        for config in (module.auto_model.config, module.auto_model.config.get_text_config())
-    }
-    before = {key: config.output_hidden_states for key, config in configs.items()}
-    recorder = Recorder(depth, attentions, leave_states=any(before.values()))
-    with replaced_forward(model, recorder.wrap):
-        try:
-            for config in configs.values():
-                config.output_hidden_states = True
+    with hidden_states_requested(model) as before:
+        recorder = Recorder(depth, attentions, leave_states=before)
+        with replaced_forward(model, recorder.wrap):
             yield recorder
-        finally:
-            for key, config in configs.items():
-                config.output_hidden_states = before[key]
 
 
 class _TruncatedPasses:
