@@ -309,10 +309,6 @@ def _patched(model):
         (_Summed, "_Summed holds CachedMultipleNegativesRankingLoss, which embeds in its backward pass"),
         (_OwnCache, "_OwnCache caches gradients but has no embed_minibatch and no calculate_loss"),
         (_patched, "was wrapped before: its calculate_loss was replaced by CachedLossDecorator"),
-        (
-            lambda m: losses.MatryoshkaLoss(m, losses.CachedMultipleNegativesRankingLoss(m), DIMS),
-            "MatryoshkaLoss caches gradients but has no embed_minibatch",
-        ),
     ],
 )
 def test_unsupported_ones_are_refused_at_construction(tiny_model, make, message):

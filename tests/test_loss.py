@@ -8,6 +8,7 @@ import json
 import logging
 import random
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -561,8 +562,10 @@ def test_presets_can_be_overridden_and_are_checked(tiny_model):
 
 BAD = [
     ({"matryoshka_dims": []}, ValueError, "matryoshka_dims is empty"),
-    ({"matryoshka_dims": "32"}, TypeError, "matryoshka_dims must be a sequence of integers"),
-    ({"matryoshka_dims": 32}, TypeError, "matryoshka_dims must be a sequence of integers"),
+    ({"matryoshka_dims": "32"}, TypeError, "matryoshka_dims must be a sequence"),
+    ({"matryoshka_dims": 32}, TypeError, "matryoshka_dims must be a sequence"),
+    ({"matryoshka_weights": 2}, TypeError, "matryoshka_weights must be a sequence"),
+    ({"gammas": 0.5}, TypeError, "gammas must be a sequence"),
     ({"matryoshka_dims": [32, 8.0]}, TypeError, r"matryoshka_dims must be integers, got \[8.0\]"),
     ({"matryoshka_dims": [32, True]}, TypeError, "matryoshka_dims must be integers"),
     ({"matryoshka_dims": [32, 0]}, ValueError, r"matryoshka_dims must be > 0, got \[0\]"),
@@ -622,6 +625,32 @@ def test_bad_arguments_are_refused_at_construction(tiny_model, bad, error, messa
     with pytest.raises(error, match=message):
         MIPICLoss(**arguments)
     assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("wrapper", [losses.MatryoshkaLoss, losses.Matryoshka2dLoss, MIPICLoss])
+def test_losses_that_repeat_their_base_loss_are_refused(tiny_model, wrapper):
+    """MIPICLoss stands in their place, not around them."""
+    model = tiny_model()
+    inner = wrapper(model, losses.MultipleNegativesRankingLoss(model), DIMS)
+    with pytest.raises(TypeError, match="give MIPICLoss the base loss itself"):
+        MIPICLoss(model, inner, DIMS)
+
+
+def test_numpy_and_tensor_arguments_are_numbers(tiny_model):
+    """Arrays, tensors and their scalars mean the same as lists, and the card's settings stay JSON."""
+    model = tiny_model()
+    base = losses.MultipleNegativesRankingLoss(model)
+    plain = MIPICLoss(
+        model, base, [32, 8, 4], [1.0, 2.0, 0.5], alpha=0.5, sia_layers=[1, 3], gammas=[0.25, 0.5],
+        pic_checkpoints=[(8, 1), (32, 3)], min_k=2,
+    )  # fmt: skip
+    arrays = MIPICLoss(
+        model, base, np.array([32, 8, 4]), torch.tensor([1.0, 2.0, 0.5]), alpha=np.float32(0.5),
+        sia_layers=np.array([1, 3]), gammas=np.array([0.25, 0.5]), pic_checkpoints=np.array([(8, 1), (32, 3)]),
+        min_k=np.int64(2),
+    )  # fmt: skip
+    assert json.dumps(arrays.get_config_dict()) == json.dumps(plain.get_config_dict())
+    assert run(arrays, model)[0] == run(plain, model)[0]
 
 
 def test_static_embedding_model_is_refused(tiny_model):

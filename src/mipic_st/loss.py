@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import numbers
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
+from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, MatryoshkaLoss
 from sentence_transformers.util import all_gather
 from torch import Tensor, distributed, nn
 
@@ -184,6 +186,12 @@ class MIPICLoss(nn.Module):
         super().__init__()
         if not isinstance(loss, nn.Module):
             raise TypeError(f"loss must be a sentence-transformers loss (a torch.nn.Module), got {loss!r}.")
+        wrappers = (MIPICLoss, MatryoshkaLoss, AdaptiveLayerLoss)
+        if inner := next((module for module in loss.modules() if isinstance(module, wrappers)), None):
+            raise TypeError(
+                f"loss holds a {type(inner).__name__}, which runs its own base loss several times. MIPICLoss takes its "
+                "place: give MIPICLoss the base loss itself."
+            )
         self._uses_cache = require_supported(loss)
         width = embedding_width(model)
         self.model = model
@@ -669,14 +677,23 @@ class MIPICLoss(nn.Module):
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _as_list(name: str, values: Any, example: str) -> list[Any]:
+    """Any sequence, NumPy array or tensor as a list of plain values."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence, e.g. {example}, got {values!r}.")
+    return values.tolist() if hasattr(values, "tolist") else list(values)
 
 
 def _checked_dims(dims: Any, weights: Any, width: int | None) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Validate dims and weights, and return both sorted by descending dim."""
-    if isinstance(dims, str) or not isinstance(dims, Iterable):
-        raise TypeError(f"matryoshka_dims must be a sequence of integers, e.g. [384, 64, 16], got {dims!r}.")
-    dims = list(dims)
+    dims = _as_list("matryoshka_dims", dims, "[384, 64, 16]")
     if not dims:
         raise ValueError("matryoshka_dims is empty: give at least one dimension, e.g. [384, 64, 16].")
     if wrong := [dim for dim in dims if not _is_whole(dim)]:
@@ -691,12 +708,12 @@ def _checked_dims(dims: Any, weights: Any, width: int | None) -> tuple[tuple[int
         raise ValueError(f"matryoshka_dims {[dim for dim in dims if dim > width]} exceed the model's width of {width}.")
     if weights is None:
         weights = [1] * len(dims)
-    weights = list(weights)
+    weights = _as_list("matryoshka_weights", weights, "[1, 1, 2]")
     if len(weights) != len(dims):
         raise ValueError(
             f"matryoshka_weights must have one weight per dimension: {len(dims)} dims, {len(weights)} weights."
         )
-    if wrong := [weight for weight in weights if not isinstance(weight, int | float) or not 0 <= weight < float("inf")]:
+    if wrong := [weight for weight in weights if not _is_number(weight) or not 0 <= weight < float("inf")]:
         raise ValueError(f"matryoshka_weights must be finite and >= 0, got {wrong}.")
     if width is not None and width not in dims:
         logger.warning(
@@ -706,7 +723,7 @@ def _checked_dims(dims: Any, weights: Any, width: int | None) -> tuple[tuple[int
             dims,
         )
     pairs = sorted(zip(dims, weights, strict=True), reverse=True)
-    return tuple(dim for dim, _ in pairs), tuple(weight for _, weight in pairs)
+    return tuple(int(dim) for dim, _ in pairs), tuple(weight for _, weight in pairs)
 
 
 def _checked_dims_per_step(count: Any, dims: int) -> int:
@@ -718,8 +735,9 @@ def _checked_dims_per_step(count: Any, dims: int) -> int:
 
 
 def _checked_number(name: str, value: Any, least: float, most: float = float("inf"), exclusive: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}.")
+    value = value if isinstance(value, int) else float(value)
     within = (least < value if exclusive else least <= value) and value <= most and value != float("inf")
     if not within:
         bounds = f"{'>' if exclusive else '>='} {least}" + (
@@ -732,7 +750,7 @@ def _checked_number(name: str, value: Any, least: float, most: float = float("in
 def _checked_count(name: str, value: Any, least: int = 1) -> int:
     if not _is_whole(value) or value < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
-    return value
+    return int(value)
 
 
 def _checked_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
@@ -751,7 +769,7 @@ def _checked_layers(layers: Any, depth: int) -> tuple[int, ...]:
         raise ValueError(f"sia_layers must be layers from 1 to the model's depth of {depth}, got {wrong}.")
     if len(set(layers)) < len(layers):
         raise ValueError(f"sia_layers has duplicates: {layers}.")
-    return tuple(sorted(layers))
+    return tuple(sorted(int(layer) for layer in layers))
 
 
 def _checked_checkpoints(checkpoints: Any, depth: int, width: int) -> tuple[tuple[int, int], ...]:
@@ -779,19 +797,19 @@ def _checked_checkpoints(checkpoints: Any, depth: int, width: int) -> tuple[tupl
             raise ValueError(
                 f"pic_checkpoints must go from shallow and narrow to deep and wide, but {after} follows {before}."
             )
-    return pairs
+    return tuple((int(dim), int(layer)) for dim, layer in pairs)
 
 
 def _checked_gammas(gammas: Any, prefixes: int) -> tuple[float, ...]:
     if gammas is None:
         return presets.default_gammas(prefixes)
-    gammas = tuple(gammas)
+    gammas = tuple(_as_list("gammas", gammas, "[0.2, 0.4, 0.7]"))
     if len(gammas) != prefixes:
         raise ValueError(
             f"gammas must have one share per prefix below the full width: {prefixes} prefixes, {len(gammas)} gammas."
         )
-    if wrong := [gamma for gamma in gammas if not isinstance(gamma, int | float) or not 0 < gamma <= 1]:
+    if wrong := [gamma for gamma in gammas if not _is_number(gamma) or not 0 < gamma <= 1]:
         raise ValueError(f"gammas must be shares of the tokens in (0, 1], got {wrong}.")
     if list(gammas) != sorted(gammas):
         raise ValueError(f"gammas must ascend with the prefix, so that the sets are nested, got {gammas}.")
-    return gammas
+    return tuple(float(gamma) for gamma in gammas)
