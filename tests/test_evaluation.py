@@ -1,6 +1,7 @@
 """Invariants of the evaluation: one encoding, no dim's score for another, equal to the native evaluators."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sentence_transformers.base.evaluation import BaseEvaluator
@@ -250,6 +251,32 @@ def test_evaluator_that_does_not_encode_is_refused(model):
 
     with pytest.raises(TypeError, match="encode"):
         MatryoshkaEvaluator(Forward(), [8])(model)
+
+
+@pytest.mark.parametrize("bad", [8, 32])
+def test_worst_does_not_hide_a_score_that_is_not_a_number(model, bad):
+    """Whichever dim it is at, a NaN shows in mean and worst."""
+
+    class Scores(BaseEvaluator):
+        name = "x"
+
+        def __call__(self, model, output_path=None, epoch=-1, steps=-1):
+            width = model.encode(["cat"]).shape[-1]
+            self.primary_metric = f"{self.name}_score"
+            return {f"{self.name}_score": float("nan") if width == bad else 0.5}
+
+    results = MatryoshkaEvaluator(Scores(), [8, 32])(model)
+    assert np.isnan(results["x-worst_score"])
+    assert np.isnan(results["x-mean_score"])
+
+
+def test_probe_draws_from_labels_of_pandas(model):
+    """Labels may be strings in a pandas column, also with drawn texts."""
+    labels = pd.Series(["a", "b"] * 6)
+    evaluator = ClassificationProbeEvaluator(
+        sentences(12, 5), labels, sentences(4, 6), ["a", "b", "a", "b"], n_experiments=2, samples_per_label=3, name="p"
+    )
+    assert MatryoshkaEvaluator(evaluator, [8])(model)["p-8_accuracy"] >= 0
 
 
 def probe(**kwargs):

@@ -416,7 +416,7 @@ def test_set_matryoshka_config_by_hand(tiny_model, tmp_path):
     model.save(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["matryoshka_dimensions"], config["mipic_checkpoints"]) == ([16, 32], [[16, 2], [32, 3]])
-    for dims in ([], [0, 8], [WIDTH + 1]):
+    for dims in ([], [0, 8], [WIDTH + 1], "16", [8.5], [True]):
         with pytest.raises(ValueError, match="matryoshka_dims must be from 1 to the model's width of 32"):
             set_matryoshka_config(model, dims)
     static = SentenceTransformer(modules=[StaticEmbedding(make_tokenizer().backend_tokenizer, embedding_dim=16)])

@@ -174,7 +174,8 @@ class MatryoshkaEvaluator(BaseEvaluator):
         some_key = main[some_dim][0]
         own = f"{self.name}-{_cell_label(None if self.layers is None else max(self.layers), some_dim, 'float32')}"
         suffix = some_key[len(own) :] if some_key.startswith(own) else "_" + some_key
-        worst = min(values) if self.greater_is_better else max(values)
+        # NumPy's: a score that is not a number must not hide behind the others
+        worst = float(np.min(values) if self.greater_is_better else np.max(values))
         summary = {
             f"{self.name}-mean{suffix}": float(np.mean(values)),
             f"{self.name}-worst{suffix}": float(worst),
@@ -409,7 +410,7 @@ class ClassificationProbeEvaluator(BaseEvaluator):
             taken: Counter[Any] = Counter()
             chosen = []
             for row in rows:
-                label = self.train_labels[row].item()
+                label = self.train_labels[row]
                 if taken[label] < self.samples_per_label:
                     taken[label] += 1
                     chosen.append(row)

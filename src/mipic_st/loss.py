@@ -212,7 +212,7 @@ class MIPICLoss(nn.Module):
         self.token_importance = _checked_choice("token_importance", token_importance, ("similarity", "attention"))
         self.gather_across_devices = bool(gather_across_devices)
         self.seed = _checked_count("seed", seed, least=0)
-        self._dim_generator = random.Random(seed)
+        self._dim_generator = random.Random(self.seed)
         # Set by MIPICCallback: for error messages, and where fp16's gradient scaler skips bad batches by itself.
         self.global_step: int | None = None
         self.skips_nonfinite = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mipic_st.loss import MIPICLoss
-from mipic_st.recording import unwrap
+from mipic_st.recording import embedding_width, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,11 @@ def set_matryoshka_config(
         >>> model.save("my-model")  # doctest: +SKIP
     """
     inner = unwrap(model)
-    dims = sorted({int(dim) for dim in matryoshka_dims})
-    width = inner.get_embedding_dimension() if getattr(inner, "truncate_dim", None) is None else None
+    width = embedding_width(inner)
+    whole = not isinstance(matryoshka_dims, str) and all(
+        isinstance(dim, numbers.Integral) and not isinstance(dim, bool) for dim in matryoshka_dims
+    )
+    dims = sorted({int(dim) for dim in matryoshka_dims}) if whole else []
     if not dims or dims[0] < 1 or (width is not None and dims[-1] > width):
         raise ValueError(
             f"matryoshka_dims must be from 1 to the model's width of {width}, at least one of them, got "
