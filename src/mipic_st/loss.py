@@ -63,7 +63,7 @@ class MIPICLoss(nn.Module):
     early sentence vectors to wide, late ones (each target is a constant). Use it when embeddings are served at small
     dimensions. Evaluation and serving need nothing of it: the trained model is a plain SentenceTransformer.
 
-    .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC}) \qquad (Eq. 18)
+    .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC}) \qquad \text{(Eq. 18)}
 
     With ``alpha=1``, or all three weights zero, no alignment term is active: the base term is then not scaled, nothing
     is recorded, and loss and gradients are those of ``MatryoshkaLoss`` to the last bit.

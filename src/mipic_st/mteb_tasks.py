@@ -63,6 +63,7 @@ PRESETS: dict[str, TaskPreset] = {
     ),
     "pair": TaskPreset(("TwitterSemEval2015", "SprintDuplicateQuestions", "TwitterURLCorpus"), 338_622, 20.0),
 }
+"""Task presets by name, as ``mipic-st tasks`` lists them."""
 
 
 def _import_mteb() -> Any:
