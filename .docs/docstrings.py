@@ -21,7 +21,12 @@ def to_markdown(text: str) -> str:
     text = _MATH_BLOCK.sub(lambda m: f"{m[1]}$${' '.join(m[2].split())}$$", text)
     text = _TABLE_RULE.sub("", text)
     if _TABLE_HEAD_RULE.search(text):
-        text = re.sub(r"^( *)\+=[=+]+\+$", lambda m: re.sub(r"\+", "|", m[0].replace("=", "-")), text, flags=re.M)
+        text = re.sub(
+            r"^( *)\+=[=+]+\+$",
+            lambda m: re.sub(r"\+", "|", m[0].replace("=", "-")),
+            text,
+            flags=re.M,
+        )
     # the name under which griffe draws doctests as code
     return re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
 

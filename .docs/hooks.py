@@ -13,7 +13,9 @@ from mkdocs.structure.files import File, Files
 
 README = Path(__file__).parents[1] / "README.md"
 
-_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+_FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
+)
 _SECTION = re.compile(r"<!-- readme: (.+?) -->")
 _IMAGE = re.compile(r"!\[([^]]*)\]\((?!https?:)([^)]+)\)")
 _LINK = re.compile(r"(?<!!)\[([^]]*)\]\((?!https?:)([^)]+)\)")
@@ -37,13 +39,21 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
 def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
     """Publish the README's pictures with it."""
     for _, path in _IMAGE.findall(README.read_text(encoding="utf-8")):
-        files.append(File.generated(config, _published(path), abs_src_path=str(README.parent / path)))
+        files.append(
+            File.generated(
+                config, _published(path), abs_src_path=str(README.parent / path)
+            )
+        )
     return files
 
 
 def readme_section(heading: str) -> str:
     """The text under one heading of the README; relative links, which lead nowhere on the site, become plain text."""
-    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", README.read_text(encoding="utf-8"), re.M | re.S)
+    found = re.search(
+        rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)",
+        README.read_text(encoding="utf-8"),
+        re.M | re.S,
+    )
     if found is None:
         raise PluginError(f"README.md has no section {heading!r}")
     text = _IMAGE.sub(lambda match: f"![{match[1]}]({_published(match[2])})", found[1])
