@@ -37,7 +37,7 @@ def bytes_per_vector(dim: int, precision: str = "float32") -> int:
         precision: ``"float32"``, ``"int8"`` or ``"binary"``.
 
     Returns:
-        Bytes: 4 per value, 1 per value, or 1 per started group of 8 values.
+        Number of bytes, 4 per value, 1 per value, or 1 per started group of 8 values.
 
     Raises:
         ValueError: If ``precision`` is not one of the three.

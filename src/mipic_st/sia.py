@@ -279,7 +279,7 @@ def topk_cka_loss(
         detach_teacher: Whether the full-width side is a constant.
 
     Returns:
-        Values (B, n) and their validity (B, n). CKA of a constant is undefined: a set of one token, or of equal
+        Values (B, n) and their validity (B, n). CKA of a constant is undefined, so a set of one token, or of equal
         tokens, has value zero and is not valid.
     """
     length, width = hidden.shape[1:]
