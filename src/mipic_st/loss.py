@@ -435,7 +435,7 @@ class MIPICLoss(nn.Module):
             labels: Whatever the base loss takes; embeddings of the full width (distillation) are cut like the outputs.
 
         Returns:
-            ``{"matryoshka": L_MRL}``, or one entry per key of a dict-valued base loss.
+            L_MRL under the name ``matryoshka``, or one entry per key of a dict-valued base loss.
         """
         totals: dict[str, Tensor] = {}
         width = embedding_width(self.model)
