@@ -47,7 +47,11 @@ class Observation(NamedTuple):
     links: list[tuple[Tensor, Tensor]]
 
     def pack(self) -> Tensor:
-        """All of it side by side, (R, X)."""
+        """All of it side by side.
+
+        Returns:
+            (R, X), for the cache of a gradient-cached base loss.
+        """
         parts = [part for layer in self.layers for part in layer]
         parts += [part for link in self.links for part in link]
         kind = torch.promote_types(parts[-1].dtype, torch.float32)
@@ -479,6 +483,16 @@ class MIPICLoss(nn.Module):
 
         A base loss may run several columns in one forward pass, one after the other; a pass of k * B rows then holds k
         columns.
+
+        Args:
+            recorder: What was recorded.
+            features: One dict of model inputs per column.
+
+        Returns:
+            B.
+
+        Raises:
+            RuntimeError: If nothing was recorded, or passes cannot be split into columns of B sentences.
         """
         if not recorder.passes:
             raise RuntimeError(
@@ -619,7 +633,14 @@ class MIPICLoss(nn.Module):
         return self.pic_weight * self.aggregate(torch.stack(links))
 
     def lifts(self, layer: int) -> list[Tensor] | None:
-        """The lifts P of one layer in ascending order of their prefix, or None if the attention term is off."""
+        """The lifts P of one layer in ascending order of their prefix, or None if the attention term is off.
+
+        Args:
+            layer: One of ``sia_layers``.
+
+        Returns:
+            One (d, D) parameter per prefix.
+        """
         if "sia" not in self.mipic_heads:
             return None
         return [self.mipic_heads.get_parameter(f"sia.{layer}.{dim}") for dim in self.prefixes]
@@ -629,7 +650,14 @@ class MIPICLoss(nn.Module):
         return list(self.mipic_heads["pic"].children())
 
     def aggregate(self, values: Tensor) -> Tensor:
-        """Add or average over layers, prefixes and links."""
+        """Add or average over layers, prefixes and links (Eq. 13, 14 and 17).
+
+        Args:
+            values: The terms, any shape.
+
+        Returns:
+            Scalar.
+        """
         return values.sum() if self.aggregation == "sum" else values.mean()
 
     def get_config_dict(self) -> dict[str, Any]:
