@@ -17,7 +17,8 @@ _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
 )
 _SECTION = re.compile(r"<!-- readme: (.+?) -->")
-_IMAGE = re.compile(r"!\[([^]]*)\]\((?!https?:)([^)]+)\)")
+# ![...](path) and <img src="path">
+_IMAGE = re.compile(r'(!\[[^]]*\]\(|\bsrc(?:set)?=")(?!https?:)([^)"]+)')
 _LINK = re.compile(r"(?<!!)\[([^]]*)\]\((?!https?:)([^)]+)\)")
 
 
@@ -38,12 +39,10 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
 
 def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
     """Publish the README's pictures with it."""
-    for _, path in _IMAGE.findall(README.read_text(encoding="utf-8")):
-        files.append(
-            File.generated(
-                config, _published(path), abs_src_path=str(README.parent / path)
-            )
-        )
+    pictures = {path for _, path in _IMAGE.findall(README.read_text(encoding="utf-8"))}
+    for path in sorted(pictures):
+        source = str(README.parent / path)
+        files.append(File.generated(config, _published(path), abs_src_path=source))
     return files
 
 
@@ -56,7 +55,7 @@ def readme_section(heading: str) -> str:
     )
     if found is None:
         raise PluginError(f"README.md has no section {heading!r}")
-    text = _IMAGE.sub(lambda match: f"![{match[1]}]({_published(match[2])})", found[1])
+    text = _IMAGE.sub(lambda match: match[1] + _published(match[2]), found[1])
     return _LINK.sub(r"\1", text).strip()
 
 

@@ -276,6 +276,46 @@ def documented_build():
     return re.search(r"mkdocs (build .+)", (PAGES / "index.md").read_text(encoding="utf-8"))[1].split()
 
 
+@pytest.fixture
+def hooks(monkeypatch, tmp_path):
+    """The site's hooks, reading a README of one section with a picture and links."""
+    for package in ("mkdocs", "latex2mathml"):
+        pytest.importorskip(package, reason="needs the docs extra")
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / ".docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        '# x\n\n## Results\n\n![curve](.pictures/a.png) <img src="./b.svg">\n[log](LOG.md), [web](https://x.org)\n'
+        "\n## Next\n\nother\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(module, "README", readme)
+    return module
+
+
+def test_readme_sections_are_put_in(hooks):
+    """A page gets the section alone; pictures get the site's paths, links to files of the checkout become text."""
+    expected = '![curve](pictures/a.png) <img src="b.svg">\nlog, [web](https://x.org)'
+    assert hooks.on_page_markdown("a\n<!-- readme: Results -->\nb") == f"a\n{expected}\nb"
+
+
+def test_a_missing_readme_section_stops_the_build(hooks):
+    """A heading that was renamed in the README is an error, not an empty page."""
+    with pytest.raises(Exception, match="no section 'Resultats'"):
+        hooks.on_page_markdown("<!-- readme: Resultats -->")
+
+
+def test_formulas_become_mathml(hooks):
+    """Inline and displayed formulas; text around them stays."""
+    inline = hooks.on_page_content(r'a <span class="arithmatex">\(x &lt; y\)</span> b')
+    assert inline.startswith("a <math")
+    assert inline.endswith("</math> b")
+    assert "&#x0003C;" in inline or "&lt;" in inline
+    block = hooks.on_page_content('<div class="arithmatex">\\[\nx\n\\]</div>')
+    assert 'display="block"' in block
+
+
 @pytest.mark.slow
 def test_site_builds_without_warnings(tmp_path):
     """The documented command, strict; every formula is MathML and no page loads anything from elsewhere."""
