@@ -123,9 +123,9 @@ class MIPICLoss(nn.Module):
         one (d, D) lift per SIA layer and prefix, and one two-layer head per PIC link, all under ``mipic_heads``.
 
     Returns:
-        Scalars by name, already weighted; their sum is the loss. Names are ``matryoshka`` (``matryoshka_<key>`` for
-        each key of a dict-valued base loss), ``sia_attention``, ``sia_cka`` and ``pic``; inactive terms are absent. The
-        trainer logs each.
+        dict[str, Tensor]: Scalars, already weighted, whose sum is the loss. Names are ``matryoshka``
+        (``matryoshka_<key>`` for each key of a dict-valued base loss), ``sia_attention``, ``sia_cka`` and ``pic``;
+        inactive terms are absent. The trainer logs each.
 
     Raises:
         ValueError: If an argument is out of its range, a dim exceeds the model's width, a layer its depth, or the
