@@ -105,14 +105,7 @@ def check_precisions(precisions: Sequence[str]) -> tuple[str, ...]:
 
 
 def full_width(model: SentenceTransformer) -> int:
-    """The width D of the model's vectors, whatever ``truncate_dim`` it was loaded with.
-
-    Args:
-        model: The model.
-
-    Returns:
-        D.
-    """
+    """The width D of the model's vectors, whatever ``truncate_dim`` it was loaded with."""
     if model.truncate_dim is None:
         width = model.get_embedding_dimension()
         if width is not None:
@@ -122,13 +115,6 @@ def full_width(model: SentenceTransformer) -> int:
 
 def check_dims_fit(dims: Sequence[int], model: SentenceTransformer) -> int:
     """Return the model's width, or say which dims exceed it.
-
-    Args:
-        dims: The dims.
-        model: The model.
-
-    Returns:
-        The width D.
 
     Raises:
         ValueError: If a dim is larger than the width.
@@ -162,14 +148,7 @@ def transformer_of(model: SentenceTransformer) -> Any:
 
 
 def layer_count(model: SentenceTransformer) -> int:
-    """How many encoder layers the model has (layer 0 is the embedding layer).
-
-    Args:
-        model: The model.
-
-    Returns:
-        The number of the last layer.
-    """
+    """How many encoder layers the model has (layer 0 is the embedding layer)."""
     return int(_text_config(transformer_of(model)).num_hidden_layers)
 
 

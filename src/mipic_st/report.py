@@ -162,27 +162,13 @@ class EvaluationReport:
         return _written(self.frame().to_csv(index=False), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """All scores and ``info``; `from_json` reads them back. NaN becomes null.
-
-        Args:
-            path: File to write to, if any.
-
-        Returns:
-            The JSON text.
-        """
+        """All scores and ``info``; `from_json` reads them back. NaN becomes null."""
         records = [{**record, "score": _none_if_nan(record["score"])} for record in self.records]
         return _written(json.dumps({"info": self.info, "records": records}, indent=1, default=str) + "\n", path)
 
     @classmethod
     def from_json(cls, path: str | Path) -> EvaluationReport:
-        """Read what `to_json` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            An equal report.
-        """
+        """Read what `to_json` wrote."""
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         records = [
             {**record, "score": float("nan") if record["score"] is None else record["score"]}
