@@ -159,9 +159,12 @@ def flags_of(script):
 
 
 @pytest.mark.parametrize("words", commands())
-def test_command_lines_parse(words):
+def test_command_lines_parse(words, tmp_path, monkeypatch):
     """``mipic-st`` lines are accepted by its parser; scripts exist and know the options they are given."""
     if words[0] == "mipic-st":
+        monkeypatch.chdir(tmp_path)
+        for folder in ("data", "run-a", "run-b"):  # what the reader has
+            Path(folder).mkdir()
         arguments = cli._parser().parse_args(words[1:])
         assert isinstance(arguments, argparse.Namespace)
         return
