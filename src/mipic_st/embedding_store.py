@@ -37,7 +37,7 @@ def bytes_per_vector(dim: int, precision: str = "float32") -> int:
         precision: ``"float32"``, ``"int8"`` or ``"binary"``.
 
     Returns:
-        Bytes: 4 per value, 1 per value, or 1 per started group of 8 values.
+        Number of bytes, 4 per value, 1 per value, or 1 per started group of 8 values.
 
     Raises:
         ValueError: If ``precision`` is not one of the three.
@@ -129,6 +129,12 @@ def check_dims_fit(dims: Sequence[int], model: SentenceTransformer) -> int:
 def transformer_of(model: SentenceTransformer) -> Any:
     """The model's first module, if it is a Transformer that knows layers.
 
+    Args:
+        model: The model.
+
+    Returns:
+        The module.
+
     Raises:
         TypeError: If the model starts with something else (StaticEmbedding, Router, WordEmbeddings).
     """
@@ -148,6 +154,13 @@ def layer_count(model: SentenceTransformer) -> int:
 
 def check_layers(layers: Sequence[int], model: SentenceTransformer) -> tuple[int, ...]:
     """Validate layer numbers against the model and sort them upwards.
+
+    Args:
+        layers: Distinct layer numbers, 0 to L.
+        model: The model.
+
+    Returns:
+        The layers, ascending.
 
     Raises:
         ValueError: If one is outside 0..L or given twice.
@@ -169,6 +182,12 @@ def final_norm(auto_model: torch.nn.Module) -> torch.nn.Module | None:
     """The norm after the last layer of a pre-norm encoder (Qwen3, ModernBERT, Gemma3, T5), or None.
 
     A model cut after layer l still runs this norm, so a grid cell must too: the grid scores what can be exported.
+
+    Args:
+        auto_model: The encoder of transformers.
+
+    Returns:
+        The module.
     """
     for holder in (auto_model, getattr(auto_model, "encoder", None)):
         for name in _FINAL_NORM_NAMES:
@@ -326,6 +345,9 @@ class EmbeddingStore:
             precision: ``"float32"``, ``"int8"`` or ``"binary"``.
             normalize: Renormalise after the cut. Uncut float32 vectors stay as the model gives them.
 
+        Returns:
+            An object with the model's ``encode`` methods.
+
         Raises:
             ValueError: If the dim exceeds the width or the layer is not stored.
         """
@@ -365,6 +387,20 @@ class EmbeddingStore:
         **kwargs: Any,
     ) -> np.ndarray:
         """Cut vectors of ``texts``, encoding those that are new.
+
+        Args:
+            texts: The texts, n of them.
+            method: ``"encode"``, ``"encode_query"`` or ``"encode_document"``: whose prompt is meant.
+            dim: Width of the vectors.
+            layer: One of the store's layers; None for the final vector.
+            prompt_name: Name of a prompt of the model.
+            prompt: A prompt itself; wins over the name.
+            batch_size: Texts per forward pass.
+            show_progress_bar: Show a bar while encoding.
+            **kwargs: Passed on to the model; other values make another entry of the store.
+
+        Returns:
+            float32 array of shape (n, dim), not renormalised.
 
         Raises:
             TypeError: If an input is not a text.
@@ -418,7 +454,16 @@ class EmbeddingStore:
         return space.gather(texts, state, dim)
 
     def int8_ranges(self, dim: int, layer: int | None, normalize: bool) -> np.ndarray:
-        """Smallest and largest value per position over all stored texts, shape (2, d): one calibration for all."""
+        """Smallest and largest value per position over all stored texts: one calibration for all.
+
+        Args:
+            dim: Width of the vectors.
+            layer: One of the store's layers; None for the final vector.
+            normalize: Whether vectors are renormalised after the cut.
+
+        Returns:
+            Array of shape (2, dim).
+        """
         state = 0 if self.layers is None else self.layers.index(layer if layer is not None else self.layers[-1])
         key = (dim, state, int(normalize))
         if key not in self._ranges:
@@ -434,7 +479,14 @@ class EmbeddingStore:
 
 
 def unit_length(vectors: np.ndarray) -> np.ndarray:
-    """Scale rows to length 1; rows of zeros stay zero."""
+    """Scale rows to length 1; rows of zeros stay zero.
+
+    Args:
+        vectors: (n, d).
+
+    Returns:
+        (n, d).
+    """
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(norms, 1e-12)
 

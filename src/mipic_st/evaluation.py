@@ -229,6 +229,9 @@ class MatryoshkaEvaluator(BaseEvaluator):
             model: Name of the model in tables.
             seed: Training seed, if several runs of one model are to be drawn as a band.
 
+        Returns:
+            The report.
+
         Raises:
             RuntimeError: If nothing was evaluated yet.
         """

@@ -47,7 +47,11 @@ class Observation(NamedTuple):
     links: list[tuple[Tensor, Tensor]]
 
     def pack(self) -> Tensor:
-        """All of it side by side, (R, X)."""
+        """All of it side by side.
+
+        Returns:
+            (R, X), for the cache of a gradient-cached base loss.
+        """
         parts = [part for layer in self.layers for part in layer]
         parts += [part for link in self.links for part in link]
         kind = torch.promote_types(parts[-1].dtype, torch.float32)
@@ -63,7 +67,7 @@ class MIPICLoss(nn.Module):
     early sentence vectors to wide, late ones (each target is a constant). Use it when embeddings are served at small
     dimensions. Evaluation and serving need nothing of it: the trained model is a plain SentenceTransformer.
 
-    .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC}) \qquad (Eq. 18)
+    .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC}) \qquad \text{(Eq. 18)}
 
     With ``alpha=1``, or all three weights zero, no alignment term is active: the base term is then not scaled, nothing
     is recorded, and loss and gradients are those of ``MatryoshkaLoss`` to the last bit.
@@ -119,9 +123,9 @@ class MIPICLoss(nn.Module):
         one (d, D) lift per SIA layer and prefix, and one two-layer head per PIC link, all under ``mipic_heads``.
 
     Returns:
-        A dict of scalars, already weighted, whose sum is the loss: ``matryoshka`` (``matryoshka_<key>`` for each key
-        of a dict-valued base loss), ``sia_attention``, ``sia_cka`` and ``pic``; inactive terms are absent. The trainer
-        logs each.
+        dict[str, Tensor]: Scalars, already weighted, whose sum is the loss. Names are ``matryoshka``
+        (``matryoshka_<key>`` for each key of a dict-valued base loss), ``sia_attention``, ``sia_cka`` and ``pic``;
+        inactive terms are absent. The trainer logs each.
 
     Raises:
         ValueError: If an argument is out of its range, a dim exceeds the model's width, a layer its depth, or the
@@ -435,7 +439,7 @@ class MIPICLoss(nn.Module):
             labels: Whatever the base loss takes; embeddings of the full width (distillation) are cut like the outputs.
 
         Returns:
-            ``{"matryoshka": L_MRL}``, or one entry per key of a dict-valued base loss.
+            L_MRL under the name ``matryoshka``, or one entry per key of a dict-valued base loss.
         """
         totals: dict[str, Tensor] = {}
         width = embedding_width(self.model)
@@ -479,6 +483,16 @@ class MIPICLoss(nn.Module):
 
         A base loss may run several columns in one forward pass, one after the other; a pass of k * B rows then holds k
         columns.
+
+        Args:
+            recorder: What was recorded.
+            features: One dict of model inputs per column.
+
+        Returns:
+            B.
+
+        Raises:
+            RuntimeError: If nothing was recorded, or passes cannot be split into columns of B sentences.
         """
         if not recorder.passes:
             raise RuntimeError(
@@ -619,7 +633,14 @@ class MIPICLoss(nn.Module):
         return self.pic_weight * self.aggregate(torch.stack(links))
 
     def lifts(self, layer: int) -> list[Tensor] | None:
-        """The lifts P of one layer in ascending order of their prefix, or None if the attention term is off."""
+        """The lifts P of one layer in ascending order of their prefix, or None if the attention term is off.
+
+        Args:
+            layer: One of ``sia_layers``.
+
+        Returns:
+            One (d, D) parameter per prefix.
+        """
         if "sia" not in self.mipic_heads:
             return None
         return [self.mipic_heads.get_parameter(f"sia.{layer}.{dim}") for dim in self.prefixes]
@@ -629,7 +650,14 @@ class MIPICLoss(nn.Module):
         return list(self.mipic_heads["pic"].children())
 
     def aggregate(self, values: Tensor) -> Tensor:
-        """Add or average over layers, prefixes and links."""
+        """Add or average over layers, prefixes and links (Eq. 13, 14 and 17).
+
+        Args:
+            values: The terms, any shape.
+
+        Returns:
+            Scalar.
+        """
         return values.sum() if self.aggregation == "sum" else values.mean()
 
     def get_config_dict(self) -> dict[str, Any]:

@@ -63,6 +63,7 @@ PRESETS: dict[str, TaskPreset] = {
     ),
     "pair": TaskPreset(("TwitterSemEval2015", "SprintDuplicateQuestions", "TwitterURLCorpus"), 338_622, 20.0),
 }
+"""Task presets by name, as ``mipic-st tasks`` lists them."""
 
 
 def _import_mteb() -> Any:
@@ -287,7 +288,15 @@ def _meta(base: Any, dim: int, precision: str, normalize: bool) -> Any:
 
 
 def model_name_of(model: SentenceTransformer, name: str | None = None) -> str:
-    """A name of the form ``organisation/model`` for result folders."""
+    """A name of the form ``organisation/model`` for result folders.
+
+    Args:
+        model: The model.
+        name: The name wanted; None takes the one that the model was loaded by.
+
+    Returns:
+        The hub name, or ``local/<folder>``.
+    """
     if name is None:
         backbone = getattr(model[0], "auto_model", None)
         name = str(getattr(getattr(backbone, "config", None), "_name_or_path", "") or "model")
@@ -297,7 +306,14 @@ def model_name_of(model: SentenceTransformer, name: str | None = None) -> str:
 
 
 def fingerprint(model: SentenceTransformer) -> str:
-    """Sixteen hex digits that change with the weights, the prompts, the modules or the maximal length."""
+    """Sixteen hex digits that change with the weights, the prompts, the modules or the maximal length.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The digits.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, value in model.state_dict().items():
         digest.update(name.encode())
@@ -319,6 +335,12 @@ def fingerprint(model: SentenceTransformer) -> str:
 
 def resolve_tasks(tasks: str | Sequence[Any]) -> list[Any]:
     """Task objects for a preset, a task, a benchmark, or a list of names and objects.
+
+    Args:
+        tasks: As for :func:`evaluate_mteb`.
+
+    Returns:
+        mteb's task objects, each once.
 
     Raises:
         ValueError: If a name is none of these, or the list is empty.

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# App. A.5: shares of tokens for the top-k sets of six prefixes.
 PAPER_GAMMAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+"""Shares of tokens for the top-k sets of six prefixes (App. A.5)."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ RECIPES: dict[str, Recipe] = {
         ),
     )
 }
+"""The four published backbones by name (Table 7)."""
 
 # Everything of the published formulation that does not depend on the backbone: Eq. 5, 6, 13, 14, 17 and Table 7.
 # The random lift is an inference: the paper calls P a trainable linear map and names no initialisation.
@@ -92,6 +93,7 @@ PAPER_SETTINGS: dict[str, Any] = {
     "lift_init": "random",
     "token_importance": "similarity",
 }
+"""Arguments of MIPICLoss that make the published formulation, but for those that depend on the backbone."""
 
 
 def find_recipe(depth: int, width: int) -> Recipe | None:

@@ -77,6 +77,9 @@ class EvaluationReport:
 
         Args:
             primary_only: Leave out all but each task's main metric.
+
+        Returns:
+            Columns model, seed, task, metric, primary, layer, dim, precision, bytes, score (0 to 1).
         """
         pandas = _pandas()
         frame = pandas.DataFrame(self.records, columns=list(COLUMNS))
@@ -89,6 +92,9 @@ class EvaluationReport:
 
         Args:
             average: Add the mean over tasks as the last column, if there are several tasks.
+
+        Returns:
+            The wide frame; what all rows share (one precision, no layers) is left out of its index.
         """
         frame = self.frame(primary_only=True).copy()
         if frame.empty:
@@ -124,6 +130,9 @@ class EvaluationReport:
         Args:
             path: File to write to, if any.
             mark_best: Mark the best.
+
+        Returns:
+            The table as text.
         """
         frame = self._marked(mark_best, "**%s**")
         rows = [[str(name) for name in frame.columns], *([str(cell) for cell in row] for row in frame.to_numpy())]
@@ -142,7 +151,14 @@ class EvaluationReport:
         return _written("\n".join(lines) + "\n", path)
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """All scores, one per line, full precision."""
+        """All scores, one per line, full precision.
+
+        Args:
+            path: File to write to, if any.
+
+        Returns:
+            The CSV text.
+        """
         return _written(self.frame().to_csv(index=False), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -161,7 +177,15 @@ class EvaluationReport:
         return cls(records, content["info"])
 
     def to_latex(self, path: str | Path | None = None, *, mark_best: bool = True) -> str:
-        """The table as a LaTeX ``tabular`` with booktabs rules."""
+        """The table as a LaTeX ``tabular`` with booktabs rules.
+
+        Args:
+            path: File to write to, if any.
+            mark_best: With several models, set the best per column and dim in bold.
+
+        Returns:
+            The LaTeX text.
+        """
         frame = self._marked(mark_best, "\\textbf{%s}")
         escaped = {character: "\\" + character for character in "_&%#$"}
 
@@ -212,6 +236,9 @@ class EvaluationReport:
         Args:
             path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
             task: One task; None draws the mean over tasks.
+
+        Returns:
+            The figure.
         """
         return self._line_plot(self._curves(task), "score (x 100)", self._title(task), path)
 
@@ -221,6 +248,9 @@ class EvaluationReport:
         Args:
             path: See `plot_score_by_dim`.
             task: One task; None takes the mean over tasks.
+
+        Returns:
+            The figure.
         """
         curves = self._curves(task)
         widest = curves.loc[curves.groupby(["model", "seed"], dropna=False)["dim"].idxmax()]
@@ -236,6 +266,9 @@ class EvaluationReport:
         Args:
             path: See `plot_score_by_dim`.
             task: One task; None takes the mean over tasks.
+
+        Returns:
+            The figure.
         """
         curves = self._curves(task, ("float32", "int8", "binary"))
         several = curves["model"].nunique() > 1
@@ -251,6 +284,9 @@ class EvaluationReport:
             path: See `plot_score_by_dim`.
             task: One task; None takes the mean over tasks.
             model: Which model, if the report holds several.
+
+        Returns:
+            The figure.
         """
         pyplot = _pyplot()
         frame = self.frame(primary_only=True)

@@ -44,12 +44,26 @@ class SIATerms(NamedTuple):
 
 
 def full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors in float32, or untouched where they are float64."""
+    """Return the tensors in float32, or untouched where they are float64.
+
+    Args:
+        *tensors: Tensors of any floating type.
+
+    Returns:
+        As many tensors.
+    """
     return tuple(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager:
-    """A context in which autocast is off on the tensor's device."""
+    """A context in which autocast is off on the tensor's device.
+
+    Args:
+        tensor: Says which device.
+
+    Returns:
+        The context manager.
+    """
     return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
@@ -279,7 +293,7 @@ def topk_cka_loss(
         detach_teacher: Whether the full-width side is a constant.
 
     Returns:
-        Values (B, n) and their validity (B, n). CKA of a constant is undefined: a set of one token, or of equal
+        Values (B, n) and their validity (B, n). CKA of a constant is undefined, so a set of one token, or of equal
         tokens, has value zero and is not valid.
     """
     length, width = hidden.shape[1:]

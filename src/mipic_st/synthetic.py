@@ -31,7 +31,6 @@ from typing import Literal, NamedTuple, TypeVar
 Split = Literal["train", "eval"]
 T = TypeVar("T")
 
-#: Score of each kind of pair (the table in the module's docstring).
 SCORES: dict[str, float] = {
     "paraphrase": 1.0,
     "detail": 0.8,
@@ -40,6 +39,7 @@ SCORES: dict[str, float] = {
     "topic": 0.2,
     "unrelated": 0.0,
 }
+"""Score of each kind of pair (the table in the module's docstring)."""
 
 # Rows that repeat earlier ones are drawn again; after so many misses in a row there are taken to be no new ones.
 _MAX_MISSES = 10_000

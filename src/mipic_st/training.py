@@ -30,6 +30,7 @@ from mipic_st.recording import embedding_width, unwrap
 logger = logging.getLogger(__name__)
 
 HEADS_FILE = "mipic_heads.safetensors"
+"""Name of the file beside each checkpoint that holds the heads."""
 
 
 def set_matryoshka_config(
