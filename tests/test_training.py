@@ -490,3 +490,67 @@ def test_a_plain_loop(tiny_model):
         optimizer.step()
     other.keeper.adopt(optimizer)
     optimizer.step()
+
+
+def stepped(tiny_model, steps, **options):
+    """A loss and its optimizer after some steps of a plain loop."""
+    model, loss = fresh(tiny_model, **options)
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-3)
+    for step in range(steps):
+        step_once(loss, optimizer, step)
+    return loss, optimizer
+
+
+def step_once(loss, optimizer, seed):
+    torch.manual_seed(seed)
+    optimizer.zero_grad()
+    total(loss(column_features(loss.model, seed=seed), None)).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("order", ["loss first", "optimizer first"])
+def test_a_plain_loop_resumes_from_state_dicts(tiny_model, order):
+    """load_state_dict of loss and optimizer, in either order, is a right resume: it goes on bit for bit."""
+    loss, optimizer = stepped(tiny_model, 3)
+    saved = copy.deepcopy({"loss": loss.state_dict(), "optimizer": optimizer.state_dict()})
+    step_once(loss, optimizer, 3)
+    expected = parameters(loss)
+
+    loss, optimizer = stepped(tiny_model, 0)
+    if order == "loss first":
+        loss.load_state_dict(saved["loss"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if order == "optimizer first":
+        loss.load_state_dict(saved["loss"])
+    step_once(loss, optimizer, 3)
+    assert_equal(parameters(loss), expected)
+
+
+def test_a_plain_loop_goes_back_to_a_state_dict(tiny_model):
+    """In the same process, further than the saved state; the heads may come in a state dict of their own."""
+    loss, optimizer = stepped(tiny_model, 2)
+    saved = copy.deepcopy([module.state_dict() for module in (loss.model, loss.mipic_heads, optimizer)])
+    step_once(loss, optimizer, 2)
+    expected = parameters(loss)
+    step_once(loss, optimizer, 3)
+    for module, state in zip((loss.model, loss.mipic_heads, optimizer), saved, strict=True):
+        module.load_state_dict(state)
+    step_once(loss, optimizer, 2)
+    assert_equal(parameters(loss), expected)
+
+
+@pytest.mark.parametrize("lost", ["heads of all", "one head", "loaded before other steps"])
+def test_state_dicts_without_the_heads_do_not_count(tiny_model, lost):
+    """A state dict that lacks heads, or one loaded before the heads were trained on, restores nothing."""
+    loss, optimizer = stepped(tiny_model, 3)
+    heads = [name for name in loss.state_dict() if name.startswith("mipic_heads.")]
+    gone = {"heads of all": heads, "one head": heads[:1]}.get(lost, [])
+    state = {name: value for name, value in loss.state_dict().items() if name not in gone}
+    moments = copy.deepcopy(optimizer.state_dict())
+    loss, optimizer = stepped(tiny_model, 0)
+    loss.load_state_dict(state, strict=False)
+    if lost == "loaded before other steps":
+        step_once(loss, optimizer, 0)
+    optimizer.load_state_dict(moments)
+    with pytest.raises(RuntimeError, match=r"resumed from a checkpoint at step 3.*load the loss's state_dict\(\)"):
+        step_once(loss, optimizer, 3)

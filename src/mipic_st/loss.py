@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 
 from mipic_st import pic, presets, sia
 from mipic_st.cached import cached_terms, require_supported
-from mipic_st.heads import HeadKeeper
+from mipic_st.heads import HeadKeeper, Heads
 from mipic_st.recording import (
     Backbone,
     RecordedPass,
@@ -222,7 +222,7 @@ class MIPICLoss(nn.Module):
         self.sia_layers: tuple[int, ...] = ()
         self.pic_checkpoints: tuple[tuple[int, int], ...] = ()
         self.gammas: tuple[float, ...] = ()
-        self.mipic_heads = nn.ModuleDict()
+        self.mipic_heads = Heads()
         wanted = self.attention_weight or self.cka_weight or self.pic_weight
         self._backbone: Backbone | None = describe(model) if wanted and self.alpha < 1 else None
         if self._backbone is not None:
