@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import json
 import logging
 import pickle
@@ -494,7 +495,7 @@ def test_a_plain_loop(tiny_model):
 
 def stepped(tiny_model, steps, **options):
     """A loss and its optimizer after some steps of a plain loop."""
-    model, loss = fresh(tiny_model, **options)
+    _, loss = fresh(tiny_model, **options)
     optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-3)
     for step in range(steps):
         step_once(loss, optimizer, step)
@@ -554,3 +555,31 @@ def test_state_dicts_without_the_heads_do_not_count(tiny_model, lost):
     optimizer.load_state_dict(moments)
     with pytest.raises(RuntimeError, match=r"resumed from a checkpoint at step 3.*load the loss's state_dict\(\)"):
         step_once(loss, optimizer, 3)
+
+
+def test_state_dicts_carry_the_draw_of_dims(tiny_model):
+    """A resumed plain loop draws the dims that the uninterrupted one draws, through torch.save's safe loading too."""
+    loss, _ = stepped(tiny_model, 3, **DRAWN)
+    file = io.BytesIO()
+    torch.save(loss.state_dict(), file)
+    file.seek(0)
+    expected = [loss.draw_dims() for _ in range(8)]
+    _, other = fresh(tiny_model, **DRAWN)
+    assert [copy.deepcopy(other).draw_dims() for _ in range(8)] != expected
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert [other.draw_dims() for _ in range(8)] == expected
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_state_dicts_without_the_draw_load_strictly(tiny_model, wrapped):
+    """Those saved before the draw was in them; what else is missing is still named."""
+    _, loss = fresh(tiny_model)
+    module = torch.nn.ModuleDict({"a": loss}) if wrapped else loss
+    state = module.state_dict()
+    del state["a._extra_state" if wrapped else "_extra_state"]
+    draws = loss.draw_state()
+    assert module.load_state_dict(state) == ([], [])
+    assert loss.draw_state() == draws
+    del state[next(name for name in state if "mipic_heads" in name)]
+    with pytest.raises(RuntimeError, match=r"Missing key.*mipic_heads"):
+        module.load_state_dict(state)

@@ -228,6 +228,7 @@ class MIPICLoss(nn.Module):
         if self._backbone is not None:
             self._set_up_alignment(self._backbone, sia_layers, pic_checkpoints, gammas)
         self.keeper = HeadKeeper(self.mipic_heads)
+        self.register_load_state_dict_post_hook(_allow_missing_draws)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but the keeper, which belongs to these very heads."""
@@ -474,6 +475,20 @@ class MIPICLoss(nn.Module):
         version, numbers, gauss = state
         self._dim_generator.setstate((version, tuple(numbers), gauss))
 
+    def get_extra_state(self) -> Tensor:
+        """The state of the draw of dims, which goes into ``state_dict()`` as whole numbers."""
+        version, numbers, _ = self.draw_state()
+        return torch.tensor([version, *numbers])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Continue the draw of dims; ``load_state_dict`` calls this.
+
+        Args:
+            state: What :meth:`get_extra_state` gave.
+        """
+        version, *numbers = state.tolist()
+        self.set_draw_state([version, numbers, None])
+
     def columns(self, recorder: Recorder, features: list[dict[str, Tensor]]) -> int:
         """Check that something was recorded, and return B, the number of sentences in one column.
 
@@ -674,6 +689,14 @@ class MIPICLoss(nn.Module):
     archivePrefix={arXiv}
 }
 """
+
+
+def _allow_missing_draws(loss: nn.Module, keys: Any) -> None:
+    """Hook after ``load_state_dict``: a state dict saved before it held the draw of dims loads too."""
+    others = tuple(f"{name}._extra_state" for name, _ in loss.named_modules() if name)
+    own = [key for key in keys.missing_keys if key.endswith("_extra_state") and not key.endswith(others)]
+    for key in own:
+        keys.missing_keys.remove(key)
 
 
 def _is_whole(value: Any) -> bool:
