@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses import column_merging_disabled
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, StaticEmbedding, Transformer
 from torch import nn
 
 import mipic_st.loss as loss_module
@@ -556,6 +556,19 @@ def test_presets_can_be_overridden_and_are_checked(tiny_model):
         MIPICLoss.from_preset(model, base, DIMS, "bert-base")
     with pytest.raises(TypeError, match="tau"):
         MIPICLoss.from_preset(model, base, DIMS, tau=1)
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_presets_without_alignment_take_any_model(tiny_model, preset):
+    """alpha=1 trains a model with a Dense module, whose width then gives the dims; with alignment it is refused."""
+    model = tiny_model()
+    model.append(Dense(WIDTH, 24))
+    base = losses.MultipleNegativesRankingLoss(model)
+    loss = MIPICLoss.from_preset(model, base, preset=preset, alpha=1)
+    assert loss.matryoshka_dims == (24, 16)
+    total(loss(column_features(model), None)).backward()
+    with pytest.raises(ValueError, match="changes the pooled vector with Dense"):
+        MIPICLoss.from_preset(model, base, preset=preset, alpha=0.5)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------

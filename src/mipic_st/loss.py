@@ -321,22 +321,29 @@ class MIPICLoss(nn.Module):
         names = ("default", "paper", *presets.RECIPES)
         if preset not in names:
             raise ValueError(f"preset must be one of {names}, got {preset!r}.")
-        backbone = describe(model)
         recipe = presets.RECIPES.get(preset)
-        if recipe is not None and (recipe.depth, recipe.width) != (backbone.depth, backbone.width):
+        width = embedding_width(model)
+        shape = None
+        try:
+            backbone = describe(model)
+            shape = (backbone.depth, backbone.width)
+        except ValueError:
+            # Fine without alignment (alpha=1); with it, the constructor refuses the model in the same words.
+            if recipe is not None or (width is None and matryoshka_dims is None):
+                raise
+        if recipe is not None and shape is not None and (recipe.depth, recipe.width) != shape:
             raise ValueError(
                 f"preset={preset!r} was published for {recipe.depth} layers of width {recipe.width}, the model has "
-                f"{backbone.depth} of width {backbone.width}. Use preset='paper', which fits any shape."
+                f"{shape[0]} of width {shape[1]}. Use preset='paper', which fits any shape."
             )
         settings: dict[str, Any] = {}
         if preset != "default":
-            settings = {
-                **presets.PAPER_SETTINGS,
-                "alpha": presets.paper_alpha(backbone.depth, backbone.width),
-                "sia_layers": presets.paper_layers(backbone.depth, backbone.width),
-            }
+            settings |= presets.PAPER_SETTINGS
+            if shape is not None:
+                settings |= {"alpha": presets.paper_alpha(*shape), "sia_layers": presets.paper_layers(*shape)}
         if matryoshka_dims is None:
-            matryoshka_dims = presets.paper_dims(backbone.width)
+            assert width is not None
+            matryoshka_dims = presets.paper_dims(width)
         return cls(model, loss, matryoshka_dims, **{**settings, **overrides})
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
