@@ -1,5 +1,7 @@
 """Invariants of the evaluation: one encoding, no dim's score for another, equal to the native evaluators."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -163,6 +165,8 @@ def test_quantised_columns_equal_the_native_ones(model, precision, dim):
 def test_bytes_per_vector():
     """4 bytes, 1 byte, 1 bit per value, bits rounded up to bytes."""
     assert [bytes_per_vector(9, p) for p in ("float32", "int8", "binary")] == [36, 9, 2]
+    with pytest.raises(ValueError, match="dim must be an integer >= 1, got -3"):
+        bytes_per_vector(-3)
 
 
 def test_last_layer_of_the_grid_is_the_model(model):
@@ -216,9 +220,12 @@ def test_sequence_scores_every_evaluator(model):
     ("arguments", "message"),
     [
         ({"dims": []}, "dims is empty"),
-        ({"dims": [8, 8]}, "twice"),
-        ({"dims": [0]}, "at least 1"),
+        ({"dims": [8, 8]}, "dims has duplicates"),
+        ({"dims": [0]}, "dims must be > 0"),
         ({"dims": [8], "primary": 9}, "primary must be"),
+        ({"dims": [8], "primary": 8.0}, "primary must be .* got 8.0"),
+        ({"dims": [8], "layers": [-1]}, r"layers must be layers from 0 \(embeddings\), got \[-1\]"),
+        ({"dims": [8], "layers": [2, 2]}, "layers has duplicates"),
         ({"dims": [8], "precisions": ["int8"]}, "must include 'float32'"),
         ({"dims": [8], "precisions": ["float32", "int4"]}, "int4"),
         ({"dims": [8], "evaluator": sts(truncate_dim=8)}, "leave it unset"),
@@ -232,11 +239,38 @@ def test_bad_arguments_are_named_at_construction(arguments, message):
         MatryoshkaEvaluator(**{"evaluator": sts(), **arguments})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dims": 8}, "dims must be a sequence"),
+        ({"dims": [8.0]}, r"dims must be integers, got \[8.0\]"),
+        ({"layers": 2}, "layers must be a sequence"),
+        ({"precisions": "int8"}, "precisions must be a sequence"),
+        ({"precisions": 8}, "precisions must be a sequence"),
+        ({"normalize": "no"}, "normalize must be True or False, got 'no'"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named_at_construction(arguments, message):
+    """A number for a list, a string for a flag: TypeError."""
+    with pytest.raises(TypeError, match=message):
+        MatryoshkaEvaluator(**{"evaluator": sts(), "dims": [8], **arguments})
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_numpy_and_tensor_arguments_are_numbers(model, array):
+    """Arrays and tensors mean what the lists mean, and the metric that selects checkpoints exists."""
+    plain = MatryoshkaEvaluator(sts(), [8, 32], layers=[1, 4], primary=8)
+    arrays = MatryoshkaEvaluator(sts(), array([8, 32]), layers=array([1, 4]), primary=array(8))
+    assert arrays(model) == plain(model)
+    assert arrays.primary_metric == plain.primary_metric == "sts-dev-L4-8_spearman_cosine"
+    assert json.dumps(arrays.get_config_dict()) == json.dumps(plain.get_config_dict())
+
+
 def test_dims_above_the_width_and_unknown_layers_are_named(model):
     """Dims beyond D and layers beyond L raise with the limit."""
     with pytest.raises(ValueError, match=r"dims \[64\] exceed the model's width of 32"):
         MatryoshkaEvaluator(sts(), [8, 64])(model)
-    with pytest.raises(ValueError, match=r"from 0 .* to 4"):
+    with pytest.raises(ValueError, match=r"from 0 .* to the model's depth of 4"):
         MatryoshkaEvaluator(sts(), [8], layers=[5])(model)
 
 

@@ -78,13 +78,25 @@ def test_export_keeps_prompts_and_similarity(tmp_path):
     assert exported.similarity_fn_name == "dot"
 
 
+def test_numpy_arguments_are_numbers(tmp_path):
+    """Layer and dim may come out of an array."""
+    exported = export_truncated(tiny_model(tmp_path), np.int64(2), np.int64(8))
+    assert (exported[0].auto_model.config.num_hidden_layers, exported.get_embedding_dimension()) == (2, 8)
+
+
+def test_a_flag_is_no_string(tmp_path):
+    """normalize="no" would count as True."""
+    with pytest.raises(TypeError, match="normalize must be True or False"):
+        export_truncated(tiny_model(tmp_path), dim=8, normalize="no")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({}, "nothing to cut"),
-        ({"layer": 0}, "from 1 to 4"),
-        ({"layer": 5}, "from 0 .* to 4"),
-        ({"dim": 0}, "dim must be a whole number"),
+        ({"layer": 0}, "layer must be .* from 1 to the model's depth of 4"),
+        ({"layer": 5}, "layer must be .* from 1 to the model's depth of 4"),
+        ({"dim": 0}, "dim must be > 0"),
         ({"dim": 33}, "exceed the model's width of 32"),
     ],
 )

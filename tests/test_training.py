@@ -12,6 +12,7 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -175,6 +176,12 @@ def test_bad_heads_files(tiny_model, interrupted, spoil, error, message):
         trainer.train(resume_from_checkpoint=True)
     assert all(torch.equal(before[name], value) for name, value in loss.mipic_heads.named_parameters())
     assert (interrupted / "checkpoint-3" / "optimizer.pt").is_file()
+
+
+def test_saving_into_a_missing_folder(tiny_model, tmp_path):
+    """The folder is named, before anything is written."""
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere to save the heads in"):
+        MIPICCallback(fresh(tiny_model)[1]).save(tmp_path / "nowhere")
 
 
 def test_heads_of_another_shape_are_refused(tiny_model, interrupted):
@@ -413,13 +420,23 @@ def test_set_matryoshka_config_by_hand(tiny_model, tmp_path):
     """The public function does the same without training; it can be repeated and checks its dims."""
     model = tiny_model()
     set_matryoshka_config(model, [32, 8])
-    set_matryoshka_config(model, [16, 32, 16], [(16, 2), (32, 3)])
+    set_matryoshka_config(model, np.array([16, 32]), [(16, 2), (32, 3)])
     model.save(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["matryoshka_dimensions"], config["mipic_checkpoints"]) == ([16, 32], [[16, 2], [32, 3]])
-    for dims in ([], [0, 8], [WIDTH + 1], "16", [8.5], [True]):
-        with pytest.raises(ValueError, match="matryoshka_dims must be from 1 to the model's width of 32"):
+    for dims in ([], [0, 8], [WIDTH + 1], [8, 8], "16", [8.5], [True]):
+        with pytest.raises((TypeError, ValueError), match=r"^matryoshka_dims "):
             set_matryoshka_config(model, dims)
+    for checkpoints, message in (
+        ([(16, 4)], "checkpoints: layer 4 of .* from 1 to the model's depth of 3"),
+        ([(0, 1)], "checkpoints: dim 0 of .* from 1 to the model's width of 32"),
+        ([(64, 1)], "checkpoints: dim 64 of"),
+        ([(16, 2.0)], "checkpoints: layer 2.0 of"),
+        ([16, 2], r"checkpoints must be \(dim, layer\) pairs"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            set_matryoshka_config(model, [8], checkpoints)
+    assert model[0].auto_model.config.mipic_checkpoints == [[16, 2], [32, 3]]
     static = SentenceTransformer(modules=[StaticEmbedding(make_tokenizer().backend_tokenizer, embedding_dim=16)])
     with pytest.raises(ValueError, match="no Transformer module"):
         set_matryoshka_config(static, [8, 16])

@@ -17,13 +17,13 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
 
+from mipic_st._checks import checked_dims, checked_flag, checked_layers, is_whole, plain
 from mipic_st.embedding_store import (
     EmbeddingStore,
     bytes_per_vector,
-    check_dims,
-    check_dims_fit,
     check_layers,
     check_precisions,
+    full_width,
 )
 
 if TYPE_CHECKING:
@@ -102,15 +102,17 @@ class MatryoshkaEvaluator(BaseEvaluator):
             raise ValueError(
                 f"evaluators share the name {repeated[0]!r}, their scores would overwrite each other; name each one."
             )
-        self.dims = check_dims(dims)
+        self.dims = tuple(sorted(checked_dims("dims", dims)))
         self.precisions = check_precisions(precisions)
-        if layers is not None and not len(layers):
-            raise ValueError("layers is empty; give layer numbers, or None for the final vector.")
-        self.layers = None if layers is None else tuple(layers)
-        if isinstance(primary, bool) or (primary not in ("mean", "worst") and primary not in self.dims):
+        self.layers: tuple[int, ...] | None = None
+        if layers is not None:
+            fix = ", or None for the final vector"
+            self.layers = checked_layers("layers", layers, None, least=0, otherwise=fix)
+        primary = plain(primary)
+        if primary not in ("mean", "worst") and not (is_whole(primary) and primary in self.dims):
             raise ValueError(f"primary must be 'mean', 'worst' or one of dims {list(self.dims)}, got {primary!r}.")
         self.primary = primary
-        self.normalize = normalize
+        self.normalize = checked_flag("normalize", normalize)
         self.evaluator = evaluator
         self.name = _name(evaluator)
         self.greater_is_better = evaluator.greater_is_better
@@ -132,7 +134,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
         Returns:
             All metrics of all cells, plus mean and worst of the primary metric.
         """
-        check_dims_fit(self.dims, model)
+        checked_dims("dims", self.dims, full_width(model))
         layers: Sequence[int | None] = (None,) if self.layers is None else check_layers(self.layers, model)
         store = EmbeddingStore(model, self.layers)
         metrics: dict[str, float] = {}

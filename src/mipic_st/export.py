@@ -13,11 +13,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
+from mipic_st._checks import checked_dims, checked_flag, checked_layers
 from mipic_st.embedding_store import (
     EmbeddingStore,
-    check_dims_fit,
-    check_layers,
-    layer_count,
+    full_width,
+    model_depth,
     transformer_of,
 )
 
@@ -59,14 +59,11 @@ def export_truncated(
     if layer is None and dim is None:
         raise ValueError("layer and dim are both None, so there is nothing to cut; give at least one.")
     if dim is not None:
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim must be a whole number from 1 to the model's width, got {dim!r}.")
-        check_dims_fit([dim], model)
+        (dim,) = checked_dims("dim", [dim], full_width(model))
+    normalize = checked_flag("normalize", normalize)
     memo: dict[int, Any] = {}
     if layer is not None:
-        if layer == 0:
-            raise ValueError(f"layer must be from 1 to {layer_count(model)} for an export, got 0.")
-        check_layers([layer], model)
+        (layer,) = checked_layers("layer", [layer], model_depth(model))
         auto_model = transformer_of(model).auto_model
         memo[id(auto_model)] = _cut_backbone(auto_model, layer)
     # deepcopy finds the cut backbone in the memo and so never copies the full one

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from mipic_st._checks import checked_dims, checked_flag
 from mipic_st.embedding_store import (
     EmbeddingStore,
     bytes_per_vector,
-    check_dims,
-    check_dims_fit,
     check_precisions,
+    full_width,
 )
 
 if TYPE_CHECKING:
@@ -141,9 +141,10 @@ def evaluate_mteb(
         >>> report = evaluate_mteb(model, "sts", [32, 64, 384], output="results")   # doctest: +SKIP
         >>> print(report.to_markdown())                                             # doctest: +SKIP
     """
-    dims = check_dims(dims)
+    dims = tuple(sorted(checked_dims("dims", dims, full_width(model))))
     precisions = check_precisions(precisions)
-    check_dims_fit(dims, model)
+    normalize, overwrite = checked_flag("normalize", normalize), checked_flag("overwrite", overwrite)
+    skip_missing = checked_flag("skip_missing", skip_missing)
     with _random_state_kept():
         return _evaluate(
             model,
