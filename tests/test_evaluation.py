@@ -356,12 +356,55 @@ def test_probe_equals_a_plain_loop(model):
         ((["a", "b"], [0], ["c"], [0]), "train_texts has 2 entries and train_labels 1"),
         ((["a", "b"], [0, 1], ["c"], [2]), "test_labels holds"),
         ((["a", "b"], [0, 1], [], []), "test_texts is empty"),
+        ((["a"], [0], ["b"], [0]), "one class only, 0"),
     ],
 )
 def test_probe_names_bad_labels(arguments, message):
     """One class, lengths that differ, unknown test labels and empty parts raise at construction."""
     with pytest.raises(ValueError, match=message):
         ClassificationProbeEvaluator(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ab", [0, 1], ["c"], [0]), "train_texts must be a sequence.* got 'ab'"),
+        ((5, [0, 1], ["c"], [0]), "train_texts must be a sequence.* got 5"),
+        ((["a", "b"], [0, 1], "c", [0]), "test_texts must be a sequence.* got 'c'"),
+        ((["a", None], [0, 1], ["c"], [0]), "train_texts must be strings, got None at index 1"),
+        ((["a", "b"], "xy", ["c"], ["x"]), "train_labels must be a sequence.* got 'xy'"),
+        ((["a", "b"], ["x", None], ["c"], ["x"]), "train_labels must be all strings .* got None at index 1"),
+        ((["a", "b"], [None, 1], ["c"], [1]), "train_labels must be all strings .* got None at index 0"),
+        ((["a", "b"], [0.5, 1.5], ["c"], [0.5]), "train_labels must be all strings .* got 0.5 at index 0"),
+        ((["a", "b"], np.array([0, np.nan]), ["c"], [0]), "train_labels .* turn floats into integers"),
+        ((["a", "b"], ["x", 1], ["c"], [1]), "train_labels must be all strings .* got 1 at index 1"),
+        ((["a", "b"], [[0], [1]], ["c"], [[1]]), r"train_labels must be all strings .* got \[0\]"),
+    ],
+)
+def test_probe_names_texts_and_labels_of_the_wrong_kind(arguments, message):
+    """A string for a list of texts, missing labels, floats and mixtures raise at construction."""
+    with pytest.raises(TypeError, match=message):
+        ClassificationProbeEvaluator(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("n_experiments", 0), ("n_experiments", 2.5), ("samples_per_label", "8"), ("seed", -1), ("max_iter", 0)],
+)
+def test_probe_names_bad_numbers(option, value):
+    """Counts are whole and in range."""
+    with pytest.raises(ValueError, match=f"{option} must be an integer >= .*, got {value!r}"):
+        probe(**{option: value})
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor, pd.Series])
+def test_probe_takes_labels_of_arrays(array):
+    """Whole numbers in any of the usual containers are the same labels."""
+    texts = ["a", "b", "c", "d"]
+    plain = ClassificationProbeEvaluator(texts, [0, 1, 0, 1], texts, [1, 0, 1, 0])
+    arrays = ClassificationProbeEvaluator(texts, array([0, 1, 0, 1]), texts, array([1, 0, 1, 0]))
+    assert arrays.train_labels.tolist() == plain.train_labels.tolist()
+    assert arrays.test_labels.tolist() == plain.test_labels.tolist()
 
 
 @pytest.mark.slow

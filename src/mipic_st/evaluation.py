@@ -17,7 +17,7 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
 
-from mipic_st._checks import checked_dims, checked_flag, checked_layers, is_whole, plain
+from mipic_st._checks import as_list, checked_count, checked_dims, checked_flag, checked_layers, is_whole, plain
 from mipic_st.embedding_store import (
     EmbeddingStore,
     bytes_per_vector,
@@ -344,7 +344,9 @@ class ClassificationProbeEvaluator(BaseEvaluator):
         write_csv: Write a CSV file when an output path is given.
 
     Raises:
-        ValueError: If lengths differ, texts are missing, there is one class only, or a test label was never trained.
+        TypeError: If texts are no list of strings, or labels neither all strings nor all whole numbers.
+        ValueError: If lengths differ, texts are missing, there is one class only, a test label was never trained, or a
+            number is out of range.
 
     Example:
         >>> probe = ClassificationProbeEvaluator(["a", "b"], [0, 1], ["c", "d"], [0, 1], name="tiny")
@@ -369,35 +371,22 @@ class ClassificationProbeEvaluator(BaseEvaluator):
         write_csv: bool = True,
     ) -> None:
         super().__init__()
-        for part, texts, labels in (("train", train_texts, train_labels), ("test", test_texts, test_labels)):
-            if len(texts) != len(labels):
-                raise ValueError(
-                    f"{part}_texts has {len(texts)} entries and {part}_labels {len(labels)}; give one each."
-                )
-            if not len(texts):
-                raise ValueError(f"{part}_texts is empty.")
-        classes = set(train_labels)
+        self.train_texts, self.train_labels = _checked_part("train", train_texts, train_labels)
+        self.test_texts, self.test_labels = _checked_part("test", test_texts, test_labels)
+        classes = set(self.train_labels.tolist())
         if len(classes) < 2:
             raise ValueError(f"train_labels holds one class only, {classes.pop()!r}; a classifier needs at least two.")
-        unknown = set(test_labels) - classes
+        unknown = set(self.test_labels.tolist()) - classes
         if unknown:
             raise ValueError(f"test_labels holds {sorted(map(str, unknown))[:5]}, which train_labels does not.")
-        if n_experiments is not None and n_experiments < 1:
-            raise ValueError(f"n_experiments must be at least 1 or None, got {n_experiments}.")
-        if samples_per_label < 1:
-            raise ValueError(f"samples_per_label must be at least 1, got {samples_per_label}.")
-        self.train_texts = list(train_texts)
-        self.train_labels = np.asarray(train_labels)
-        self.test_texts = list(test_texts)
-        self.test_labels = np.asarray(test_labels)
         self.name = name
-        self.n_experiments = n_experiments
-        self.samples_per_label = samples_per_label
-        self.seed = seed
-        self.max_iter = max_iter
-        self.batch_size = batch_size
-        self.show_progress_bar = show_progress_bar
-        self.write_csv = write_csv
+        self.n_experiments = None if n_experiments is None else checked_count("n_experiments", n_experiments)
+        self.samples_per_label = checked_count("samples_per_label", samples_per_label)
+        self.seed = checked_count("seed", seed, least=0)
+        self.max_iter = checked_count("max_iter", max_iter)
+        self.batch_size = checked_count("batch_size", batch_size)
+        self.show_progress_bar = checked_flag("show_progress_bar", show_progress_bar)
+        self.write_csv = checked_flag("write_csv", write_csv)
         self.primary_metric = "accuracy"
         self.csv_file = "classification_probe" + (f"_{name}" if name else "") + "_results.csv"
 
@@ -480,6 +469,26 @@ class ClassificationProbeEvaluator(BaseEvaluator):
             "samples_per_label": self.samples_per_label,
             "seed": self.seed,
         }
+
+
+def _checked_part(part: str, texts: Any, labels: Any) -> tuple[list[str], np.ndarray]:
+    """Texts and labels of the training or test part, one each."""
+    texts = as_list(f"{part}_texts", texts, '["a text", "another"]')
+    labels = as_list(f"{part}_labels", labels, "[0, 1]")
+    if len(texts) != len(labels):
+        raise ValueError(f"{part}_texts has {len(texts)} entries and {part}_labels {len(labels)}; give one each.")
+    if not texts:
+        raise ValueError(f"{part}_texts is empty.")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{part}_texts must be strings, got {text!r} at index {row}.")
+    for row, label in enumerate(labels):
+        if type(label) is not type(labels[0]) or not isinstance(label, (str, int)):
+            raise TypeError(
+                f"{part}_labels must be all strings or all whole numbers, got {label!r} at index {row}; leave out "
+                "texts without a label and turn floats into integers."
+            )
+    return texts, np.asarray(labels)
 
 
 def _append_csv(path: Path, row: dict[str, Any]) -> None:
