@@ -304,6 +304,30 @@ def test_worst_does_not_hide_a_score_that_is_not_a_number(model, bad):
     assert np.isnan(results["x-mean_score"])
 
 
+class Widths(BaseEvaluator):
+    """An evaluator of somebody's own, whose primary metric may or may not carry its name."""
+
+    def __init__(self, primary_metric):
+        super().__init__()
+        self.name, self.primary_metric = "own", primary_metric
+
+    def __call__(self, model, output_path=None, epoch=-1, steps=-1):
+        return {f"{self.name}_first": 0.0, f"{self.name}_width": float(model.encode(["cat"]).shape[-1])}
+
+
+def test_a_primary_metric_without_the_name_is_found(model):
+    """The scores carry the evaluator's name and the primary metric does not: it is still the one meant."""
+    evaluator = MatryoshkaEvaluator(Widths("width"), [8, 32], primary=8)
+    assert evaluator(model)["own-mean_width"] == 20
+    assert evaluator.primary_metric == "own-8_width"
+
+
+def test_a_primary_metric_that_is_no_score_is_named(model):
+    """With the scores that there are."""
+    with pytest.raises(ValueError, match=r"Widths says primary_metric='depth'.*own-8_first"):
+        MatryoshkaEvaluator(Widths("depth"), [8])(model)
+
+
 def test_probe_draws_from_labels_of_pandas(model):
     """Labels may be strings in a pandas column, also with drawn texts."""
     labels = pd.Series(["a", "b"] * 6)

@@ -676,6 +676,17 @@ def test_numpy_and_tensor_arguments_are_numbers(tiny_model):
     assert run(arrays, model)[0] == run(plain, model)[0]
 
 
+@pytest.mark.parametrize("alpha", [0.5, 1])
+def test_features_that_are_no_list_of_dicts_are_refused(tiny_model, alpha):
+    """One column of inputs by itself, or texts, instead of a list of columns."""
+    model = tiny_model()
+    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS, alpha=alpha)
+    (column,) = column_features(model, columns=1)
+    for wrong, got in ((column, f"{type(column).__name__} of str"), (["a text"], "list of str")):
+        with pytest.raises(TypeError, match=f"sentence_features must be a list with one dict .* got {got}"):
+            loss(wrong, None)
+
+
 def test_static_embedding_model_is_refused(tiny_model):
     """No layers to align: said at construction; alpha=1 still trains."""
     tokenizer = tiny_model().tokenizer.backend_tokenizer

@@ -319,6 +319,14 @@ def _named_scores(
     if not scores:
         raise ValueError(f"{type(evaluator).__name__} returned no scores.")
     primary = evaluator.primary_metric or next(iter(scores))
+    if primary not in scores:
+        # a primary metric without the evaluator's name, beside scores that have it
+        primary = next((f"{name}_{primary}" for name in names if f"{name}_{primary}" in scores), primary)
+    if primary not in scores:
+        raise ValueError(
+            f"{type(evaluator).__name__} says primary_metric={evaluator.primary_metric!r}, which is none of its scores "
+            f"{list(scores)}; set it to one of them."
+        )
     return {full(key): float(value) for key, value in scores.items()}, full(primary)
 
 

@@ -383,8 +383,18 @@ class MIPICLoss(nn.Module):
 
         Returns:
             Dict of scalars whose sum is the loss.
+
+        Raises:
+            TypeError: If ``sentence_features`` is no list of dicts.
         """
+        # A single dict would be taken for a list of its keys.
         features = list(sentence_features)
+        if not all(isinstance(column, Mapping) for column in features):
+            raise TypeError(
+                "sentence_features must be a list with one dict of model inputs per column, e.g. "
+                f"[model.preprocess(anchors), model.preprocess(positives)], got {type(sentence_features).__name__} of "
+                f"{type(features[0]).__name__}."
+            )
         self._batches += self.model.training
         if self._uses_cache:
             return self._forward_cached(features, labels)
