@@ -152,6 +152,32 @@ def test_partial_local_data_is_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'sentence1,sentence2,score\na,b,1\n"a,b,1\n', "cannot be read as csv"),
+        (b"sentence1,sentence2,score\n\xff,b,1\n", "cannot be read as csv"),
+        (b"", "cannot be read as csv"),
+        (b"sentence1,sentence2,score\na,b,1\na,b,high\n", "has 1 scores that are no numbers, the first is 'high'"),
+        (b"sentence1,sentence2,score\na,b,\na,b,1\n", "has 1 scores that are no numbers, the first is ''"),
+    ],
+)
+def test_a_bad_data_file_is_named(model, tmp_path, content, message):
+    """The error says which file, and what is wrong with it."""
+    path = tmp_path / "sts13_test.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate_mteb(model, ["STS13"], [8], output=tmp_path / "out", data_dir=tmp_path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["normalize", "overwrite", "skip_missing"])
+def test_a_flag_is_no_string(model, tmp_path, flag):
+    """ "no" would count as True."""
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, got 'no'"):
+        evaluate_mteb(model, ["STS13"], [8], output=tmp_path, **{flag: "no"})
+
+
+@pytest.mark.parametrize(
     ("tasks", "message"), [([], "tasks is empty"), (["NoSuchTask"], "'NoSuchTask' is neither a preset")]
 )
 def test_unknown_tasks_are_named(model, tmp_path, tasks, message):

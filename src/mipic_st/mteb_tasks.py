@@ -387,16 +387,27 @@ def _attach_local(task: Any, data_dir: Path | None) -> bool:
     parts = {}
     for split, path in files.items():
         assert path is not None
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        elif path.suffix == ".jsonl":
-            frame = pd.read_json(path, lines=True, dtype=texts)
-        else:
-            # "NA" and empty cells are texts here, not missing values
-            frame = pd.read_csv(path, dtype=texts, keep_default_na=False)
+        try:
+            if path.suffix == ".parquet":
+                frame = pd.read_parquet(path)
+            elif path.suffix == ".jsonl":
+                frame = pd.read_json(path, lines=True, dtype=texts, encoding="utf-8-sig")
+            else:
+                # "NA" and empty cells are texts here, not missing values
+                frame = pd.read_csv(path, dtype=texts, keep_default_na=False)
+        except (ValueError, OSError) as error:  # those of pandas and pyarrow are ValueErrors
+            raise ValueError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {error}") from error
         lacking = [column for column in columns if column not in frame.columns]
         if lacking:
             raise ValueError(f"{str(path)!r} has no column {', '.join(lacking)}; {name} needs {', '.join(columns)}.")
+        if "score" in columns:
+            scores = pd.to_numeric(frame["score"], errors="coerce")
+            if (wrong := scores.isna()).any():
+                raise ValueError(
+                    f"{str(path)!r} has {int(wrong.sum())} scores that are no numbers, the first is "
+                    f"{frame['score'][wrong].iloc[0]!r}."
+                )
+            frame["score"] = scores
         expected = stats.get(split, {}).get("num_samples")
         if expected is not None and expected != len(frame):
             raise ValueError(
