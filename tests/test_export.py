@@ -78,6 +78,18 @@ def test_export_keeps_prompts_and_similarity(tmp_path):
     assert exported.similarity_fn_name == "dot"
 
 
+@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize(("truncate_dim", "dim", "expected"), [(8, None, 8), (8, 4, 4), (8, 16, 16), (99, None, 32)])
+def test_a_truncated_model_is_exported_as_it_is(tmp_path, layer, truncate_dim, dim, expected):
+    """truncate_dim of the loaded model is its width, unless dim says otherwise."""
+    model = tiny_model(tmp_path, truncate_dim=truncate_dim)
+    exported = export_truncated(model, layer, dim)
+    cell = EmbeddingStore(model, None if layer is None else [layer]).view(expected, layer=layer)
+    got = exported.encode(["the cat sits"])
+    assert got.shape == (1, expected)
+    np.testing.assert_allclose(got, cell.encode(["the cat sits"], show_progress_bar=False), atol=1e-5)
+
+
 def test_numpy_arguments_are_numbers(tmp_path):
     """Layer and dim may come out of an array."""
     exported = export_truncated(tiny_model(tmp_path), np.int64(2), np.int64(8))

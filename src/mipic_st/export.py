@@ -41,7 +41,8 @@ def export_truncated(
     Args:
         model: The model to cut.
         layer: Last layer to keep, 1 to L; None keeps all.
-        dim: Values to keep, 1 to D; None keeps all and adds no tail.
+        dim: Values to keep, 1 to D; None keeps what the model gives: its ``truncate_dim`` if it was loaded with one,
+            else all, without a tail.
         normalize: Put Normalize after the cut.
 
     Returns:
@@ -56,6 +57,8 @@ def export_truncated(
         >>> small = export_truncated(model, layer=4, dim=64)                        # doctest: +SKIP
         >>> small.save_pretrained("small")                                          # doctest: +SKIP
     """
+    if dim is None and model.truncate_dim is not None:
+        dim = min(model.truncate_dim, full_width(model))
     if layer is None and dim is None:
         raise ValueError("layer and dim are both None, so there is nothing to cut; give at least one.")
     if dim is not None:
