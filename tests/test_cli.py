@@ -6,7 +6,8 @@ import re
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from evaluation_fixtures import data_dir, minilm, sentences, tiny_model
+from conftest import sentences
+from evaluation_fixtures import tiny_model
 from mipic_st import cli
 from mipic_st.cli import main
 
@@ -149,19 +150,18 @@ def test_eval_compares_models_side_by_side(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_eval_on_the_real_model(tmp_path, capsys):
+def test_eval_on_the_real_model(minilm_path, data_folder, tmp_path, capsys):
     """all-MiniLM-L6-v2 on STS13 from local files."""
-    minilm().save_pretrained(str(tmp_path / "minilm"))
     code = main(
         [
             "eval",
-            str(tmp_path / "minilm"),
+            minilm_path,
             "--tasks",
             "STS13",
             "--dims",
             "384",
             "--data-dir",
-            str(data_dir()),
+            str(data_folder),
             "--output",
             str(tmp_path / "out"),
         ]

@@ -17,8 +17,10 @@ from sentence_transformers.sentence_transformer.evaluation import (
     SequentialEvaluator,
     TripletEvaluator,
 )
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from evaluation_fixtures import CountingModel, sentences, tiny_model
+from conftest import sentences
+from evaluation_fixtures import CountingModel, tiny_model
 from mipic_st.embedding_store import EmbeddingStore, bytes_per_vector
 from mipic_st.evaluation import ClassificationProbeEvaluator, MatryoshkaEvaluator
 
@@ -434,13 +436,15 @@ def test_probe_takes_labels_of_arrays(array):
 @pytest.mark.slow
 def test_inside_the_trainer(tmp_path):
     """Scores land in the logs, the model card and the choice of the best checkpoint."""
-    from datasets import Dataset
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from training_fixtures import datasets, make_trainer
 
     model = tiny_model(tmp_path)
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path / "run"),
+    trainer = make_trainer(
+        model,
+        MultipleNegativesRankingLoss(model),
+        tmp_path / "run",
+        datasets.Dataset.from_dict({"anchor": A, "positive": B}),
+        evaluator=MatryoshkaEvaluator(sts(), DIMS, primary=9),
         max_steps=2,
         eval_strategy="steps",
         eval_steps=1,
@@ -448,15 +452,6 @@ def test_inside_the_trainer(tmp_path):
         save_steps=1,
         load_best_model_at_end=True,
         metric_for_best_model="eval_sts-dev-9_spearman_cosine",
-        report_to=[],
-        use_cpu=True,
-    )
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict({"anchor": A, "positive": B}),
-        loss=MultipleNegativesRankingLoss(model),
-        evaluator=MatryoshkaEvaluator(sts(), DIMS, primary=9),
     )
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "eval_sts-dev-9_spearman_cosine" in entry]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation_fixtures import sentences, tiny_model
+from conftest import sentences
+from evaluation_fixtures import tiny_model
 from mipic_st.embedding_store import EmbeddingStore
 from mipic_st.export import export_truncated, measure_speedup
 

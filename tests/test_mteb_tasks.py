@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation_fixtures import CountingModel, data_dir, minilm, sentences, tiny_model
+from conftest import sentences
+from evaluation_fixtures import CountingModel, tiny_model
 from mipic_st import mteb_tasks
 from mipic_st.mteb_tasks import evaluate_mteb
 
@@ -188,7 +189,7 @@ def test_unknown_tasks_are_named(model, tmp_path, tasks, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "published"), [("STS13", 80.60), ("STS14", 75.60), ("STS15", 85.39)])
-def test_published_scores_of_minilm(tmp_path, task, published):
+def test_published_scores_of_minilm(minilm, data_folder, tmp_path, task, published):
     """all-MiniLM-L6-v2 gives its published Spearman x 100 on the local files."""
-    scores = run(minilm(), [task], [384], tmp_path, data_dir=data_dir())
+    scores = run(minilm, [task], [384], tmp_path, data_dir=data_folder)
     assert 100 * scores[(task, 384, "float32")] == pytest.approx(published, abs=0.05)

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from conftest import DIMS, WIDTH, column_features, make_tokenizer, total
 from mipic_st import MIPICCallback, MIPICLoss, set_matryoshka_config
 from mipic_st.training import HEADS_FILE
-from training_fixtures import logs, make_loss, make_trainer, one_thread, pairs, parameters  # noqa: F401
+from training_fixtures import logs, make_loss, make_trainer, pairs, parameters
 
 DRAWN = {"n_dims_per_step": 2}
 
