@@ -125,3 +125,11 @@ def test_speedup_is_measured(tmp_path):
     figures = measure_speedup(model, export_truncated(model, layer=1, dim=8), repeats=3)
     assert figures["speedup"] > 1.2
     assert figures["parameters_cut"] < figures["parameters_full"]
+
+
+@pytest.mark.parametrize("bad", [{"repeats": 0}, {"repeats": 1.5}, {"batch_size": 0}, {"batch_size": "8"}])
+def test_bad_counts_are_named(tmp_path, bad):
+    """Rounds and texts per pass are whole and at least one."""
+    model = tiny_model(tmp_path)
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be an integer >= 1"):
+        measure_speedup(model, model, **bad)

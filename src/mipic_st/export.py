@@ -13,7 +13,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
-from mipic_st._checks import checked_dims, checked_flag, checked_layers
+from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_layers
 from mipic_st.embedding_store import (
     EmbeddingStore,
     full_width,
@@ -168,10 +168,9 @@ def measure_speedup(
         ``parameters_cut``.
 
     Raises:
-        ValueError: If ``repeats`` is below 1 or ``texts`` is empty.
+        ValueError: If ``repeats`` or ``batch_size`` is below 1 or ``texts`` is empty.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}.")
+    repeats, batch_size = checked_count("repeats", repeats), checked_count("batch_size", batch_size)
     if texts is None:
         texts = [" ".join(["measure", "this", "sentence", "again"] * (1 + i % 8)) + f" {i}" for i in range(128)]
     if not len(texts):

@@ -139,7 +139,7 @@ class MIPICLoss(nn.Module):
     Raises:
         ValueError: If an argument is out of its range, a dim exceeds the model's width, a layer its depth, or the
             model is not built of Transformer and Pooling. The message names the argument and what is allowed.
-        TypeError: If ``model`` or ``loss`` are of the wrong kind.
+        TypeError: If ``model``, ``loss`` or another argument is of the wrong kind.
         FloatingPointError: In ``forward``, if a term is nan or inf; see :meth:`check_finite`.
         RuntimeError: In ``forward``, if the base loss never called ``model`` and nothing could be recorded.
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from mipic_st._checks import checked_dims, checked_flag
+from mipic_st._checks import checked_count, checked_dims, checked_flag
 from mipic_st.embedding_store import (
     EmbeddingStore,
     bytes_per_vector,
@@ -144,7 +144,7 @@ def evaluate_mteb(
     dims = tuple(sorted(checked_dims("dims", dims, full_width(model))))
     precisions = check_precisions(precisions)
     normalize, overwrite = checked_flag("normalize", normalize), checked_flag("overwrite", overwrite)
-    skip_missing = checked_flag("skip_missing", skip_missing)
+    skip_missing, batch_size = checked_flag("skip_missing", skip_missing), checked_count("batch_size", batch_size)
     with _random_state_kept():
         return _evaluate(
             model,
