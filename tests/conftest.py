@@ -39,33 +39,35 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WIDTH, DEPTH, HEADS = 32, 3, 4
 DIMS = [32, 16, 8, 4]
 
-_SHARED = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": 48}
+
+def _sizes(layers: int) -> dict:
+    return {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+    }
+
+
 CONFIGS = {
-    "bert": lambda vocab: BertConfig(vocab_size=vocab, max_position_embeddings=64, **_SHARED),
-    "distilbert": lambda vocab: DistilBertConfig(
-        vocab_size=vocab, dim=WIDTH, n_layers=DEPTH, n_heads=HEADS, hidden_dim=48, max_position_embeddings=64
+    "bert": lambda layers: BertConfig(**_sizes(layers)),
+    "distilbert": lambda layers: DistilBertConfig(
+        dim=WIDTH, n_layers=layers, n_heads=HEADS, hidden_dim=48, max_position_embeddings=64
     ),
-    "mpnet": lambda vocab: MPNetConfig(vocab_size=vocab, max_position_embeddings=64, **_SHARED),
-    "xlm-roberta": lambda vocab: XLMRobertaConfig(
-        vocab_size=vocab, max_position_embeddings=66, pad_token_id=0, **_SHARED
-    ),
-    "modernbert": lambda vocab: ModernBertConfig(
-        vocab_size=vocab,
-        max_position_embeddings=64,
+    "mpnet": lambda layers: MPNetConfig(**_sizes(layers)),
+    "xlm-roberta": lambda layers: XLMRobertaConfig(pad_token_id=0, **_sizes(layers) | {"max_position_embeddings": 66}),
+    "modernbert": lambda layers: ModernBertConfig(
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=3,
         cls_token_id=2,
         sep_token_id=3,
         attention_dropout=0.1,
-        **_SHARED,
+        **_sizes(layers),
     ),
-    "qwen3": lambda vocab: Qwen3Config(
-        vocab_size=vocab, head_dim=8, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, **_SHARED
-    ),
-    "t5": lambda vocab: T5Config(
-        vocab_size=vocab, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=DEPTH, num_heads=HEADS, pad_token_id=0
-    ),
+    "qwen3": lambda layers: Qwen3Config(head_dim=8, num_key_value_heads=2, pad_token_id=0, **_sizes(layers)),
+    "t5": lambda layers: T5Config(d_model=WIDTH, d_kv=8, d_ff=48, num_layers=layers, num_heads=HEADS, pad_token_id=0),
 }
 ARCHITECTURES = list(CONFIGS)
 
@@ -90,29 +92,50 @@ def make_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
     )
 
 
+def save_encoder(
+    folder: Path, architecture: str = "bert", padding_side: str = "right", layers: int = DEPTH, **config_overrides
+) -> Path:
+    """Write a random encoder of the architecture and its tokenizer, unless it is there."""
+    if folder.exists():
+        return folder
+    tokenizer = make_tokenizer(padding_side)
+    config = CONFIGS[architecture](layers)
+    for name, value in {"vocab_size": len(tokenizer), **config_overrides}.items():
+        setattr(config, name, value)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        encoder = AutoModel.from_config(config)
+        for name, parameter in encoder.named_parameters():
+            # Random encoders start with tiny weights; a wider spread makes every formula's result distinct.
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+            # Norms start at one; moved away from it, a forgotten final norm shows.
+            elif "norm" in name.lower() and name.endswith("weight"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    encoder.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def assemble(
+    folder: Path, pooling: str = "mean", normalize: bool = False, include_prompt: bool = True, **options
+) -> SentenceTransformer:
+    """A SentenceTransformer around a saved encoder, in evaluation mode."""
+    transformer = Transformer(str(folder))
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling, include_prompt=include_prompt)]
+    if normalize:
+        modules.append(Normalize())
+    return SentenceTransformer(modules=modules, device="cpu", **options).eval()
+
+
 @pytest.fixture(scope="session")
 def transformer_folder(tmp_path_factory) -> Callable[..., Path]:
     """A folder with a random encoder of the architecture and its tokenizer; made once per session."""
     root = tmp_path_factory.mktemp("encoders")
 
-    def make(architecture: str = "bert", padding_side: str = "right", **config_overrides) -> Path:
-        key = "-".join([architecture, padding_side, *(f"{k}={v}" for k, v in sorted(config_overrides.items()))])
-        folder = root / key
-        if not folder.exists():
-            tokenizer = make_tokenizer(padding_side)
-            config = CONFIGS[architecture](len(tokenizer))
-            for name, value in config_overrides.items():
-                setattr(config, name, value)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                encoder = AutoModel.from_config(config)
-                # Random encoders start with tiny weights; a wider spread makes every formula's result distinct.
-                for parameter in encoder.parameters():
-                    if parameter.ndim > 1:
-                        parameter.data.mul_(3)
-            encoder.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        return folder
+    def make(architecture: str = "bert", padding_side: str = "right", **options) -> Path:
+        key = "-".join([architecture, padding_side, *(f"{k}={v}" for k, v in sorted(options.items()))])
+        return save_encoder(root / key, architecture, padding_side, **options)
 
     return make
 
@@ -130,12 +153,8 @@ def tiny_model(transformer_folder) -> Callable[..., SentenceTransformer]:
         include_prompt: bool = True,
         **config_overrides,
     ) -> SentenceTransformer:
-        transformer = Transformer(str(transformer_folder(architecture, padding_side, **config_overrides)))
-        width = transformer.get_embedding_dimension()
-        modules = [transformer, Pooling(width, pooling, include_prompt=include_prompt)]
-        if normalize:
-            modules.append(Normalize())
-        return SentenceTransformer(modules=modules, device="cpu").train(training)
+        folder = transformer_folder(architecture, padding_side, **config_overrides)
+        return assemble(folder, pooling, normalize, include_prompt).train(training)
 
     return make
 

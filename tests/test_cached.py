@@ -11,7 +11,6 @@ from torch import nn
 
 from conftest import DIMS, column_features, gradients, total
 from mipic_st import MIPICLoss
-from training_fixtures import one_thread  # noqa: F401
 
 EVERY_TERM = {"alpha": 0.4, "pic_weight": 1.0, "sia_layers": [1, 3], "lift_init": "orthogonal", "min_k": 2}
 

@@ -92,10 +92,18 @@ def test_scores_stay_as_they_are_unless_a_range_is_given(tmp_path):
     assert load_sts_file(path, score_range=(0, 5))["score"][:] == [score / 5 for score in SCORED["score"]]
 
 
-def test_byte_order_mark_and_spaces_in_the_header(tmp_path):
-    """A CSV as spreadsheets write it is read, spaces around column names are ignored."""
-    path = tmp_path / "data.csv"
-    path.write_bytes(b"\xef\xbb\xbfanchor, positive\r\nx,y\r\n")
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.csv", b"anchor, positive\r\nx,y\r\n"),
+        ("data.tsv", b"anchor\tpositive \nx\ty\n"),
+        ("data.jsonl", b'{"anchor": "x", " positive": "y"}\n'),
+    ],
+)
+def test_byte_order_mark_and_spaces_in_the_header(tmp_path, name, content):
+    """Files as spreadsheets and editors write them are read, spaces around column names are ignored."""
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + content)
     assert load_training_file(path).to_dict() == {"anchor": ["x"], "positive": ["y"]}
 
 
@@ -122,6 +130,12 @@ def test_tsv_quotes_are_text(tmp_path):
         ("a.jsonl", b'{"anchor": "x"\n', "as jsonl"),
         ("a.jsonl", b'{"anchor": "x", "positive": 3}\n', "must be a text that is not empty, got 3"),
         ("a.jsonl", b'{"anchor": "x", "positive": "y"}\n{"anchor": "z"}\n', "Row 2 in column 'positive' of"),
+        ("a.jsonl", b'{"anchor": "x", "positive": null}\n', "got None. Fill it or leave the row out"),
+        ("a.csv", b'anchor,positive\nx,""\n', "got ''. Fill it or leave the row out"),
+        ("a.csv", b"anchor,anchor,positive\nx,y,z\n", "the columns ['anchor', 'anchor'] share a name"),
+        ("a.csv", b"Anchor,positive,anchor \nx,y,z\n", "the columns ['Anchor', 'anchor '] share a name"),
+        ("a.tsv", b"anchor\tpositive\tpositive\nx\ty\tz\n", "the columns ['positive', 'positive'] share a name"),
+        ("a.jsonl", b'{"anchor": "x", "positive": "y", "POSITIVE": "z"}\n', "['positive', 'POSITIVE'] share a name"),
         ("a.parquet", b"no parquet", "as parquet"),
         ("a.txt", b"x", "must end in one of .csv, .tsv, .jsonl, .parquet"),
         ("a.csv", b"sentence1,sentence2,score\na,b,1\na,b,high\n", "Row 2 in column 'score' of"),

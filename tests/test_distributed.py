@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from conftest import DEPTH, column_features, total
 from distributed_worker import EQUAL, run_drift, run_equal
 from mipic_st import MIPICLoss, pic
-from training_fixtures import make_loss, one_thread, parameters  # noqa: F401
+from training_fixtures import make_loss, parameters
 
 HERE = Path(__file__).parent
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

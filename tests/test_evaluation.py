@@ -1,5 +1,7 @@
 """Invariants of the evaluation: one encoding, no dim's score for another, equal to the native evaluators."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,8 +17,10 @@ from sentence_transformers.sentence_transformer.evaluation import (
     SequentialEvaluator,
     TripletEvaluator,
 )
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from evaluation_fixtures import CountingModel, sentences, tiny_model
+from conftest import sentences
+from evaluation_fixtures import CountingModel, tiny_model
 from mipic_st.embedding_store import EmbeddingStore, bytes_per_vector
 from mipic_st.evaluation import ClassificationProbeEvaluator, MatryoshkaEvaluator
 
@@ -163,6 +167,8 @@ def test_quantised_columns_equal_the_native_ones(model, precision, dim):
 def test_bytes_per_vector():
     """4 bytes, 1 byte, 1 bit per value, bits rounded up to bytes."""
     assert [bytes_per_vector(9, p) for p in ("float32", "int8", "binary")] == [36, 9, 2]
+    with pytest.raises(ValueError, match="dim must be an integer >= 1, got -3"):
+        bytes_per_vector(-3)
 
 
 def test_last_layer_of_the_grid_is_the_model(model):
@@ -216,9 +222,12 @@ def test_sequence_scores_every_evaluator(model):
     ("arguments", "message"),
     [
         ({"dims": []}, "dims is empty"),
-        ({"dims": [8, 8]}, "twice"),
-        ({"dims": [0]}, "at least 1"),
+        ({"dims": [8, 8]}, "dims has duplicates"),
+        ({"dims": [0]}, "dims must be > 0"),
         ({"dims": [8], "primary": 9}, "primary must be"),
+        ({"dims": [8], "primary": 8.0}, "primary must be .* got 8.0"),
+        ({"dims": [8], "layers": [-1]}, r"layers must be layers from 0 \(embeddings\), got \[-1\]"),
+        ({"dims": [8], "layers": [2, 2]}, "layers has duplicates"),
         ({"dims": [8], "precisions": ["int8"]}, "must include 'float32'"),
         ({"dims": [8], "precisions": ["float32", "int4"]}, "int4"),
         ({"dims": [8], "evaluator": sts(truncate_dim=8)}, "leave it unset"),
@@ -232,11 +241,38 @@ def test_bad_arguments_are_named_at_construction(arguments, message):
         MatryoshkaEvaluator(**{"evaluator": sts(), **arguments})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dims": 8}, "dims must be a sequence"),
+        ({"dims": [8.0]}, r"dims must be integers, got \[8.0\]"),
+        ({"layers": 2}, "layers must be a sequence"),
+        ({"precisions": "int8"}, "precisions must be a sequence"),
+        ({"precisions": 8}, "precisions must be a sequence"),
+        ({"normalize": "no"}, "normalize must be True or False, got 'no'"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named_at_construction(arguments, message):
+    """A number for a list, a string for a flag: TypeError."""
+    with pytest.raises(TypeError, match=message):
+        MatryoshkaEvaluator(**{"evaluator": sts(), "dims": [8], **arguments})
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_numpy_and_tensor_arguments_are_numbers(model, array):
+    """Arrays and tensors mean what the lists mean, and the metric that selects checkpoints exists."""
+    plain = MatryoshkaEvaluator(sts(), [8, 32], layers=[1, 4], primary=8)
+    arrays = MatryoshkaEvaluator(sts(), array([8, 32]), layers=array([1, 4]), primary=array(8))
+    assert arrays(model) == plain(model)
+    assert arrays.primary_metric == plain.primary_metric == "sts-dev-L4-8_spearman_cosine"
+    assert json.dumps(arrays.get_config_dict()) == json.dumps(plain.get_config_dict())
+
+
 def test_dims_above_the_width_and_unknown_layers_are_named(model):
     """Dims beyond D and layers beyond L raise with the limit."""
     with pytest.raises(ValueError, match=r"dims \[64\] exceed the model's width of 32"):
         MatryoshkaEvaluator(sts(), [8, 64])(model)
-    with pytest.raises(ValueError, match=r"from 0 .* to 4"):
+    with pytest.raises(ValueError, match=r"from 0 .* to the model's depth of 4"):
         MatryoshkaEvaluator(sts(), [8], layers=[5])(model)
 
 
@@ -268,6 +304,30 @@ def test_worst_does_not_hide_a_score_that_is_not_a_number(model, bad):
     results = MatryoshkaEvaluator(Scores(), [8, 32])(model)
     assert np.isnan(results["x-worst_score"])
     assert np.isnan(results["x-mean_score"])
+
+
+class Widths(BaseEvaluator):
+    """An evaluator of somebody's own, whose primary metric may or may not carry its name."""
+
+    def __init__(self, primary_metric):
+        super().__init__()
+        self.name, self.primary_metric = "own", primary_metric
+
+    def __call__(self, model, output_path=None, epoch=-1, steps=-1):
+        return {f"{self.name}_first": 0.0, f"{self.name}_width": float(model.encode(["cat"]).shape[-1])}
+
+
+def test_a_primary_metric_without_the_name_is_found(model):
+    """The scores carry the evaluator's name and the primary metric does not: it is still the one meant."""
+    evaluator = MatryoshkaEvaluator(Widths("width"), [8, 32], primary=8)
+    assert evaluator(model)["own-mean_width"] == 20
+    assert evaluator.primary_metric == "own-8_width"
+
+
+def test_a_primary_metric_that_is_no_score_is_named(model):
+    """With the scores that there are."""
+    with pytest.raises(ValueError, match=r"Widths says primary_metric='depth'.*own-8_first"):
+        MatryoshkaEvaluator(Widths("depth"), [8])(model)
 
 
 def test_probe_draws_from_labels_of_pandas(model):
@@ -322,6 +382,7 @@ def test_probe_equals_a_plain_loop(model):
         ((["a", "b"], [0], ["c"], [0]), "train_texts has 2 entries and train_labels 1"),
         ((["a", "b"], [0, 1], ["c"], [2]), "test_labels holds"),
         ((["a", "b"], [0, 1], [], []), "test_texts is empty"),
+        ((["a"], [0], ["b"], [0]), "one class only, 0"),
     ],
 )
 def test_probe_names_bad_labels(arguments, message):
@@ -330,16 +391,60 @@ def test_probe_names_bad_labels(arguments, message):
         ClassificationProbeEvaluator(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("ab", [0, 1], ["c"], [0]), "train_texts must be a sequence.* got 'ab'"),
+        ((5, [0, 1], ["c"], [0]), "train_texts must be a sequence.* got 5"),
+        ((["a", "b"], [0, 1], "c", [0]), "test_texts must be a sequence.* got 'c'"),
+        ((["a", None], [0, 1], ["c"], [0]), "train_texts must be strings, got None at index 1"),
+        ((["a", "b"], "xy", ["c"], ["x"]), "train_labels must be a sequence.* got 'xy'"),
+        ((["a", "b"], ["x", None], ["c"], ["x"]), "train_labels must be all strings .* got None at index 1"),
+        ((["a", "b"], [None, 1], ["c"], [1]), "train_labels must be all strings .* got None at index 0"),
+        ((["a", "b"], [0.5, 1.5], ["c"], [0.5]), "train_labels must be all strings .* got 0.5 at index 0"),
+        ((["a", "b"], np.array([0, np.nan]), ["c"], [0]), "train_labels .* turn floats into integers"),
+        ((["a", "b"], ["x", 1], ["c"], [1]), "train_labels must be all strings .* got 1 at index 1"),
+        ((["a", "b"], [[0], [1]], ["c"], [[1]]), r"train_labels must be all strings .* got \[0\]"),
+    ],
+)
+def test_probe_names_texts_and_labels_of_the_wrong_kind(arguments, message):
+    """A string for a list of texts, missing labels, floats and mixtures raise at construction."""
+    with pytest.raises(TypeError, match=message):
+        ClassificationProbeEvaluator(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("n_experiments", 0), ("n_experiments", 2.5), ("samples_per_label", "8"), ("seed", -1), ("max_iter", 0)],
+)
+def test_probe_names_bad_numbers(option, value):
+    """Counts are whole and in range."""
+    with pytest.raises(ValueError, match=f"{option} must be an integer >= .*, got {value!r}"):
+        probe(**{option: value})
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor, pd.Series])
+def test_probe_takes_labels_of_arrays(array):
+    """Whole numbers in any of the usual containers are the same labels."""
+    texts = ["a", "b", "c", "d"]
+    plain = ClassificationProbeEvaluator(texts, [0, 1, 0, 1], texts, [1, 0, 1, 0])
+    arrays = ClassificationProbeEvaluator(texts, array([0, 1, 0, 1]), texts, array([1, 0, 1, 0]))
+    assert arrays.train_labels.tolist() == plain.train_labels.tolist()
+    assert arrays.test_labels.tolist() == plain.test_labels.tolist()
+
+
 @pytest.mark.slow
 def test_inside_the_trainer(tmp_path):
     """Scores land in the logs, the model card and the choice of the best checkpoint."""
-    from datasets import Dataset
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from training_fixtures import datasets, make_trainer
 
     model = tiny_model(tmp_path)
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path / "run"),
+    trainer = make_trainer(
+        model,
+        MultipleNegativesRankingLoss(model),
+        tmp_path / "run",
+        datasets.Dataset.from_dict({"anchor": A, "positive": B}),
+        evaluator=MatryoshkaEvaluator(sts(), DIMS, primary=9),
         max_steps=2,
         eval_strategy="steps",
         eval_steps=1,
@@ -347,15 +452,6 @@ def test_inside_the_trainer(tmp_path):
         save_steps=1,
         load_best_model_at_end=True,
         metric_for_best_model="eval_sts-dev-9_spearman_cosine",
-        report_to=[],
-        use_cpu=True,
-    )
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_dict({"anchor": A, "positive": B}),
-        loss=MultipleNegativesRankingLoss(model),
-        evaluator=MatryoshkaEvaluator(sts(), DIMS, primary=9),
     )
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "eval_sts-dev-9_spearman_cosine" in entry]

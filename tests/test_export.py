@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation_fixtures import sentences, tiny_model
+from conftest import sentences
+from evaluation_fixtures import tiny_model
 from mipic_st.embedding_store import EmbeddingStore
 from mipic_st.export import export_truncated, measure_speedup
 
@@ -78,13 +79,37 @@ def test_export_keeps_prompts_and_similarity(tmp_path):
     assert exported.similarity_fn_name == "dot"
 
 
+@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize(("truncate_dim", "dim", "expected"), [(8, None, 8), (8, 4, 4), (8, 16, 16), (99, None, 32)])
+def test_a_truncated_model_is_exported_as_it_is(tmp_path, layer, truncate_dim, dim, expected):
+    """truncate_dim of the loaded model is its width, unless dim says otherwise."""
+    model = tiny_model(tmp_path, truncate_dim=truncate_dim)
+    exported = export_truncated(model, layer, dim)
+    cell = EmbeddingStore(model, None if layer is None else [layer]).view(expected, layer=layer)
+    got = exported.encode(["the cat sits"])
+    assert got.shape == (1, expected)
+    np.testing.assert_allclose(got, cell.encode(["the cat sits"], show_progress_bar=False), atol=1e-5)
+
+
+def test_numpy_arguments_are_numbers(tmp_path):
+    """Layer and dim may come out of an array."""
+    exported = export_truncated(tiny_model(tmp_path), np.int64(2), np.int64(8))
+    assert (exported[0].auto_model.config.num_hidden_layers, exported.get_embedding_dimension()) == (2, 8)
+
+
+def test_a_flag_is_no_string(tmp_path):
+    """normalize="no" would count as True."""
+    with pytest.raises(TypeError, match="normalize must be True or False"):
+        export_truncated(tiny_model(tmp_path), dim=8, normalize="no")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({}, "nothing to cut"),
-        ({"layer": 0}, "from 1 to 4"),
-        ({"layer": 5}, "from 0 .* to 4"),
-        ({"dim": 0}, "dim must be a whole number"),
+        ({"layer": 0}, "layer must be .* from 1 to the model's depth of 4"),
+        ({"layer": 5}, "layer must be .* from 1 to the model's depth of 4"),
+        ({"dim": 0}, "dim must be > 0"),
         ({"dim": 33}, "exceed the model's width of 32"),
     ],
 )
@@ -100,3 +125,11 @@ def test_speedup_is_measured(tmp_path):
     figures = measure_speedup(model, export_truncated(model, layer=1, dim=8), repeats=3)
     assert figures["speedup"] > 1.2
     assert figures["parameters_cut"] < figures["parameters_full"]
+
+
+@pytest.mark.parametrize("bad", [{"repeats": 0}, {"repeats": 1.5}, {"batch_size": 0}, {"batch_size": "8"}])
+def test_bad_counts_are_named(tmp_path, bad):
+    """Rounds and texts per pass are whole and at least one."""
+    model = tiny_model(tmp_path)
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be an integer >= 1"):
+        measure_speedup(model, model, **bad)

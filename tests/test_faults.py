@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from conftest import DIMS, column_features, total
 from mipic_st import MIPICCallback, MIPICLoss
-from training_fixtures import make_loss, make_trainer, one_thread, pairs, parameters  # noqa: F401
+from training_fixtures import make_loss, make_trainer, pairs, parameters
 
 
 class Failing(nn.Module):

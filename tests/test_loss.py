@@ -14,7 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.losses import column_merging_disabled
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, StaticEmbedding, Transformer
 from torch import nn
 
 import mipic_st.loss as loss_module
@@ -558,6 +558,19 @@ def test_presets_can_be_overridden_and_are_checked(tiny_model):
         MIPICLoss.from_preset(model, base, DIMS, tau=1)
 
 
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_presets_without_alignment_take_any_model(tiny_model, preset):
+    """alpha=1 trains a model with a Dense module, whose width then gives the dims; with alignment it is refused."""
+    model = tiny_model()
+    model.append(Dense(WIDTH, 24))
+    base = losses.MultipleNegativesRankingLoss(model)
+    loss = MIPICLoss.from_preset(model, base, preset=preset, alpha=1)
+    assert loss.matryoshka_dims == (24, 16)
+    total(loss(column_features(model), None)).backward()
+    with pytest.raises(ValueError, match="changes the pooled vector with Dense"):
+        MIPICLoss.from_preset(model, base, preset=preset, alpha=0.5)
+
+
 # --- bad input --------------------------------------------------------------------------------------------------
 
 BAD = [
@@ -603,6 +616,10 @@ BAD = [
     ({"gammas": [0.5]}, ValueError, "3 prefixes, 1 gammas"),
     ({"gammas": [0.5, 0.6, 1.5]}, ValueError, r"in \(0, 1\], got \[1.5\]"),
     ({"gammas": [0.5, 0.4, 0.6]}, ValueError, "gammas must ascend"),
+    ({"sia_layers": "12"}, TypeError, "sia_layers must be a sequence"),
+    ({"sia_layers": [1.0]}, ValueError, r"from 1 to the model's depth of 3, got \[1.0\]"),
+    ({"detach_teacher": "no"}, TypeError, "detach_teacher must be True or False, got 'no'"),
+    ({"gather_across_devices": 1}, TypeError, "gather_across_devices must be True or False, got 1"),
     ({"aggregation": "max"}, ValueError, "aggregation must be one of"),
     ({"kl_direction": "both"}, ValueError, "kl_direction must be one of"),
     ({"lift_init": "zeros"}, ValueError, "lift_init must be one of"),
@@ -647,10 +664,27 @@ def test_numpy_and_tensor_arguments_are_numbers(tiny_model):
     arrays = MIPICLoss(
         model, base, np.array([32, 8, 4]), torch.tensor([1.0, 2.0, 0.5]), alpha=np.float32(0.5),
         sia_layers=np.array([1, 3]), gammas=np.array([0.25, 0.5]), pic_checkpoints=np.array([(8, 1), (32, 3)]),
-        min_k=np.int64(2), seed=np.int64(0),
+        min_k=np.int64(2), seed=np.int64(0), n_dims_per_step=np.int64(-1), detach_teacher=np.bool_(False),
     )  # fmt: skip
+    tensors = MIPICLoss(
+        model, base, [torch.tensor(32), np.int32(8), 4], torch.tensor([1.0, 2.0, 0.5]), alpha=torch.tensor(0.5),
+        sia_layers=torch.tensor([1, 3]), gammas=torch.tensor([0.25, 0.5]),
+        pic_checkpoints=torch.tensor([(8, 1), (32, 3)]), min_k=torch.tensor(2), n_dims_per_step=torch.tensor(-1),
+    )  # fmt: skip
+    assert json.dumps(tensors.get_config_dict()) == json.dumps(plain.get_config_dict())
     assert json.dumps(arrays.get_config_dict()) == json.dumps(plain.get_config_dict())
     assert run(arrays, model)[0] == run(plain, model)[0]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1])
+def test_features_that_are_no_list_of_dicts_are_refused(tiny_model, alpha):
+    """One column of inputs by itself, or texts, instead of a list of columns."""
+    model = tiny_model()
+    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS, alpha=alpha)
+    (column,) = column_features(model, columns=1)
+    for wrong, got in ((column, f"{type(column).__name__} of str"), (["a text"], "list of str")):
+        with pytest.raises(TypeError, match=f"sentence_features must be a list with one dict .* got {got}"):
+            loss(wrong, None)
 
 
 def test_static_embedding_model_is_refused(tiny_model):

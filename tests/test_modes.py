@@ -11,13 +11,12 @@ from transformers import TrainerCallback
 
 from conftest import DIMS, column_features, gradients, sentences, total
 from mipic_st import MIPICCallback, MIPICLoss
-from training_fixtures import (  # noqa: F401
+from training_fixtures import (
     EVERY_TERM,
     datasets,
     logs,
     make_loss,
     make_trainer,
-    one_thread,
     pairs,
     parameters,
 )

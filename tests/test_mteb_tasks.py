@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation_fixtures import CountingModel, data_dir, minilm, sentences, tiny_model
+from conftest import sentences
+from evaluation_fixtures import CountingModel, tiny_model
 from mipic_st import mteb_tasks
 from mipic_st.mteb_tasks import evaluate_mteb
 
@@ -152,6 +153,32 @@ def test_partial_local_data_is_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'sentence1,sentence2,score\na,b,1\n"a,b,1\n', "cannot be read as csv"),
+        (b"sentence1,sentence2,score\n\xff,b,1\n", "cannot be read as csv"),
+        (b"", "cannot be read as csv"),
+        (b"sentence1,sentence2,score\na,b,1\na,b,high\n", "has 1 scores that are no numbers, the first is 'high'"),
+        (b"sentence1,sentence2,score\na,b,\na,b,1\n", "has 1 scores that are no numbers, the first is ''"),
+    ],
+)
+def test_a_bad_data_file_is_named(model, tmp_path, content, message):
+    """The error says which file, and what is wrong with it."""
+    path = tmp_path / "sts13_test.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        evaluate_mteb(model, ["STS13"], [8], output=tmp_path / "out", data_dir=tmp_path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["normalize", "overwrite", "skip_missing"])
+def test_a_flag_is_no_string(model, tmp_path, flag):
+    """ "no" would count as True."""
+    with pytest.raises(TypeError, match=f"{flag} must be True or False, got 'no'"):
+        evaluate_mteb(model, ["STS13"], [8], output=tmp_path, **{flag: "no"})
+
+
+@pytest.mark.parametrize(
     ("tasks", "message"), [([], "tasks is empty"), (["NoSuchTask"], "'NoSuchTask' is neither a preset")]
 )
 def test_unknown_tasks_are_named(model, tmp_path, tasks, message):
@@ -162,7 +189,7 @@ def test_unknown_tasks_are_named(model, tmp_path, tasks, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "published"), [("STS13", 80.60), ("STS14", 75.60), ("STS15", 85.39)])
-def test_published_scores_of_minilm(tmp_path, task, published):
+def test_published_scores_of_minilm(minilm, data_folder, tmp_path, task, published):
     """all-MiniLM-L6-v2 gives its published Spearman x 100 on the local files."""
-    scores = run(minilm(), [task], [384], tmp_path, data_dir=data_dir())
+    scores = run(minilm, [task], [384], tmp_path, data_dir=data_folder)
     assert 100 * scores[(task, 384, "float32")] == pytest.approx(published, abs=0.05)

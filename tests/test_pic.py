@@ -26,6 +26,11 @@ def make_head(dim, next_dim, dtype=torch.float64, seed=0):
     return pic.chain_head(dim, next_dim).to(dtype)
 
 
+def chain_link(head, vector, next_vector, temperature=0.05):
+    """One link of the chain as the loss makes it (Eq. 15 and 16)."""
+    return pic.chain_info_nce(pic.predict_next(head, vector), next_vector, temperature)
+
+
 def relative(got, expected):
     return ((got.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
@@ -172,7 +177,7 @@ def test_chain_link_equals_reference(dim, next_dim, dtype, tolerance):
     names = ["vector", *(name for name, _ in head.named_parameters())]
     leaves = [vector, *parameters(head)]
     plain = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    value = pic.chain_link(head, vector, target)
+    value = chain_link(head, vector, target)
     expected = reference.info_nce_tensor(reference.head_tensor(*plain), target.double())
     assert names == ["vector", "0.weight", "0.bias", "2.weight", "2.bias"]
     assert value.item() == pytest.approx(expected.item(), rel=tolerance / 10)
@@ -200,13 +205,13 @@ def test_chain_link_gradcheck():
         def forward(self, vector):
             return torch.func.functional_call(self.head, self.values, vector)
 
-    assert torch.autograd.gradcheck(lambda v, *values: pic.chain_link(Given(values), v, target, 0.5), inputs)
+    assert torch.autograd.gradcheck(lambda v, *values: chain_link(Given(values), v, target, 0.5), inputs)
 
 
 def test_chain_link_detaches_the_next_vector():
     """No gradient flows into the next checkpoint, also where both vectors come from the same states."""
     head, states = make_head(3, 5), draw(4, 5, seed=24).requires_grad_()
-    (gradient,) = torch.autograd.grad(pic.chain_link(head, states[:, :3], states), states)
+    (gradient,) = torch.autograd.grad(chain_link(head, states[:, :3], states), states)
     assert gradient[:, :3].abs().max() > 0
     assert gradient[:, 3:].count_nonzero() == 0
 
@@ -215,14 +220,14 @@ def test_chain_link_columns_are_separate():
     """Columns in a leading axis are compared within themselves."""
     head = make_head(3, 5)
     vector, target = draw(2, 4, 3, seed=25), draw(2, 4, 5, seed=26)
-    apart = torch.stack([pic.chain_link(head, vector[c], target[c]) for c in range(2)]).mean()
-    torch.testing.assert_close(pic.chain_link(head, vector, target), apart)
+    apart = torch.stack([chain_link(head, vector[c], target[c]) for c in range(2)]).mean()
+    torch.testing.assert_close(chain_link(head, vector, target), apart)
 
 
 def test_chain_link_batch_of_one_is_zero():
     """A single sentence gives zero and zero gradients to the vector and the head."""
     head, vector = make_head(3, 5), draw(1, 3, seed=27).requires_grad_()
-    value = pic.chain_link(head, vector, draw(1, 5, seed=28))
+    value = chain_link(head, vector, draw(1, 5, seed=28))
     assert value.item() == 0
     for gradient in torch.autograd.grad(value, [vector, *parameters(head)]):
         assert gradient.count_nonzero() == 0
@@ -237,7 +242,7 @@ def test_chain_link_is_float32_under_autocast(dtype):
     for enabled in (False, True):
         vector = draw(6, 16, seed=29, dtype=dtype).requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            value = pic.chain_link(head, vector, target)
+            value = chain_link(head, vector, target)
         results.append([value, *torch.autograd.grad(value, [vector, *parameters(head)])])
     assert results[1][0].dtype == torch.float32
     assert all(torch.equal(without, with_it) for without, with_it in zip(*results, strict=True))
@@ -249,7 +254,7 @@ def test_chain_link_takes_any_mix_of_formats(vector_dtype, head_dtype):
     """Vectors and head of different precision are no error, and lose no more than a bf16 head loses."""
     head = make_head(4, 6, head_dtype)
     vector, target = draw(5, 4, seed=31, dtype=vector_dtype), draw(5, 6, seed=32, dtype=vector_dtype)
-    value = pic.chain_link(head, vector, target)
+    value = chain_link(head, vector, target)
     exact = [tensor.detach().double() for tensor in (vector, *parameters(head))]
     expected = reference.info_nce_tensor(reference.head_tensor(*exact), target.double()).item()
     assert value.item() == pytest.approx(expected, rel=0.05 if head_dtype is torch.bfloat16 else 1e-5)
@@ -261,7 +266,7 @@ def test_chain_equals_straightforward():
     dims = (4, 8, 16, 32)
     vectors = [draw(6, dim, seed=dim).requires_grad_() for dim in dims]
     heads = [make_head(*pair, seed=seed) for seed, pair in enumerate(pairwise(dims))]
-    value = sum(pic.chain_link(head, vectors[c], vectors[c + 1]) for c, head in enumerate(heads))
+    value = sum(chain_link(head, vectors[c], vectors[c + 1]) for c, head in enumerate(heads))
     expected = reference.straightforward_chain(vectors, [parameters(head) for head in heads])
     torch.testing.assert_close(value, expected)
     for got, wanted in zip(

@@ -3,6 +3,7 @@
 import io
 import itertools
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
@@ -41,6 +42,27 @@ def test_json_and_csv_keep_all_scores(tmp_path):
     assert pd.read_csv(io.StringIO(report.to_csv()))["score"][0] == report.records[0]["score"]
 
 
+def test_json_keeps_numpy_values_as_numbers(tmp_path):
+    """Dims, scores and info out of arrays come back as what they are, not as text."""
+    row = {"model": "a", "task": "t", "metric": "s", "dim": np.int64(8), "seed": np.int32(3), "score": np.float32(0.5)}
+    report = EvaluationReport([row], {"peak": np.int64(7), "curve": np.array([1.5, 2.0]), "path": tmp_path})
+    report.to_json(tmp_path / "r.json")
+    back = EvaluationReport.from_json(tmp_path / "r.json")
+    assert (back.records[0]["dim"], back.records[0]["seed"], back.records[0]["score"]) == (8, 3, 0.5)
+    assert back.info == {"peak": 7, "curve": [1.5, 2.0], "path": str(tmp_path)}
+    pd.testing.assert_frame_equal(back.frame(), report.frame(), check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "[1, 2]", "{}", '{"records": [3], "info": {}}', '{"records": [{}], "info": {}}', "x", "null"]
+)
+def test_other_json_is_refused(tmp_path, content):
+    """Whatever else is in the file, the error names it."""
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(ValueError, match=r"r\.json is no report"):
+        EvaluationReport.from_json(tmp_path / "r.json")
+
+
 def test_best_model_per_column_and_dim_is_marked():
     """With two models exactly the better one's cells are bold; with one model none."""
     both = (EvaluationReport(rows("a")) + EvaluationReport(rows("b", 0.01))).to_markdown()
@@ -54,6 +76,15 @@ def test_latex_escapes():
     text = EvaluationReport(rows()).to_latex()
     assert "T\\_1" in text
     assert "\\toprule" in text
+
+
+def test_latex_escapes_all_that_means_something():
+    """Names with TeX's ten special characters come out as these characters; marks of the best stay commands."""
+    both = EvaluationReport(rows("a\\b{c}~d^e_f&g%h#i$")) + EvaluationReport(rows("b", 0.01))
+    text = both.to_latex()
+    expected = r"a\textbackslash{}b\{c\}\textasciitilde{}d\textasciicircum{}e\_f\&g\%h\#i\$"
+    assert text.count(expected) == len(DIMS)
+    assert text.count(r"\textbf{") == 3 * len(DIMS)
 
 
 def test_seeds_are_averaged_in_the_table():

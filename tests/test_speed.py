@@ -40,7 +40,10 @@ class Terms:
     def batched(self):
         """L_SIA + L_PIC by mipic_st."""
         queries, chain = self.vectors()
-        total = sum(pic.chain_link(head, *pair) for head, pair in zip(self.heads, pairwise(chain), strict=True))
+        total = sum(
+            pic.chain_info_nce(pic.predict_next(head, vector), target)
+            for head, (vector, target) in zip(self.heads, pairwise(chain), strict=True)
+        )
         for hidden, query, lifts in zip(self.layers, queries, self.lifts, strict=True):
             terms = sia.sia_terms(hidden, query, self.mask, PREFIXES, lifts, self.gammas)
             valid = terms.cka_valid.sum(0).clamp(min=1)

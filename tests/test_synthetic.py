@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from mipic_st.synthetic import SCORES, synthetic_pairs, synthetic_sts, synthetic_topics
@@ -211,6 +212,11 @@ def test_bad_arguments_are_named(make, arguments, message):
     """A bad size or split is refused with its name and value."""
     with pytest.raises(ValueError, match=re.escape(message)):
         make(**arguments)
+
+
+def test_a_size_out_of_an_array_is_a_number():
+    """NumPy's integers are integers."""
+    assert synthetic_pairs(np.int64(5)) == synthetic_pairs(5)
 
 
 def test_too_many_rows_are_refused(monkeypatch):

@@ -6,12 +6,11 @@ import json
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from mipic_st import MIPICLoss
-
-datasets = pytest.importorskip("datasets", reason="needs the train extra")
+from training_fixtures import datasets, make_trainer
 
 TERMS = ["matryoshka", "sia_attention", "sia_cka", "pic"]
 SUBJECTS = ["a man", "the old woman", "a small child", "our neighbour", "the teacher", "her brother", "the cook"]
@@ -41,23 +40,19 @@ def test_training_the_real_model(minilm, tmp_path):
     """A few steps lower every component, log each, move model and heads, and save a plain SentenceTransformer."""
     loss = MIPICLoss(minilm, MultipleNegativesRankingLoss(minilm), [384, 128, 64, 32, 16, 8], alpha=0.5)
     before = {name: parameter.detach().clone() for name, parameter in loss.named_parameters()}
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path / "run"),
+    trainer = make_trainer(
+        minilm,
+        loss,
+        tmp_path / "run",
+        pairs(),
+        eval_dataset=pairs().select(range(40)),
         max_steps=24,
         per_device_train_batch_size=20,
         learning_rate=5e-5,
         learning_rate_mapping={r"^mipic_heads\.": 3e-4},
         warmup_steps=2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
         eval_strategy="steps",
         eval_steps=24,
-    )
-    trainer = SentenceTransformerTrainer(
-        model=minilm, args=arguments, train_dataset=pairs(), eval_dataset=pairs().select(range(40)), loss=loss
     )
     trainer.evaluate()
     start = trainer.state.log_history[-1]
@@ -94,16 +89,7 @@ def test_training_the_real_model(minilm, tmp_path):
 def test_model_card_lists_the_loss(minilm, tmp_path):
     """The card of a trained model names the loss, its settings and the paper."""
     loss = MIPICLoss(minilm, MultipleNegativesRankingLoss(minilm), [384, 32])
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=1,
-        per_device_train_batch_size=2,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    SentenceTransformerTrainer(model=minilm, args=arguments, train_dataset=pairs().select(range(2)), loss=loss).train()
+    make_trainer(minilm, loss, tmp_path / "run", pairs(), max_steps=1, per_device_train_batch_size=2).train()
     minilm.save(str(tmp_path / "saved"))
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "MIPICLoss" in card

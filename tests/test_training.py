@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import json
 import logging
 import pickle
@@ -11,6 +12,7 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -22,7 +24,7 @@ from transformers import TrainerCallback
 from conftest import DIMS, WIDTH, column_features, make_tokenizer, total
 from mipic_st import MIPICCallback, MIPICLoss, set_matryoshka_config
 from mipic_st.training import HEADS_FILE
-from training_fixtures import logs, make_loss, make_trainer, one_thread, pairs, parameters  # noqa: F401
+from training_fixtures import logs, make_loss, make_trainer, pairs, parameters
 
 DRAWN = {"n_dims_per_step": 2}
 
@@ -174,6 +176,12 @@ def test_bad_heads_files(tiny_model, interrupted, spoil, error, message):
         trainer.train(resume_from_checkpoint=True)
     assert all(torch.equal(before[name], value) for name, value in loss.mipic_heads.named_parameters())
     assert (interrupted / "checkpoint-3" / "optimizer.pt").is_file()
+
+
+def test_saving_into_a_missing_folder(tiny_model, tmp_path):
+    """The folder is named, before anything is written."""
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere to save the heads in"):
+        MIPICCallback(fresh(tiny_model)[1]).save(tmp_path / "nowhere")
 
 
 def test_heads_of_another_shape_are_refused(tiny_model, interrupted):
@@ -412,13 +420,23 @@ def test_set_matryoshka_config_by_hand(tiny_model, tmp_path):
     """The public function does the same without training; it can be repeated and checks its dims."""
     model = tiny_model()
     set_matryoshka_config(model, [32, 8])
-    set_matryoshka_config(model, [16, 32, 16], [(16, 2), (32, 3)])
+    set_matryoshka_config(model, np.array([16, 32]), [(16, 2), (32, 3)])
     model.save(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["matryoshka_dimensions"], config["mipic_checkpoints"]) == ([16, 32], [[16, 2], [32, 3]])
-    for dims in ([], [0, 8], [WIDTH + 1], "16", [8.5], [True]):
-        with pytest.raises(ValueError, match="matryoshka_dims must be from 1 to the model's width of 32"):
+    for dims in ([], [0, 8], [WIDTH + 1], [8, 8], "16", [8.5], [True]):
+        with pytest.raises((TypeError, ValueError), match=r"^matryoshka_dims "):
             set_matryoshka_config(model, dims)
+    for checkpoints, message in (
+        ([(16, 4)], "checkpoints: layer 4 of .* from 1 to the model's depth of 3"),
+        ([(0, 1)], "checkpoints: dim 0 of .* from 1 to the model's width of 32"),
+        ([(64, 1)], "checkpoints: dim 64 of"),
+        ([(16, 2.0)], "checkpoints: layer 2.0 of"),
+        ([16, 2], r"checkpoints must be \(dim, layer\) pairs"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            set_matryoshka_config(model, [8], checkpoints)
+    assert model[0].auto_model.config.mipic_checkpoints == [[16, 2], [32, 3]]
     static = SentenceTransformer(modules=[StaticEmbedding(make_tokenizer().backend_tokenizer, embedding_dim=16)])
     with pytest.raises(ValueError, match="no Transformer module"):
         set_matryoshka_config(static, [8, 16])
@@ -490,3 +508,95 @@ def test_a_plain_loop(tiny_model):
         optimizer.step()
     other.keeper.adopt(optimizer)
     optimizer.step()
+
+
+def stepped(tiny_model, steps, **options):
+    """A loss and its optimizer after some steps of a plain loop."""
+    _, loss = fresh(tiny_model, **options)
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-3)
+    for step in range(steps):
+        step_once(loss, optimizer, step)
+    return loss, optimizer
+
+
+def step_once(loss, optimizer, seed):
+    torch.manual_seed(seed)
+    optimizer.zero_grad()
+    total(loss(column_features(loss.model, seed=seed), None)).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("order", ["loss first", "optimizer first"])
+def test_a_plain_loop_resumes_from_state_dicts(tiny_model, order):
+    """load_state_dict of loss and optimizer, in either order, is a right resume: it goes on bit for bit."""
+    loss, optimizer = stepped(tiny_model, 3)
+    saved = copy.deepcopy({"loss": loss.state_dict(), "optimizer": optimizer.state_dict()})
+    step_once(loss, optimizer, 3)
+    expected = parameters(loss)
+
+    loss, optimizer = stepped(tiny_model, 0)
+    if order == "loss first":
+        loss.load_state_dict(saved["loss"])
+    optimizer.load_state_dict(saved["optimizer"])
+    if order == "optimizer first":
+        loss.load_state_dict(saved["loss"])
+    step_once(loss, optimizer, 3)
+    assert_equal(parameters(loss), expected)
+
+
+def test_a_plain_loop_goes_back_to_a_state_dict(tiny_model):
+    """In the same process, further than the saved state; the heads may come in a state dict of their own."""
+    loss, optimizer = stepped(tiny_model, 2)
+    saved = copy.deepcopy([module.state_dict() for module in (loss.model, loss.mipic_heads, optimizer)])
+    step_once(loss, optimizer, 2)
+    expected = parameters(loss)
+    step_once(loss, optimizer, 3)
+    for module, state in zip((loss.model, loss.mipic_heads, optimizer), saved, strict=True):
+        module.load_state_dict(state)
+    step_once(loss, optimizer, 2)
+    assert_equal(parameters(loss), expected)
+
+
+@pytest.mark.parametrize("lost", ["heads of all", "one head", "loaded before other steps"])
+def test_state_dicts_without_the_heads_do_not_count(tiny_model, lost):
+    """A state dict that lacks heads, or one loaded before the heads were trained on, restores nothing."""
+    loss, optimizer = stepped(tiny_model, 3)
+    heads = [name for name in loss.state_dict() if name.startswith("mipic_heads.")]
+    gone = {"heads of all": heads, "one head": heads[:1]}.get(lost, [])
+    state = {name: value for name, value in loss.state_dict().items() if name not in gone}
+    moments = copy.deepcopy(optimizer.state_dict())
+    loss, optimizer = stepped(tiny_model, 0)
+    loss.load_state_dict(state, strict=False)
+    if lost == "loaded before other steps":
+        step_once(loss, optimizer, 0)
+    optimizer.load_state_dict(moments)
+    with pytest.raises(RuntimeError, match=r"resumed from a checkpoint at step 3.*load the loss's state_dict\(\)"):
+        step_once(loss, optimizer, 3)
+
+
+def test_state_dicts_carry_the_draw_of_dims(tiny_model):
+    """A resumed plain loop draws the dims that the uninterrupted one draws, through torch.save's safe loading too."""
+    loss, _ = stepped(tiny_model, 3, **DRAWN)
+    file = io.BytesIO()
+    torch.save(loss.state_dict(), file)
+    file.seek(0)
+    expected = [loss.draw_dims() for _ in range(8)]
+    _, other = fresh(tiny_model, **DRAWN)
+    assert [copy.deepcopy(other).draw_dims() for _ in range(8)] != expected
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert [other.draw_dims() for _ in range(8)] == expected
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_state_dicts_without_the_draw_load_strictly(tiny_model, wrapped):
+    """Those saved before the draw was in them; what else is missing is still named."""
+    _, loss = fresh(tiny_model)
+    module = torch.nn.ModuleDict({"a": loss}) if wrapped else loss
+    state = module.state_dict()
+    del state["a._extra_state" if wrapped else "_extra_state"]
+    draws = loss.draw_state()
+    assert module.load_state_dict(state) == ([], [])
+    assert loss.draw_state() == draws
+    del state[next(name for name in state if "mipic_heads" in name)]
+    with pytest.raises(RuntimeError, match=r"Missing key.*mipic_heads"):
+        module.load_state_dict(state)

@@ -25,6 +25,7 @@ LINES = [
      ["test_distributed.py::test_two_processes_equal_one", "test_distributed.py::test_ranks_agree"]),
     ("Resuming", "bit for bit with `MIPICCallback`, refused without",
      ["test_training.py::test_resume_is_bit_identical", "test_training.py::test_resume_without_the_callback_is_refused",
+      "test_training.py::test_a_plain_loop_resumes_from_state_dicts",
       "test_distributed.py::test_resuming_in_two_processes"]),
     ("`load_best_model_at_end`, `save_total_limit`", "with `MIPICCallback`",
      ["test_training.py::test_load_best_model_at_end_and_save_total_limit"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -65,12 +64,3 @@ def parameters(loss):
 def logs(trainer, key):
     """All logged values of one name."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny models gain nothing from a second thread and lose a lot where other processes want the core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

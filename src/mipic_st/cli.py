@@ -20,6 +20,31 @@ report.csv, report.json, report.tex, and plots as PNG and SVG.
 exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
 
 
+def _whole(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _output_folder(text: str) -> Path:
+    """A folder that is there or can be made, for argparse."""
+    path = Path(text)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{str(there)!r} is a file; name a folder")
+    return path
+
+
+def _input_folder(text: str) -> Path:
+    """A folder that is there, for argparse."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is {'a file' if Path(text).exists() else 'not there'}; name a folder"
+        )
+    return Path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     from mipic_st import __version__
 
@@ -44,9 +69,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help="presets (`mipic-st tasks` lists them), MTEB task names, or one benchmark",
     )
-    run.add_argument("--dims", nargs="+", type=int, metavar="DIM", help="default: powers of 2 from 16, and full width")
-    run.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for results, tables and plots")
-    run.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with local data, looked at before the hub")
+    run.add_argument(
+        "--dims", nargs="+", type=_whole, metavar="DIM", help="default: powers of 2 from 16, and full width"
+    )
+    run.add_argument(
+        "--output", type=_output_folder, required=True, metavar="DIR", help="folder for results, tables and plots"
+    )
+    run.add_argument(
+        "--data-dir", type=_input_folder, metavar="DIR", help="folder with local data, looked at before the hub"
+    )
     run.add_argument(
         "--precisions",
         nargs="+",
@@ -55,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help="float32 (default), int8, binary",
     )
-    run.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts per forward pass (default: 32)")
+    run.add_argument("--batch-size", type=_whole, default=32, metavar="N", help="texts per forward pass (default: 32)")
     run.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
     run.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
     run.add_argument("--no-normalize", action="store_true", help="do not renormalise after the cut")
@@ -73,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cut.add_argument("model", metavar="MODEL", help="hub name or local folder")
-    cut.add_argument("--layer", type=int, metavar="L", help="last layer to keep (default: all)")
-    cut.add_argument("--dim", type=int, metavar="D", help="values to keep (default: all)")
-    cut.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
+    cut.add_argument("--layer", type=_whole, metavar="L", help="last layer to keep (default: all)")
+    cut.add_argument("--dim", type=_whole, metavar="D", help="values to keep (default: all)")
+    cut.add_argument("--output", type=_output_folder, required=True, metavar="DIR", help="new or empty folder")
     cut.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
     cut.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
     cut.set_defaults(function=_export)
@@ -95,18 +126,33 @@ def _load(name: str, device: str | None, trust_remote_code: bool):  # type: igno
         raise ValueError(f"model {name!r} cannot be loaded as a {kind}: {str(error).splitlines()[0]}") from error
 
 
+def _check_places(places: Sequence[str]) -> None:
+    """Say at once, of all models, which cannot be there; a name such as ``org/model`` may be the hub's."""
+    for place in places:
+        if Path(place).is_file():
+            raise ValueError(f"model {place!r} cannot be loaded: it is a file; name the model's folder.")
+        local = place.startswith((".", "/", "~")) or "\\" in place or place.count("/") > 1
+        if local and not Path(place).exists():
+            raise ValueError(f"model {place!r} cannot be loaded: there is no such folder.")
+
+
 def _default_dims(width: int) -> list[int]:
     dims = [2**power for power in range(4, 12) if 2**power < width]
     return [*dims, width]
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from mipic_st._checks import checked_dims
     from mipic_st.embedding_store import full_width
-    from mipic_st.mteb_tasks import evaluate_mteb
+    from mipic_st.mteb_tasks import evaluate_mteb, resolve_tasks
     from mipic_st.report import EvaluationReport
 
+    _check_places(arguments.models)
     names = _model_names(arguments.models)
+    if arguments.dims:
+        checked_dims("--dims", arguments.dims)
     tasks = arguments.tasks[0] if len(arguments.tasks) == 1 else arguments.tasks
+    resolve_tasks(tasks)
     report = EvaluationReport([])
     for place, name in zip(arguments.models, names, strict=True):
         if not arguments.quiet:
@@ -180,8 +226,9 @@ def _export(arguments: argparse.Namespace) -> int:
     from mipic_st.export import export_truncated, measure_speedup
 
     output: Path = arguments.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {str(output)!r} exists and is not an empty folder; name a new one.")
+    _check_places([arguments.model])
     model = _load(arguments.model, arguments.device, arguments.trust_remote_code)
     exported = export_truncated(model, arguments.layer, arguments.dim)
     figures = measure_speedup(model, exported)

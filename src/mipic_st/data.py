@@ -164,13 +164,16 @@ def _read(path: str | PathLike[str]) -> Dataset:
             frame = pd.read_parquet(file)
         elif suffix == ".jsonl":
             # "2020-01-01" or "1e5" in a text column must stay text.
-            frame = pd.read_json(file, lines=True, dtype=False, convert_dates=False, encoding="utf-8")
+            frame = pd.read_json(file, lines=True, dtype=False, convert_dates=False, encoding="utf-8-sig")
         else:
             # Sentences such as "None" or "NA" are no missing values. TSV has no quoting: a lone " would swallow rows.
             quoting = {"sep": "\t", "quoting": 3} if suffix == ".tsv" else {}
             frame = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8", **quoting)
             if not isinstance(frame.index, pd.RangeIndex):  # pandas takes surplus fields for an index
                 raise ValueError("rows have more fields than the header has names (a comma that is not quoted?)")
+            # pandas has renamed a repeated column by now
+            header = pd.read_csv(file, header=None, nrows=1, dtype=str, keep_default_na=False, **quoting)
+            _require_single(header.iloc[0].tolist())
     except pd.errors.EmptyDataError as error:
         raise ValueError(f"{path} is empty.") from error
     except (ValueError, OSError) as error:  # ParserError, UnicodeDecodeError and pyarrow's errors are ValueErrors
@@ -184,7 +187,11 @@ def _select(
     """Keep the columns of the first shape that fits, under their standard names, and check their values."""
     if score_range is not None and not (len(score_range) == 2 and score_range[0] < score_range[1]):
         raise ValueError(f"score_range must be (lowest, highest), got {score_range!r}.")
-    present = {name.strip().lower(): name for name in dataset.column_names}
+    try:
+        _require_single(dataset.column_names)
+    except ValueError as error:
+        raise ValueError(f"Cannot use {source}: {error}") from error
+    present = {_plain_name(name): name for name in dataset.column_names}
     columns = next((found for shape in shapes if (found := _match(shape, present))), None)
     if columns is None:
         wanted = " or ".join(f"({', '.join(shape)})" for shape in shapes)
@@ -204,6 +211,20 @@ def _select(
     return _datasets().Dataset.from_dict(values)
 
 
+def _plain_name(name: str) -> str:
+    return name.strip().lower()
+
+
+def _require_single(names: Sequence[str]) -> None:
+    """Refuse two columns of one name, of which one would be taken without a word."""
+    known = {
+        alias for columns in (_PAIRS, {"": NEGATIVE_COLUMN}, _SCORED) for each in columns.values() for alias in each
+    }
+    for alias in sorted(known):
+        if len(same := [name for name in names if _plain_name(name) == alias]) > 1:
+            raise ValueError(f"the columns {same} share a name (case does not matter); rename or remove all but one")
+
+
 def _match(shape: dict[str, tuple[str, ...]], present: dict[str, str]) -> dict[str, str] | None:
     """Standard name -> name in the data, or None if a column is missing."""
     found = {name: next((present[a] for a in aliases if a in present), None) for name, aliases in shape.items()}
@@ -214,7 +235,9 @@ def _match(shape: dict[str, tuple[str, ...]], present: dict[str, str]) -> dict[s
 def _checked_texts(column: list[Any], where: str, _: tuple[float, float] | None) -> list[str]:
     for row, text in enumerate(column, start=1):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"Row {row} in {where} must be a text that is not empty, got {text!r}.")
+            raise ValueError(
+                f"Row {row} in {where} must be a text that is not empty, got {text!r}. Fill it or leave the row out."
+            )
     return column
 
 
@@ -227,7 +250,9 @@ def _checked_scores(column: list[Any], where: str, score_range: tuple[float, flo
         except (TypeError, ValueError):
             score = math.nan
         if not math.isfinite(score):
-            raise ValueError(f"Row {row} in {where} must be a finite number, got {value!r}.")
+            raise ValueError(
+                f"Row {row} in {where} must be a finite number, got {value!r}. Fill it or leave the row out."
+            )
         if not low <= score <= high:
             raise ValueError(f"Row {row} in {where} must lie in score_range={score_range}, got {value!r}.")
         scores.append((score - low) / (high - low) if score_range else score)

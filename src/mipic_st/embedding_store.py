@@ -16,7 +16,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device, quantize_embeddings
 
-from mipic_st.recording import hidden_states_requested
+from mipic_st._checks import as_list, checked_count, checked_layers
+from mipic_st.recording import embedding_width, hidden_states_requested, layer_count
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,13 @@ def bytes_per_vector(dim: int, precision: str = "float32") -> int:
         Number of bytes, 4 per value, 1 per value, or 1 per started group of 8 values.
 
     Raises:
-        ValueError: If ``precision`` is not one of the three.
+        ValueError: If ``dim`` is below 1 or ``precision`` is not one of the three.
 
     Example:
         >>> bytes_per_vector(64), bytes_per_vector(64, "int8"), bytes_per_vector(64, "binary")
         (256, 64, 8)
     """
+    dim = checked_count("dim", dim)
     if precision == "float32":
         return 4 * dim
     if precision == "int8":
@@ -53,33 +55,6 @@ def bytes_per_vector(dim: int, precision: str = "float32") -> int:
     if precision == "binary":
         return (dim + 7) // 8
     raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
-
-
-def check_dims(dims: Sequence[int]) -> tuple[int, ...]:
-    """Validate matryoshka dims and sort them upwards.
-
-    Args:
-        dims: Distinct whole numbers, each at least 1.
-
-    Returns:
-        The dims, ascending.
-
-    Raises:
-        TypeError: If ``dims`` is not a sequence of whole numbers.
-        ValueError: If it is empty, repeats a dim or holds one below 1.
-    """
-    if isinstance(dims, (str, bytes)) or not isinstance(dims, Sequence):
-        raise TypeError(f"dims must be a sequence of whole numbers such as [64, 128, 384], got {dims!r}.")
-    if not dims:
-        raise ValueError("dims is empty; give at least one dim, such as [64, 128, 384].")
-    for dim in dims:
-        if isinstance(dim, bool) or not isinstance(dim, (int, np.integer)):
-            raise TypeError(f"dims must hold whole numbers, got {dim!r} of type {type(dim).__name__}.")
-        if dim < 1:
-            raise ValueError(f"dims must be at least 1, got {dim}.")
-    if len(set(dims)) != len(dims):
-        raise ValueError(f"dims holds a dim twice: {list(dims)}; give each once.")
-    return tuple(sorted(int(dim) for dim in dims))
 
 
 def check_precisions(precisions: Sequence[str]) -> tuple[str, ...]:
@@ -92,10 +67,10 @@ def check_precisions(precisions: Sequence[str]) -> tuple[str, ...]:
         The precisions in that order, each once.
 
     Raises:
+        TypeError: If ``precisions`` is no sequence.
         ValueError: If one is unknown or float32 is missing.
     """
-    if isinstance(precisions, str):
-        raise TypeError(f"precisions must be a sequence such as ('float32', 'int8'), got the string {precisions!r}.")
+    precisions = as_list("precisions", precisions, "('float32', 'int8')")
     for precision in precisions:
         if precision not in PRECISIONS:
             raise ValueError(f"precisions must be among {PRECISIONS}, got {precision!r}.")
@@ -106,24 +81,8 @@ def check_precisions(precisions: Sequence[str]) -> tuple[str, ...]:
 
 def full_width(model: SentenceTransformer) -> int:
     """The width D of the model's vectors, whatever ``truncate_dim`` it was loaded with."""
-    if model.truncate_dim is None:
-        width = model.get_embedding_dimension()
-        if width is not None:
-            return int(width)
-    return int(model.encode(["a"], truncate_dim=_NO_CUT, show_progress_bar=False).shape[-1])
-
-
-def check_dims_fit(dims: Sequence[int], model: SentenceTransformer) -> int:
-    """Return the model's width, or say which dims exceed it.
-
-    Raises:
-        ValueError: If a dim is larger than the width.
-    """
-    width = full_width(model)
-    too_large = [dim for dim in dims if dim > width]
-    if too_large:
-        raise ValueError(f"dims {too_large} exceed the model's width of {width}; leave them out.")
-    return width
+    width = embedding_width(model)
+    return width or int(model.encode(["a"], truncate_dim=_NO_CUT, show_progress_bar=False).shape[-1])
 
 
 def transformer_of(model: SentenceTransformer) -> Any:
@@ -147,9 +106,20 @@ def transformer_of(model: SentenceTransformer) -> Any:
     return model[0]
 
 
-def layer_count(model: SentenceTransformer) -> int:
-    """How many encoder layers the model has (layer 0 is the embedding layer)."""
-    return int(_text_config(transformer_of(model)).num_hidden_layers)
+def model_depth(model: SentenceTransformer) -> int:
+    """How many encoder layers the model has (layer 0 is the embedding layer).
+
+    Raises:
+        TypeError: If it has none, or its config does not say.
+    """
+    transformer = transformer_of(model)
+    depth = layer_count(transformer)
+    if depth is None:
+        raise TypeError(
+            f"layers need a depth, but the config of {type(transformer.auto_model).__name__} does not say "
+            "num_hidden_layers; leave layers out."
+        )
+    return depth
 
 
 def check_layers(layers: Sequence[int], model: SentenceTransformer) -> tuple[int, ...]:
@@ -163,19 +133,10 @@ def check_layers(layers: Sequence[int], model: SentenceTransformer) -> tuple[int
         The layers, ascending.
 
     Raises:
+        TypeError: If ``layers`` is no sequence, or the model has none.
         ValueError: If one is outside 0..L or given twice.
     """
-    last = layer_count(model)
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= last:
-            raise ValueError(f"layers must be whole numbers from 0 (embeddings) to {last} (last layer), got {layer!r}.")
-    if len(set(layers)) != len(layers):
-        raise ValueError(f"layers holds a layer twice: {list(layers)}; give each once.")
-    return tuple(sorted(layers))
-
-
-def _text_config(transformer: Any) -> Any:
-    return transformer.auto_model.config.get_text_config()
+    return checked_layers("layers", layers, model_depth(model), least=0, otherwise=", or None for the final vector")
 
 
 def final_norm(auto_model: torch.nn.Module) -> torch.nn.Module | None:
@@ -231,8 +192,8 @@ def encode_layers(
     from tqdm.auto import trange
 
     transformer = transformer_of(model)
-    last = layer_count(model)
-    check_layers(sorted(layers), model)
+    last = model_depth(model)
+    check_layers(layers, model)
     norm = final_norm(transformer.auto_model)
     tail = [module for _, module in list(model.named_children())[1:]]
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))

@@ -17,13 +17,13 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
 
+from mipic_st._checks import as_list, checked_count, checked_dims, checked_flag, checked_layers, is_whole, plain
 from mipic_st.embedding_store import (
     EmbeddingStore,
     bytes_per_vector,
-    check_dims,
-    check_dims_fit,
     check_layers,
     check_precisions,
+    full_width,
 )
 
 if TYPE_CHECKING:
@@ -102,15 +102,17 @@ class MatryoshkaEvaluator(BaseEvaluator):
             raise ValueError(
                 f"evaluators share the name {repeated[0]!r}, their scores would overwrite each other; name each one."
             )
-        self.dims = check_dims(dims)
+        self.dims = tuple(sorted(checked_dims("dims", dims)))
         self.precisions = check_precisions(precisions)
-        if layers is not None and not len(layers):
-            raise ValueError("layers is empty; give layer numbers, or None for the final vector.")
-        self.layers = None if layers is None else tuple(layers)
-        if isinstance(primary, bool) or (primary not in ("mean", "worst") and primary not in self.dims):
+        self.layers: tuple[int, ...] | None = None
+        if layers is not None:
+            fix = ", or None for the final vector"
+            self.layers = checked_layers("layers", layers, None, least=0, otherwise=fix)
+        primary = plain(primary)
+        if primary not in ("mean", "worst") and not (is_whole(primary) and primary in self.dims):
             raise ValueError(f"primary must be 'mean', 'worst' or one of dims {list(self.dims)}, got {primary!r}.")
         self.primary = primary
-        self.normalize = normalize
+        self.normalize = checked_flag("normalize", normalize)
         self.evaluator = evaluator
         self.name = _name(evaluator)
         self.greater_is_better = evaluator.greater_is_better
@@ -132,7 +134,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
         Returns:
             All metrics of all cells, plus mean and worst of the primary metric.
         """
-        check_dims_fit(self.dims, model)
+        checked_dims("dims", self.dims, full_width(model))
         layers: Sequence[int | None] = (None,) if self.layers is None else check_layers(self.layers, model)
         store = EmbeddingStore(model, self.layers)
         metrics: dict[str, float] = {}
@@ -320,6 +322,14 @@ def _named_scores(
     if not scores:
         raise ValueError(f"{type(evaluator).__name__} returned no scores.")
     primary = evaluator.primary_metric or next(iter(scores))
+    if primary not in scores:
+        # a primary metric without the evaluator's name, beside scores that have it
+        primary = next((f"{name}_{primary}" for name in names if f"{name}_{primary}" in scores), primary)
+    if primary not in scores:
+        raise ValueError(
+            f"{type(evaluator).__name__} says primary_metric={evaluator.primary_metric!r}, which is none of its scores "
+            f"{list(scores)}; set it to one of them."
+        )
     return {full(key): float(value) for key, value in scores.items()}, full(primary)
 
 
@@ -345,7 +355,9 @@ class ClassificationProbeEvaluator(BaseEvaluator):
         write_csv: Write a CSV file when an output path is given.
 
     Raises:
-        ValueError: If lengths differ, texts are missing, there is one class only, or a test label was never trained.
+        TypeError: If texts are no list of strings, or labels neither all strings nor all whole numbers.
+        ValueError: If lengths differ, texts are missing, there is one class only, a test label was never trained, or a
+            number is out of range.
 
     Example:
         >>> probe = ClassificationProbeEvaluator(["a", "b"], [0, 1], ["c", "d"], [0, 1], name="tiny")
@@ -370,35 +382,22 @@ class ClassificationProbeEvaluator(BaseEvaluator):
         write_csv: bool = True,
     ) -> None:
         super().__init__()
-        for part, texts, labels in (("train", train_texts, train_labels), ("test", test_texts, test_labels)):
-            if len(texts) != len(labels):
-                raise ValueError(
-                    f"{part}_texts has {len(texts)} entries and {part}_labels {len(labels)}; give one each."
-                )
-            if not len(texts):
-                raise ValueError(f"{part}_texts is empty.")
-        classes = set(train_labels)
+        self.train_texts, self.train_labels = _checked_part("train", train_texts, train_labels)
+        self.test_texts, self.test_labels = _checked_part("test", test_texts, test_labels)
+        classes = set(self.train_labels.tolist())
         if len(classes) < 2:
             raise ValueError(f"train_labels holds one class only, {classes.pop()!r}; a classifier needs at least two.")
-        unknown = set(test_labels) - classes
+        unknown = set(self.test_labels.tolist()) - classes
         if unknown:
             raise ValueError(f"test_labels holds {sorted(map(str, unknown))[:5]}, which train_labels does not.")
-        if n_experiments is not None and n_experiments < 1:
-            raise ValueError(f"n_experiments must be at least 1 or None, got {n_experiments}.")
-        if samples_per_label < 1:
-            raise ValueError(f"samples_per_label must be at least 1, got {samples_per_label}.")
-        self.train_texts = list(train_texts)
-        self.train_labels = np.asarray(train_labels)
-        self.test_texts = list(test_texts)
-        self.test_labels = np.asarray(test_labels)
         self.name = name
-        self.n_experiments = n_experiments
-        self.samples_per_label = samples_per_label
-        self.seed = seed
-        self.max_iter = max_iter
-        self.batch_size = batch_size
-        self.show_progress_bar = show_progress_bar
-        self.write_csv = write_csv
+        self.n_experiments = None if n_experiments is None else checked_count("n_experiments", n_experiments)
+        self.samples_per_label = checked_count("samples_per_label", samples_per_label)
+        self.seed = checked_count("seed", seed, least=0)
+        self.max_iter = checked_count("max_iter", max_iter)
+        self.batch_size = checked_count("batch_size", batch_size)
+        self.show_progress_bar = checked_flag("show_progress_bar", show_progress_bar)
+        self.write_csv = checked_flag("write_csv", write_csv)
         self.primary_metric = "accuracy"
         self.csv_file = "classification_probe" + (f"_{name}" if name else "") + "_results.csv"
 
@@ -481,6 +480,26 @@ class ClassificationProbeEvaluator(BaseEvaluator):
             "samples_per_label": self.samples_per_label,
             "seed": self.seed,
         }
+
+
+def _checked_part(part: str, texts: Any, labels: Any) -> tuple[list[str], np.ndarray]:
+    """Texts and labels of the training or test part, one each."""
+    texts = as_list(f"{part}_texts", texts, '["a text", "another"]')
+    labels = as_list(f"{part}_labels", labels, "[0, 1]")
+    if len(texts) != len(labels):
+        raise ValueError(f"{part}_texts has {len(texts)} entries and {part}_labels {len(labels)}; give one each.")
+    if not texts:
+        raise ValueError(f"{part}_texts is empty.")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{part}_texts must be strings, got {text!r} at index {row}.")
+    for row, label in enumerate(labels):
+        if type(label) is not type(labels[0]) or not isinstance(label, (str, int)):
+            raise TypeError(
+                f"{part}_labels must be all strings or all whole numbers, got {label!r} at index {row}; leave out "
+                "texts without a label and turn floats into integers."
+            )
+    return texts, np.asarray(labels)
 
 
 def _append_csv(path: Path, row: dict[str, Any]) -> None:

@@ -13,11 +13,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
+from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_layers
 from mipic_st.embedding_store import (
     EmbeddingStore,
-    check_dims_fit,
-    check_layers,
-    layer_count,
+    full_width,
+    model_depth,
     transformer_of,
 )
 
@@ -41,7 +41,8 @@ def export_truncated(
     Args:
         model: The model to cut.
         layer: Last layer to keep, 1 to L; None keeps all.
-        dim: Values to keep, 1 to D; None keeps all and adds no tail.
+        dim: Values to keep, 1 to D; None keeps what the model gives: its ``truncate_dim`` if it was loaded with one,
+            else all, without a tail.
         normalize: Put Normalize after the cut.
 
     Returns:
@@ -56,17 +57,16 @@ def export_truncated(
         >>> small = export_truncated(model, layer=4, dim=64)                        # doctest: +SKIP
         >>> small.save_pretrained("small")                                          # doctest: +SKIP
     """
+    if dim is None and model.truncate_dim is not None:
+        dim = min(model.truncate_dim, full_width(model))
     if layer is None and dim is None:
         raise ValueError("layer and dim are both None, so there is nothing to cut; give at least one.")
     if dim is not None:
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"dim must be a whole number from 1 to the model's width, got {dim!r}.")
-        check_dims_fit([dim], model)
+        (dim,) = checked_dims("dim", [dim], full_width(model))
+    normalize = checked_flag("normalize", normalize)
     memo: dict[int, Any] = {}
     if layer is not None:
-        if layer == 0:
-            raise ValueError(f"layer must be from 1 to {layer_count(model)} for an export, got 0.")
-        check_layers([layer], model)
+        (layer,) = checked_layers("layer", [layer], model_depth(model))
         auto_model = transformer_of(model).auto_model
         memo[id(auto_model)] = _cut_backbone(auto_model, layer)
     # deepcopy finds the cut backbone in the memo and so never copies the full one
@@ -168,10 +168,9 @@ def measure_speedup(
         ``parameters_cut``.
 
     Raises:
-        ValueError: If ``repeats`` is below 1 or ``texts`` is empty.
+        ValueError: If ``repeats`` or ``batch_size`` is below 1 or ``texts`` is empty.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}.")
+    repeats, batch_size = checked_count("repeats", repeats), checked_count("batch_size", batch_size)
     if texts is None:
         texts = [" ".join(["measure", "this", "sentence", "again"] * (1 + i % 8)) + f" {i}" for i in range(128)]
     if not len(texts):

@@ -46,11 +46,36 @@ def _steps_in(moments: Any) -> int:
     return _UNKNOWN if any(bool(value.any()) for value in moments.values() if isinstance(value, Tensor)) else 0
 
 
+class Heads(nn.ModuleDict):
+    """The heads of one loss, which know whether they came out of a state dict.
+
+    Attributes:
+        loaded: Names of the parameters that ``load_state_dict`` set, of these heads or of a module around them, since
+            an optimizer last stepped them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: set[str] = set()
+        self.register_load_state_dict_post_hook(_note_loaded)
+
+
+def _note_loaded(heads: nn.Module, keys: Any) -> None:
+    """Hook after ``load_state_dict``: remember which heads it set."""
+    assert isinstance(heads, Heads)
+    # The keys start at the module that was loaded, the names at the heads.
+    missing = [f".{key}" for key in keys.missing_keys]
+    heads.loaded = {
+        name for name, _ in heads.named_parameters() if not any(key.endswith(f".{name}") for key in missing)
+    }
+
+
 class HeadKeeper:
     """Watches the optimizer that steps the heads of one loss.
 
     Before each step of it: heads are made equal on all ranks (first step), their gradients are averaged over the
-    ranks, and an optimizer that was resumed from a checkpoint while the heads were not is refused.
+    ranks, and an optimizer that was resumed from a checkpoint while the heads were not is refused. Heads are taken as
+    resumed once ``load_state_dict`` set them, or :class:`mipic_st.training.MIPICCallback` did.
 
     The hooks are global, as PyTorch offers no other kind for an optimizer that does not exist yet. They refer to the
     keeper weakly and are removed when it is gone, that is, with its loss.
@@ -59,7 +84,7 @@ class HeadKeeper:
         heads: The module that holds the parameters.
     """
 
-    def __init__(self, heads: nn.Module) -> None:
+    def __init__(self, heads: Heads) -> None:
         self.heads = heads
         self._prepared = False
         self._records: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
@@ -86,6 +111,10 @@ class HeadKeeper:
         theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return [parameter for parameter in self.heads.parameters() if id(parameter) in theirs]
 
+    def _names(self, own: list[nn.Parameter]) -> set[str]:
+        wanted = {id(parameter) for parameter in own}
+        return {name for name, parameter in self.heads.named_parameters() if id(parameter) in wanted}
+
     def before_step(self, optimizer: Optimizer) -> None:
         """Do what has to be done before the step, unless :meth:`prepare` has done it already."""
         own = self.own(optimizer)
@@ -105,6 +134,8 @@ class HeadKeeper:
         if own := self.own(optimizer):
             first = optimizer not in self._records
             self._check_resumed(optimizer, own)
+            if self.heads.loaded:
+                self.heads.loaded -= self._names(own)
             self._synchronise(own, first)
             self._prepared = True
 
@@ -139,11 +170,14 @@ class HeadKeeper:
             right = record.moments is None and record.steps > 0
         else:
             right = count in (0, record.steps)
+        if not right and self._names(own) <= self.heads.loaded:
+            right, record.steps = True, max(0, count)
         if not right:
             raise RuntimeError(
                 f"The optimizer was resumed from a checkpoint{'' if count < 0 else f' at step {count}'}, but the heads "
                 "of MIPICLoss were not: its moments would be applied to other parameters. Save and restore them with "
-                f"the callback, from the first run on: {RESUME_FIX}. For a checkpoint that was made without it, "
+                f"the callback, from the first run on: {RESUME_FIX}. In a training loop of your own, save and load the "
+                "loss's state_dict() beside the optimizer's. For a checkpoint that was made without either, "
                 "MIPICCallback(loss, missing_heads='reset') starts the heads afresh."
             )
         if count == 0:

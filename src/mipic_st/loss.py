@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import numbers
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,8 +15,22 @@ from sentence_transformers.util import all_gather
 from torch import Tensor, distributed, nn
 
 from mipic_st import pic, presets, sia
+from mipic_st._checks import (
+    as_list,
+    checked_chain,
+    checked_checkpoints,
+    checked_choice,
+    checked_count,
+    checked_dims,
+    checked_flag,
+    checked_layers,
+    checked_number,
+    is_number,
+    is_whole,
+    plain,
+)
 from mipic_st.cached import cached_terms, require_supported
-from mipic_st.heads import HeadKeeper
+from mipic_st.heads import HeadKeeper, Heads
 from mipic_st.recording import (
     Backbone,
     RecordedPass,
@@ -130,7 +143,7 @@ class MIPICLoss(nn.Module):
     Raises:
         ValueError: If an argument is out of its range, a dim exceeds the model's width, a layer its depth, or the
             model is not built of Transformer and Pooling. The message names the argument and what is allowed.
-        TypeError: If ``model`` or ``loss`` are of the wrong kind.
+        TypeError: If ``model``, ``loss`` or another argument is of the wrong kind.
         FloatingPointError: In ``forward``, if a term is nan or inf; see :meth:`check_finite`.
         RuntimeError: In ``forward``, if the base loss never called ``model`` and nothing could be recorded.
 
@@ -200,22 +213,33 @@ class MIPICLoss(nn.Module):
         width = embedding_width(model)
         self.model = model
         self.loss = loss
-        self.matryoshka_dims, self.matryoshka_weights = _checked_dims(matryoshka_dims, matryoshka_weights, width)
+        dims = checked_dims("matryoshka_dims", matryoshka_dims, width)
+        weights = _checked_weights(dims, matryoshka_weights)
+        if width is not None and width not in dims:
+            logger.warning(
+                "The model's full width %d is not among matryoshka_dims %s, so the base loss will not train it. Add it "
+                "unless that is meant.",
+                width,
+                dims,
+            )
+        pairs = sorted(zip(dims, weights, strict=True), reverse=True)
+        self.matryoshka_dims = tuple(dim for dim, _ in pairs)
+        self.matryoshka_weights = tuple(weight for _, weight in pairs)
         self.n_dims_per_step = _checked_dims_per_step(n_dims_per_step, len(self.matryoshka_dims))
-        self.alpha = _checked_number("alpha", alpha, 0, 1)
-        self.attention_weight = _checked_number("attention_weight", attention_weight, 0)
-        self.cka_weight = _checked_number("cka_weight", cka_weight, 0)
-        self.pic_weight = _checked_number("pic_weight", pic_weight, 0)
-        self.min_k = _checked_count("min_k", min_k)
-        self.attention_temperature = _checked_number("attention_temperature", attention_temperature, 0, exclusive=True)
-        self.chain_temperature = _checked_number("chain_temperature", chain_temperature, 0, exclusive=True)
-        self.aggregation = _checked_choice("aggregation", aggregation, ("sum", "mean"))
-        self.kl_direction = _checked_choice("kl_direction", kl_direction, ("student_teacher", "teacher_student"))
-        self.detach_teacher = bool(detach_teacher)
-        self.lift_init = _checked_choice("lift_init", lift_init, ("identity", "orthogonal", "random"))
-        self.token_importance = _checked_choice("token_importance", token_importance, ("similarity", "attention"))
-        self.gather_across_devices = bool(gather_across_devices)
-        self.seed = _checked_count("seed", seed, least=0)
+        self.alpha = checked_number("alpha", alpha, 0, 1)
+        self.attention_weight = checked_number("attention_weight", attention_weight, 0)
+        self.cka_weight = checked_number("cka_weight", cka_weight, 0)
+        self.pic_weight = checked_number("pic_weight", pic_weight, 0)
+        self.min_k = checked_count("min_k", min_k)
+        self.attention_temperature = checked_number("attention_temperature", attention_temperature, 0, exclusive=True)
+        self.chain_temperature = checked_number("chain_temperature", chain_temperature, 0, exclusive=True)
+        self.aggregation = checked_choice("aggregation", aggregation, ("sum", "mean"))
+        self.kl_direction = checked_choice("kl_direction", kl_direction, ("student_teacher", "teacher_student"))
+        self.detach_teacher = checked_flag("detach_teacher", detach_teacher)
+        self.lift_init = checked_choice("lift_init", lift_init, ("identity", "orthogonal", "random"))
+        self.token_importance = checked_choice("token_importance", token_importance, ("similarity", "attention"))
+        self.gather_across_devices = checked_flag("gather_across_devices", gather_across_devices)
+        self.seed = checked_count("seed", seed, least=0)
         self._dim_generator = random.Random(self.seed)
         # Set by MIPICCallback: for error messages, and where fp16's gradient scaler skips bad batches by itself.
         self.global_step: int | None = None
@@ -226,12 +250,13 @@ class MIPICLoss(nn.Module):
         self.sia_layers: tuple[int, ...] = ()
         self.pic_checkpoints: tuple[tuple[int, int], ...] = ()
         self.gammas: tuple[float, ...] = ()
-        self.mipic_heads = nn.ModuleDict()
+        self.mipic_heads = Heads()
         wanted = self.attention_weight or self.cka_weight or self.pic_weight
         self._backbone: Backbone | None = describe(model) if wanted and self.alpha < 1 else None
         if self._backbone is not None:
             self._set_up_alignment(self._backbone, sia_layers, pic_checkpoints, gammas)
         self.keeper = HeadKeeper(self.mipic_heads)
+        self.register_load_state_dict_post_hook(_allow_missing_draws)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but the keeper, which belongs to these very heads."""
@@ -251,12 +276,16 @@ class MIPICLoss(nn.Module):
     ) -> None:
         depth, width = backbone.depth, backbone.width
         self.prefixes = tuple(sorted(dim for dim in self.matryoshka_dims if dim < width))
-        layers = _checked_layers(sia_layers, depth) if sia_layers is not None else (depth,)
-        checkpoints = pic_checkpoints
-        if checkpoints is None:
+        layers: tuple[int, ...] = (depth,)
+        if sia_layers is not None:
+            given = [sia_layers] if is_whole(plain(sia_layers)) else sia_layers
+            fix = ", or switch SIA off with attention_weight=cka_weight=0"
+            layers = checked_layers("sia_layers", given, depth, otherwise=fix)
+        if pic_checkpoints is None:
             checkpoints = presets.default_checkpoints(self.matryoshka_dims, depth, width)
         else:
-            checkpoints = _checked_checkpoints(checkpoints, depth, width)
+            checkpoints = checked_checkpoints("pic_checkpoints", pic_checkpoints, depth, width)
+            checkpoints = checked_chain("pic_checkpoints", checkpoints)
         if self.prefixes:
             self.gammas = _checked_gammas(gammas, len(self.prefixes))
 
@@ -324,22 +353,29 @@ class MIPICLoss(nn.Module):
         names = ("default", "paper", *presets.RECIPES)
         if preset not in names:
             raise ValueError(f"preset must be one of {names}, got {preset!r}.")
-        backbone = describe(model)
         recipe = presets.RECIPES.get(preset)
-        if recipe is not None and (recipe.depth, recipe.width) != (backbone.depth, backbone.width):
+        width = embedding_width(model)
+        shape = None
+        try:
+            backbone = describe(model)
+            shape = (backbone.depth, backbone.width)
+        except ValueError:
+            # Fine without alignment (alpha=1); with it, the constructor refuses the model in the same words.
+            if recipe is not None or (width is None and matryoshka_dims is None):
+                raise
+        if recipe is not None and shape is not None and (recipe.depth, recipe.width) != shape:
             raise ValueError(
                 f"preset={preset!r} was published for {recipe.depth} layers of width {recipe.width}, the model has "
-                f"{backbone.depth} of width {backbone.width}. Use preset='paper', which fits any shape."
+                f"{shape[0]} of width {shape[1]}. Use preset='paper', which fits any shape."
             )
         settings: dict[str, Any] = {}
         if preset != "default":
-            settings = {
-                **presets.PAPER_SETTINGS,
-                "alpha": presets.paper_alpha(backbone.depth, backbone.width),
-                "sia_layers": presets.paper_layers(backbone.depth, backbone.width),
-            }
+            settings |= presets.PAPER_SETTINGS
+            if shape is not None:
+                settings |= {"alpha": presets.paper_alpha(*shape), "sia_layers": presets.paper_layers(*shape)}
         if matryoshka_dims is None:
-            matryoshka_dims = presets.paper_dims(backbone.width)
+            assert width is not None
+            matryoshka_dims = presets.paper_dims(width)
         return cls(model, loss, matryoshka_dims, **{**settings, **overrides})
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
@@ -351,8 +387,18 @@ class MIPICLoss(nn.Module):
 
         Returns:
             Dict of scalars whose sum is the loss.
+
+        Raises:
+            TypeError: If ``sentence_features`` is no list of dicts.
         """
+        # A single dict would be taken for a list of its keys.
         features = list(sentence_features)
+        if not all(isinstance(column, Mapping) for column in features):
+            raise TypeError(
+                "sentence_features must be a list with one dict of model inputs per column, e.g. "
+                f"[model.preprocess(anchors), model.preprocess(positives)], got {type(sentence_features).__name__} of "
+                f"{type(features[0]).__name__}."
+            )
         self._batches += self.model.training
         if self._uses_cache:
             return self._forward_cached(features, labels)
@@ -477,6 +523,20 @@ class MIPICLoss(nn.Module):
         """
         version, numbers, gauss = state
         self._dim_generator.setstate((version, tuple(numbers), gauss))
+
+    def get_extra_state(self) -> Tensor:
+        """The state of the draw of dims, which goes into ``state_dict()`` as whole numbers."""
+        version, numbers, _ = self.draw_state()
+        return torch.tensor([version, *numbers])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Continue the draw of dims; ``load_state_dict`` calls this.
+
+        Args:
+            state: What :meth:`get_extra_state` gave.
+        """
+        version, *numbers = state.tolist()
+        self.set_draw_state([version, numbers, None])
 
     def columns(self, recorder: Recorder, features: list[dict[str, Tensor]]) -> int:
         """Check that something was recorded, and return B, the number of sentences in one column.
@@ -704,139 +764,43 @@ class MIPICLoss(nn.Module):
 """
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+def _allow_missing_draws(loss: nn.Module, keys: Any) -> None:
+    """Hook after ``load_state_dict``: a state dict saved before it held the draw of dims loads too."""
+    others = tuple(f"{name}._extra_state" for name, _ in loss.named_modules() if name)
+    own = [key for key in keys.missing_keys if key.endswith("_extra_state") and not key.endswith(others)]
+    for key in own:
+        keys.missing_keys.remove(key)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _as_list(name: str, values: Any, example: str) -> list[Any]:
-    """Any sequence, NumPy array or tensor as a list of plain values."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a sequence, e.g. {example}, got {values!r}.")
-    return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-def _checked_dims(dims: Any, weights: Any, width: int | None) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Validate dims and weights, and return both sorted by descending dim."""
-    dims = _as_list("matryoshka_dims", dims, "[384, 64, 16]")
-    if not dims:
-        raise ValueError("matryoshka_dims is empty: give at least one dimension, e.g. [384, 64, 16].")
-    if wrong := [dim for dim in dims if not _is_whole(dim)]:
-        raise TypeError(f"matryoshka_dims must be integers, got {wrong}.")
-    if wrong := [dim for dim in dims if dim < 1]:
-        raise ValueError(f"matryoshka_dims must be > 0, got {wrong}.")
-    if len(set(dims)) < len(dims):
-        raise ValueError(
-            f"matryoshka_dims has duplicates: {dims}. Give each dimension once; weight it with matryoshka_weights."
-        )
-    if width is not None and max(dims) > width:
-        raise ValueError(f"matryoshka_dims {[dim for dim in dims if dim > width]} exceed the model's width of {width}.")
-    if weights is None:
-        weights = [1] * len(dims)
-    weights = _as_list("matryoshka_weights", weights, "[1, 1, 2]")
+def _checked_weights(dims: list[int], weights: Any) -> list[float]:
+    weights = [1] * len(dims) if weights is None else as_list("matryoshka_weights", weights, "[1, 1, 2]")
     if len(weights) != len(dims):
         raise ValueError(
             f"matryoshka_weights must have one weight per dimension: {len(dims)} dims, {len(weights)} weights."
         )
-    if wrong := [weight for weight in weights if not _is_number(weight) or not 0 <= weight < float("inf")]:
+    if wrong := [weight for weight in weights if not is_number(weight) or not 0 <= weight < float("inf")]:
         raise ValueError(f"matryoshka_weights must be finite and >= 0, got {wrong}.")
-    if width is not None and width not in dims:
-        logger.warning(
-            "The model's full width %d is not among matryoshka_dims %s, so the base loss will not train it. Add it "
-            "unless that is meant.",
-            width,
-            dims,
-        )
-    pairs = sorted(zip(dims, weights, strict=True), reverse=True)
-    return tuple(int(dim) for dim, _ in pairs), tuple(weight for _, weight in pairs)
+    return weights
 
 
 def _checked_dims_per_step(count: Any, dims: int) -> int:
-    if not _is_whole(count) or (count != -1 and count < 1):
+    count = plain(count)
+    if not is_whole(count) or (count != -1 and count < 1):
         raise ValueError(f"n_dims_per_step must be -1 (all dims) or at least 1, got {count!r}.")
     if count > dims:
         raise ValueError(f"n_dims_per_step={count} exceeds the number of matryoshka_dims, {dims}. Use -1 for all.")
-    return count
-
-
-def _checked_number(name: str, value: Any, least: float, most: float = float("inf"), exclusive: bool = False) -> float:
-    if not _is_number(value):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
-    value = value if isinstance(value, int) else float(value)
-    within = (least < value if exclusive else least <= value) and value <= most and value != float("inf")
-    if not within:
-        bounds = f"{'>' if exclusive else '>='} {least}" + (
-            f" and <= {most}" if most != float("inf") else " and finite"
-        )
-        raise ValueError(f"{name} must be {bounds}, got {value}.")
-    return value
-
-
-def _checked_count(name: str, value: Any, least: int = 1) -> int:
-    if not _is_whole(value) or value < least:
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
-    return int(value)
-
-
-def _checked_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
-    return value
-
-
-def _checked_layers(layers: Any, depth: int) -> tuple[int, ...]:
-    layers = tuple(layers) if isinstance(layers, Iterable) else (layers,)
-    if not layers:
-        raise ValueError(
-            "sia_layers is empty: name at least one layer, or switch SIA off with attention_weight=cka_weight=0."
-        )
-    if wrong := [layer for layer in layers if not _is_whole(layer) or not 1 <= layer <= depth]:
-        raise ValueError(f"sia_layers must be layers from 1 to the model's depth of {depth}, got {wrong}.")
-    if len(set(layers)) < len(layers):
-        raise ValueError(f"sia_layers has duplicates: {layers}.")
-    return tuple(sorted(int(layer) for layer in layers))
-
-
-def _checked_checkpoints(checkpoints: Any, depth: int, width: int) -> tuple[tuple[int, int], ...]:
-    try:
-        pairs = tuple((dim, layer) for dim, layer in checkpoints)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"pic_checkpoints must be (dim, layer) pairs, e.g. [(16, 2), (64, 4)], got {checkpoints!r}."
-        ) from None
-    if len(pairs) < 2:
-        raise ValueError(
-            f"pic_checkpoints needs at least two (dim, layer) pairs, got {list(pairs)}. pic_weight=0 switches PIC off."
-        )
-    for dim, layer in pairs:
-        if not _is_whole(dim) or not 1 <= dim <= width:
-            raise ValueError(
-                f"pic_checkpoints: dim {dim!r} of {(dim, layer)} must be from 1 to the model's width of {width}."
-            )
-        if not _is_whole(layer) or not 1 <= layer <= depth:
-            raise ValueError(
-                f"pic_checkpoints: layer {layer!r} of {(dim, layer)} must be from 1 to the model's depth of {depth}."
-            )
-    for before, after in pairwise(pairs):
-        if after[0] < before[0] or after[1] < before[1] or before == after:
-            raise ValueError(
-                f"pic_checkpoints must go from shallow and narrow to deep and wide, but {after} follows {before}."
-            )
-    return tuple((int(dim), int(layer)) for dim, layer in pairs)
+    return int(count)
 
 
 def _checked_gammas(gammas: Any, prefixes: int) -> tuple[float, ...]:
     if gammas is None:
         return presets.default_gammas(prefixes)
-    gammas = tuple(_as_list("gammas", gammas, "[0.2, 0.4, 0.7]"))
+    gammas = tuple(as_list("gammas", gammas, "[0.2, 0.4, 0.7]"))
     if len(gammas) != prefixes:
         raise ValueError(
             f"gammas must have one share per prefix below the full width: {prefixes} prefixes, {len(gammas)} gammas."
         )
-    if wrong := [gamma for gamma in gammas if not _is_number(gamma) or not 0 < gamma <= 1]:
+    if wrong := [gamma for gamma in gammas if not is_number(gamma) or not 0 < gamma <= 1]:
         raise ValueError(f"gammas must be shares of the tokens in (0, 1], got {wrong}.")
     if list(gammas) != sorted(gammas):
         raise ValueError(f"gammas must ascend with the prefix, so that the sets are nested, got {gammas}.")

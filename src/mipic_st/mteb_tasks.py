@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from mipic_st._checks import checked_count, checked_dims, checked_flag
 from mipic_st.embedding_store import (
     EmbeddingStore,
     bytes_per_vector,
-    check_dims,
-    check_dims_fit,
     check_precisions,
+    full_width,
 )
 
 if TYPE_CHECKING:
@@ -142,9 +142,10 @@ def evaluate_mteb(
         >>> report = evaluate_mteb(model, "sts", [32, 64, 384], output="results")   # doctest: +SKIP
         >>> print(report.to_markdown())                                             # doctest: +SKIP
     """
-    dims = check_dims(dims)
+    dims = tuple(sorted(checked_dims("dims", dims, full_width(model))))
     precisions = check_precisions(precisions)
-    check_dims_fit(dims, model)
+    normalize, overwrite = checked_flag("normalize", normalize), checked_flag("overwrite", overwrite)
+    skip_missing, batch_size = checked_flag("skip_missing", skip_missing), checked_count("batch_size", batch_size)
     with _random_state_kept():
         return _evaluate(
             model,
@@ -408,16 +409,27 @@ def _attach_local(task: Any, data_dir: Path | None) -> bool:
     parts = {}
     for split, path in files.items():
         assert path is not None
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        elif path.suffix == ".jsonl":
-            frame = pd.read_json(path, lines=True, dtype=texts)
-        else:
-            # "NA" and empty cells are texts here, not missing values
-            frame = pd.read_csv(path, dtype=texts, keep_default_na=False)
+        try:
+            if path.suffix == ".parquet":
+                frame = pd.read_parquet(path)
+            elif path.suffix == ".jsonl":
+                frame = pd.read_json(path, lines=True, dtype=texts, encoding="utf-8-sig")
+            else:
+                # "NA" and empty cells are texts here, not missing values
+                frame = pd.read_csv(path, dtype=texts, keep_default_na=False)
+        except (ValueError, OSError) as error:  # those of pandas and pyarrow are ValueErrors
+            raise ValueError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {error}") from error
         lacking = [column for column in columns if column not in frame.columns]
         if lacking:
             raise ValueError(f"{str(path)!r} has no column {', '.join(lacking)}; {name} needs {', '.join(columns)}.")
+        if "score" in columns:
+            scores = pd.to_numeric(frame["score"], errors="coerce")
+            if (wrong := scores.isna()).any():
+                raise ValueError(
+                    f"{str(path)!r} has {int(wrong.sum())} scores that are no numbers, the first is "
+                    f"{frame['score'][wrong].iloc[0]!r}."
+                )
+            frame["score"] = scores
         expected = stats.get(split, {}).get("num_samples")
         if expected is not None and expected != len(frame):
             raise ValueError(

@@ -75,20 +75,3 @@ def predict_next(head: nn.Module, vector: Tensor) -> Tensor:
     """
     with no_autocast(vector):
         return head(vector.to(next(head.parameters()).dtype))
-
-
-def chain_link(head: nn.Module, vector: Tensor, next_vector: Tensor, temperature: float = 0.05) -> Tensor:
-    """One link of the chain: run the head on z_c and compare with z_{c+1} (Eq. 15 and 16).
-
-    The head runs in the precision of its own parameters, whatever autocast and the vectors are in.
-
-    Args:
-        head: phi_c, from :func:`chain_head`.
-        vector: z_c, (..., B, d_c).
-        next_vector: z_{c+1}, (..., B, d_{c+1}).
-        temperature: tau, > 0.
-
-    Returns:
-        Scalar.
-    """
-    return chain_info_nce(predict_next(head, vector), next_vector, temperature)

@@ -121,6 +121,18 @@ def embedding_width(model: nn.Module) -> int | None:
     return None
 
 
+def layer_count(transformer: Transformer) -> int | None:
+    """Number of encoder layers, the embedding layer not counted.
+
+    Args:
+        transformer: The module of the model.
+
+    Returns:
+        What the config says, or None.
+    """
+    return getattr(transformer.auto_model.config.get_text_config(), "num_hidden_layers", None)
+
+
 def describe(model: nn.Module) -> Backbone:
     """Read depth, width and pooling off a model.
 
@@ -167,8 +179,7 @@ def _describe_route(modules: list[nn.Module]) -> Backbone:
             f"of a hidden state. {hint}"
         )
     transformer, pooling = modules[0], modules[1]
-    config = transformer.auto_model.config
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+    depth = layer_count(transformer)
     if not depth:
         raise ValueError(
             f"The config of {type(transformer.auto_model).__name__} does not say num_hidden_layers. {hint}"

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mipic_st._checks import plain
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -162,19 +164,32 @@ class EvaluationReport:
         return _written(self.frame().to_csv(index=False), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """All scores and ``info``; `from_json` reads them back. NaN becomes null."""
+        """All scores and ``info``; `from_json` reads them back. NaN becomes null, NumPy values plain ones."""
         records = [{**record, "score": _none_if_nan(record["score"])} for record in self.records]
-        return _written(json.dumps({"info": self.info, "records": records}, indent=1, default=str) + "\n", path)
+        return _written(json.dumps({"info": self.info, "records": records}, indent=1, default=_jsonable) + "\n", path)
 
     @classmethod
     def from_json(cls, path: str | Path) -> EvaluationReport:
-        """Read what `to_json` wrote."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        records = [
-            {**record, "score": float("nan") if record["score"] is None else record["score"]}
-            for record in content["records"]
-        ]
-        return cls(records, content["info"])
+        """Read what `to_json` wrote.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it holds something else; the message names it.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            records = [
+                {**record, "score": float("nan") if record["score"] is None else record["score"]}
+                for record in content["records"]
+            ]
+            return cls(records, content["info"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is no report, that is, JSON with info and records as to_json writes it: {error!r}."
+            ) from error
 
     def to_latex(self, path: str | Path | None = None, *, mark_best: bool = True) -> str:
         """The table as a LaTeX ``tabular`` with booktabs rules.
@@ -187,7 +202,8 @@ class EvaluationReport:
             The LaTeX text.
         """
         frame = self._marked(mark_best, "\\textbf{%s}")
-        escaped = {character: "\\" + character for character in "_&%#$"}
+        escaped = {character: "\\" + character for character in "_&%#${}"}
+        escaped |= {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
 
         def clean(value: Any) -> str:
             return "".join(escaped.get(character, character) for character in str(value))
@@ -198,7 +214,7 @@ class EvaluationReport:
             "\\toprule",
             " & ".join(clean(name) for name in frame.columns) + " \\\\",
             "\\midrule",
-            *(" & ".join(clean(cell) for cell in row) + " \\\\" for row in frame.to_numpy()),
+            *(" & ".join([*map(clean, row[:keys]), *row[keys:]]) + " \\\\" for row in frame.to_numpy()),
             "\\bottomrule",
             "\\end{tabular}",
         ]
@@ -422,6 +438,11 @@ def _short(name: str) -> str:
 
 def _none_if_nan(value: float) -> float | None:
     return None if value != value else value
+
+
+def _jsonable(value: Any) -> Any:
+    """What JSON does not know: NumPy and tensor values as plain ones, anything else as text."""
+    return plain(value) if hasattr(value, "tolist") else str(value)
 
 
 def _written(text: str, path: str | Path | None) -> str:

@@ -28,6 +28,8 @@ from importlib.resources import files
 from itertools import cycle, islice, repeat
 from typing import Literal, NamedTuple, TypeVar
 
+from mipic_st._checks import is_whole, plain
+
 Split = Literal["train", "eval"]
 T = TypeVar("T")
 
@@ -317,7 +319,8 @@ def _slots_of(wording: str) -> list[tuple[str, str]]:
 
 def _take(turns: Iterator[Callable[[], dict[str, T] | None]], size: int) -> list[dict[str, T]]:
     """Let each turn draw until it gives a new row (None is a miss), so that no turn is lost to a repetition."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    size = plain(size)
+    if not is_whole(size) or size < 1:
         raise ValueError(f"size must be a positive integer, got {size!r}.")
     taken: list[dict[str, T]] = []
     seen: set[tuple[T, ...]] = set()

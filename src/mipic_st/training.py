@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mipic_st._checks import checked_checkpoints, checked_dims
 from mipic_st.loss import MIPICLoss
-from mipic_st.recording import embedding_width, unwrap
+from mipic_st.recording import embedding_width, layer_count, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,9 @@ def set_matryoshka_config(
         checkpoints: The (dim, layer) pairs that PIC trained.
 
     Raises:
-        ValueError: If no dim is given, one is out of range, or the model has no Transformer and hence no config.
+        TypeError: If dims or checkpoints are of the wrong kind.
+        ValueError: If no dim is given, a dim or layer is out of range, or the model has no Transformer and hence no
+            config.
 
     Example:
         >>> set_matryoshka_config(model, [384, 128, 32])  # doctest: +SKIP
@@ -56,25 +58,18 @@ def set_matryoshka_config(
     """
     inner = unwrap(model)
     width = embedding_width(inner)
-    whole = not isinstance(matryoshka_dims, str) and all(
-        isinstance(dim, numbers.Integral) and not isinstance(dim, bool) for dim in matryoshka_dims
-    )
-    dims = sorted({int(dim) for dim in matryoshka_dims}) if whole else []
-    if not dims or dims[0] < 1 or (width is not None and dims[-1] > width):
-        raise ValueError(
-            f"matryoshka_dims must be from 1 to the model's width of {width}, at least one of them, got "
-            f"{list(matryoshka_dims)}."
-        )
+    dims = sorted(checked_dims("matryoshka_dims", matryoshka_dims, width))
     transformers = [module for module in inner.modules() if isinstance(module, Transformer)]
     if not transformers:
         raise ValueError("The model has no Transformer module, so there is no config.json for the keys.")
-    pairs = [[int(dim), int(layer)] for dim, layer in checkpoints]
+    depths = [depth for transformer in transformers if (depth := layer_count(transformer)) is not None]
+    pairs = checked_checkpoints("checkpoints", checkpoints, min(depths, default=None), width)
     for transformer in transformers:
         config = transformer.auto_model.config
         config.is_matryoshka = True
         config.matryoshka_dimensions = dims
         if pairs:
-            config.mipic_checkpoints = pairs
+            config.mipic_checkpoints = [list(pair) for pair in pairs]
 
 
 class MIPICCallback(TrainerCallback):
@@ -155,8 +150,13 @@ class MIPICCallback(TrainerCallback):
 
         Returns:
             Path of the file.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
         """
         path = Path(folder) / HEADS_FILE
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"There is no folder {path.parent} to save the heads in: make it first.")
         heads = {name: parameter.detach().cpu().contiguous() for name, parameter in self.heads().items()}
         metadata = {
             "format": "1",

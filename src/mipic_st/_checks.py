@@ -1,0 +1,138 @@
+"""Checks of arguments, one for each kind that several modules take: numbers, flags, dims, layers, checkpoints.
+
+NumPy and tensor values count as what they hold. An error names the argument, what is allowed and what was given; a
+wrong kind is a TypeError, a wrong value a ValueError.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """NumPy and tensor values as Python's own: a number, or a list."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a plain value is an integer; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a plain value is a real number; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def as_list(name: str, values: Any, example: str) -> list[Any]:
+    """Any sequence, array or tensor as a list of plain values."""
+    given, values = values, plain(values)
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence, e.g. {example}, got {given!r}.")
+    return [plain(value) for value in values]
+
+
+def checked_number(name: str, value: Any, least: float, most: float = float("inf"), exclusive: bool = False) -> float:
+    """A real number within bounds, as int or float."""
+    value = plain(value)
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    value = value if isinstance(value, int) else float(value)
+    within = (least < value if exclusive else least <= value) and value <= most and value != float("inf")
+    if not within:
+        bounds = f"{'>' if exclusive else '>='} {least}" + (
+            f" and <= {most}" if most != float("inf") else " and finite"
+        )
+        raise ValueError(f"{name} must be {bounds}, got {value}.")
+    return value
+
+
+def checked_count(name: str, value: Any, least: int = 1) -> int:
+    """An integer from ``least`` on."""
+    value = plain(value)
+    if not is_whole(value) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
+    return int(value)
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """True or False; anything else would be taken for one of them without being meant so, e.g. ``"no"``."""
+    if not isinstance(plain(value), bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def checked_choice(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    """One of some strings."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+    return value
+
+
+def checked_dims(name: str, dims: Any, width: int | None = None) -> list[int]:
+    """Distinct dims from 1 to the width (if that is known), in the given order."""
+    dims = as_list(name, dims, "[384, 64, 16]")
+    if not dims:
+        raise ValueError(f"{name} is empty: give at least one dimension, e.g. [384, 64, 16].")
+    if wrong := [dim for dim in dims if not is_whole(dim)]:
+        raise TypeError(f"{name} must be integers, got {wrong}.")
+    if wrong := [dim for dim in dims if dim < 1]:
+        raise ValueError(f"{name} must be > 0, got {wrong}.")
+    if len(set(dims)) < len(dims):
+        raise ValueError(f"{name} has duplicates: {dims}. Give each dimension once.")
+    if width is not None and max(dims) > width:
+        raise ValueError(
+            f"{name} {[dim for dim in dims if dim > width]} exceed the model's width of {width}; leave them out."
+        )
+    return [int(dim) for dim in dims]
+
+
+def checked_layers(
+    name: str, layers: Any, depth: int | None, *, least: int = 1, otherwise: str = ""
+) -> tuple[int, ...]:
+    """Distinct layers up to the depth (if that is known), ascending; ``otherwise`` says what to do without any."""
+    layers = as_list(name, layers, "[2, 4, 6]")
+    if not layers:
+        raise ValueError(f"{name} is empty: name at least one layer{otherwise}.")
+    if wrong := [
+        layer for layer in layers if not is_whole(layer) or layer < least or (depth is not None and layer > depth)
+    ]:
+        first = f"{least} (embeddings)" if least == 0 else str(least)
+        last = "" if depth is None else f" to the model's depth of {depth}"
+        raise ValueError(f"{name} must be layers from {first}{last}, got {wrong}.")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"{name} has duplicates: {layers}. Give each layer once.")
+    return tuple(sorted(int(layer) for layer in layers))
+
+
+def checked_checkpoints(
+    name: str, checkpoints: Any, depth: int | None, width: int | None
+) -> tuple[tuple[int, int], ...]:
+    """(dim, layer) pairs up to width and depth (if these are known), in the given order."""
+    try:
+        pairs = [tuple(plain(value) for value in pair) for pair in plain(checkpoints)]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be (dim, layer) pairs, e.g. [(16, 2), (64, 4)], got {checkpoints!r}.") from None
+    for pair in pairs:
+        for kind, value, most, limit in (("dim", pair[0], width, "width"), ("layer", pair[1], depth, "depth")):
+            if not is_whole(value) or value < 1 or (most is not None and value > most):
+                last = "" if most is None else f" to the model's {limit} of {most}"
+                raise ValueError(f"{name}: {kind} {value!r} of {pair} must be from 1{last}.")
+    return tuple((int(dim), int(layer)) for dim, layer in pairs)
+
+
+def checked_chain(name: str, pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    """Pairs of :func:`checked_checkpoints` that can be chained: at least two, none narrower or lower than before."""
+    if len(pairs) < 2:
+        raise ValueError(
+            f"{name} needs at least two (dim, layer) pairs, got {list(pairs)}. pic_weight=0 switches PIC off."
+        )
+    for before, after in pairwise(pairs):
+        if after[0] < before[0] or after[1] < before[1] or before == after:
+            raise ValueError(f"{name} must go from shallow and narrow to deep and wide, but {after} follows {before}.")
+    return pairs
