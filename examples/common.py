@@ -21,6 +21,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import cuda, nn
 
 from mipic_st import MIPICCallback, MIPICLoss
@@ -28,6 +29,7 @@ from mipic_st.data import load_sts_file, load_training_file, load_training_hub
 from mipic_st.evaluation import MatryoshkaEvaluator
 from mipic_st.synthetic import synthetic_sts
 
+SCRATCH = tempfile.TemporaryDirectory()  # goes when the script ends
 DIMS = (1024, 768, 384, 256, 128, 64, 32, 16, 8)
 
 
@@ -54,10 +56,10 @@ def arguments(description: str, **defaults: Any) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse and check; ``--smoke`` shortens the run."""
     args = parser.parse_args()
-    if args.steps < 1 or args.batch_size < 2:
+    if (args.steps is not None and args.steps < 1) or (args.batch_size is not None and args.batch_size < 2):
         parser.error("--steps must be at least 1 and --batch-size at least 2")
     if args.smoke:
-        args.steps, args.batch_size = 2, min(args.batch_size, 8)
+        args.steps, args.batch_size = 2, min(args.batch_size or 8, 8)
     if args.dataset is None and (args.model is None or Path(args.model).exists()):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     return args
@@ -76,6 +78,42 @@ def load_model(name: str | None) -> SentenceTransformer:
     return SentenceTransformer(name)
 
 
+def random_model(texts: list[str], depth: int, width: int, pooling: str) -> SentenceTransformer:
+    """An untrained model that knows the words of the texts: a Qwen3 for last-token pooling, else a BERT."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["[PAD]", "[UNK]"]))
+    decoder = pooling == "lasttoken"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        padding_side="left" if decoder else "right",
+        model_max_length=64,
+    )
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": width,
+        "intermediate_size": 128,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    if decoder:
+        backbone = Qwen3Model(Qwen3Config(**shape, num_key_value_heads=2, head_dim=width // 4))
+    else:
+        backbone = BertModel(BertConfig(**shape))
+    folder = tempfile.mkdtemp(dir=SCRATCH.name)
+    backbone.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    transformer = Transformer(folder)
+    return SentenceTransformer(modules=[transformer, Pooling(width, pooling), Normalize()])
+
+
 def load_data(args: argparse.Namespace, synthetic: list[dict[str, Any]]) -> Dataset:
     """Training rows from the file or the hub, else the synthetic ones."""
     if args.train_file:
@@ -85,6 +123,12 @@ def load_data(args: argparse.Namespace, synthetic: list[dict[str, Any]]) -> Data
     else:
         data = Dataset.from_list(synthetic)
     return data.select(range(min(64, len(data)))) if args.smoke else data
+
+
+def twice(data: Dataset) -> Dataset:
+    """SimCSE's pairs: the texts of the first column with themselves; dropout makes the two views."""
+    texts = list(data[data.column_names[0]])
+    return Dataset.from_dict({"anchor": texts, "positive": texts})
 
 
 def dims_for(model: SentenceTransformer, args: argparse.Namespace) -> list[int]:

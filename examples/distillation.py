@@ -5,17 +5,17 @@
         --train-file pairs.csv
 
 The label of a pair is the cosine of the teacher's full-width vectors, and CoSENT ranks the student's pairs alike. It
-holds at any width; MSELoss, which compares vectors with vectors, cannot be truncated, as the label would keep its width.
+holds at any width. MSELoss compares vectors with vectors and cannot be truncated: its label would keep its width.
 """
 
 from __future__ import annotations
 
-from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 from sentence_transformers.util import pairwise_cos_sim
 
+from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train
 from mipic_st import MIPICLoss
 from mipic_st.export import export_truncated
 from mipic_st.synthetic import synthetic_pairs

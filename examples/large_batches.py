@@ -1,16 +1,16 @@
 """Large batches in little memory: a cached base loss embeds mini-batches and still sees all in-batch negatives.
 
     python examples/large_batches.py                                     # offline: batch 128 in mini-batches of 16
-    python examples/large_batches.py --dataset sentence-transformers/all-nli:triplet --batch-size 2048 --mini-batch-size 64
+    python examples/large_batches.py --train-file pairs.csv --batch-size 2048 --mini-batch-size 64
 
 Loss and gradients equal those of the uncached loss, SIA and PIC included; the price is one more forward pass.
 """
 
 from __future__ import annotations
 
-from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
+from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train
 from mipic_st import MIPICLoss
 from mipic_st.synthetic import synthetic_pairs
 

@@ -1,14 +1,14 @@
 """Pairs with a similarity score: CoSENT ranks the pairs of a batch by their cosine, at every dim.
 
-    python examples/sts_regression.py                                            # offline, synthetic scores
-    python examples/sts_regression.py --dataset sentence-transformers/stsb --model bert-base-uncased
+python examples/sts_regression.py                                            # offline, synthetic scores
+python examples/sts_regression.py --dataset sentence-transformers/stsb --model bert-base-uncased
 """
 
 from __future__ import annotations
 
-from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train
 from sentence_transformers.sentence_transformer.losses import CoSENTLoss
 
+from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train
 from mipic_st import MIPICLoss
 from mipic_st.synthetic import synthetic_sts
 
@@ -16,7 +16,8 @@ from mipic_st.synthetic import synthetic_sts
 def main() -> None:
     args = parse(arguments(__doc__))
     model = load_model(args.model)
-    scored = [{key: row[key] for key in ("sentence1", "sentence2", "score")} for row in synthetic_sts(4000, split="train")]
+    rows = synthetic_sts(4000, split="train")
+    scored = [{key: row[key] for key in ("sentence1", "sentence2", "score")} for row in rows]
     data = load_data(args, scored)
     dims = dims_for(model, args)
 

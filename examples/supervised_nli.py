@@ -1,14 +1,14 @@
 """Supervised training on (anchor, entailment, contradiction) triplets with in-batch and hard negatives.
 
-    python examples/supervised_nli.py                                                    # offline, synthetic triplets
-    python examples/supervised_nli.py --dataset sentence-transformers/all-nli:triplet --model bert-base-uncased
+python examples/supervised_nli.py                                                    # offline, synthetic triplets
+python examples/supervised_nli.py --dataset sentence-transformers/all-nli:triplet --model bert-base-uncased
 """
 
 from __future__ import annotations
 
-from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train
 from mipic_st import MIPICLoss
 from mipic_st.synthetic import synthetic_pairs
 

@@ -1,8 +1,8 @@
 """Several processes (DDP), with negatives from all of them.
 
-    accelerate launch --num_processes 2 examples/two_processes.py                 # two GPUs, or with --cpu two CPU processes
-    accelerate launch --cpu --num_processes 2 examples/two_processes.py --smoke
-    python examples/two_processes.py                                              # one process: the same script
+    accelerate launch --num_processes 2 examples/two_processes.py                  # two GPUs
+    accelerate launch --cpu --num_processes 2 examples/two_processes.py --smoke    # two CPU processes (gloo)
+    python examples/two_processes.py                                               # one process: the same script
 
 The loss keeps its heads equal on all processes by itself. gather_across_devices is set twice: for the base loss and for
 PIC; every process then needs the same batch size, so incomplete batches are dropped.
@@ -11,9 +11,9 @@ PIC; every process then needs the same batch size, so incomplete batches are dro
 from __future__ import annotations
 
 from accelerate import PartialState
-from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train
 from mipic_st import MIPICLoss
 from mipic_st.synthetic import synthetic_pairs
 

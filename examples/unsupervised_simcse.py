@@ -12,11 +12,11 @@ run therefore starts from that model with the upper half of its layers made rand
 from __future__ import annotations
 
 import torch
-from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import nn
 
+from common import arguments, dims_for, load_data, load_model, parse, score, show, sts_evaluator, train, twice
 from mipic_st import MIPICLoss
 from mipic_st.synthetic import synthetic_pairs
 
@@ -38,10 +38,7 @@ def main() -> None:
     if args.model is None:
         torch.manual_seed(args.seed)
         forget(model)
-    data = load_data(args, synthetic_pairs(4000, negatives=False))
-    first = data.column_names[0]
-    data = data.select_columns([first]).rename_column(first, "anchor")
-    data = data.add_column("positive", data["anchor"])  # the same text: dropout makes the two views
+    data = twice(load_data(args, synthetic_pairs(4000, negatives=False)))
     dims = dims_for(model, args)
 
     # scale 20 is a temperature of 0.05

@@ -28,6 +28,8 @@ from transformers import (
     XLMRobertaConfig,
 )
 
+from mipic_st import MIPICLoss
+
 # Tiny models are slower with threads than without, by orders of magnitude where cores are shared.
 torch.set_num_threads(1)
 
@@ -168,6 +170,11 @@ def sentences(count: int, seed: int = 0, shortest: int = 1, longest: int = 14) -
 def column_features(model: SentenceTransformer, columns: int = 2, rows: int = 6, seed: int = 0) -> list[dict]:
     """Model inputs as the trainer gives them to a loss: one dict per column, each padded on its own."""
     return [model.preprocess(sentences(rows, seed=seed + column)) for column in range(columns)]
+
+
+def all_terms(*arguments, **settings) -> MIPICLoss:
+    """MIPICLoss with its three terms on and gradients on both sides, unless the settings say otherwise."""
+    return MIPICLoss(*arguments, **{"attention_weight": 1.0, "detach_teacher": False, **settings})
 
 
 def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:

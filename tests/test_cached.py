@@ -12,7 +12,14 @@ from torch import nn
 from conftest import DIMS, column_features, gradients, total
 from mipic_st import MIPICLoss
 
-EVERY_TERM = {"alpha": 0.4, "pic_weight": 1.0, "sia_layers": [1, 3], "lift_init": "orthogonal", "min_k": 2}
+EVERY_TERM = {
+    "alpha": 0.4,
+    "attention_weight": 1.0,
+    "pic_weight": 1.0,
+    "sia_layers": [1, 3],
+    "lift_init": "orthogonal",
+    "min_k": 2,
+}
 
 # name: (cached, uncached, columns)
 PAIRS = {

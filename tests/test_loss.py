@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, S
 from torch import nn
 
 import mipic_st.loss as loss_module
-from conftest import ARCHITECTURES, DEPTH, DIMS, WIDTH, column_features, gradients, sentences, total
+from conftest import ARCHITECTURES, DEPTH, DIMS, WIDTH, all_terms, column_features, gradients, sentences, total
 from mipic_st import MIPICLoss, presets
 from mipic_st.recording import Backbone
 
@@ -90,7 +90,7 @@ def test_without_alignment_it_is_matryoshka_loss_bit_for_bit(tiny_model, base, o
     weights = [1, 0.5, 2, 0.25]
     expected, expected_gradients = run(losses.MatryoshkaLoss(model, loss, DIMS, weights), model, columns, labels)
     monkeypatch.setattr(loss_module, "record_states", lambda *_: pytest.fail("hidden states were requested"))
-    ours, our_gradients = run(MIPICLoss(model, loss, DIMS, weights, **off), model, columns, labels)
+    ours, our_gradients = run(all_terms(model, loss, DIMS, weights, **off), model, columns, labels)
     assert ours == {"matryoshka": expected}
     assert our_gradients.keys() == expected_gradients.keys()
     assert len(our_gradients) > 10
@@ -105,7 +105,7 @@ def test_bit_for_bit_in_training_mode_too(tiny_model):
     torch.manual_seed(3)
     expected, expected_gradients = run(losses.MatryoshkaLoss(model, base, DIMS), model)
     torch.manual_seed(3)
-    ours, our_gradients = run(MIPICLoss(model, base, DIMS, alpha=1), model)
+    ours, our_gradients = run(all_terms(model, base, DIMS, alpha=1), model)
     assert ours["matryoshka"] == expected
     assert all(torch.equal(our_gradients[name], gradient) for name, gradient in expected_gradients.items())
 
@@ -116,7 +116,7 @@ def test_base_term_is_matryoshka_loss_times_alpha(tiny_model, base):
     model = tiny_model()
     loss, columns, labels = make_base(base, model)
     expected, _ = run(losses.MatryoshkaLoss(model, loss, DIMS), model, columns, labels)
-    ours, _ = run(MIPICLoss(model, loss, DIMS, alpha=0.25), model, columns, labels)
+    ours, _ = run(all_terms(model, loss, DIMS, alpha=0.25), model, columns, labels)
     assert ours["matryoshka"] == pytest.approx(0.25 * expected, rel=1e-6)
     assert set(ours) == set(TERMS)
 
@@ -130,12 +130,12 @@ def test_softmax_loss_keeps_its_classifier(tiny_model):
     base = losses.SoftmaxLoss(model, WIDTH, num_labels=3)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     expected, _ = run(losses.MatryoshkaLoss(model, base, [WIDTH]), model, 2, labels)
-    ours, _ = run(MIPICLoss(model, base, [WIDTH], pic_checkpoints=[(8, 1), (WIDTH, 3)]), model, 2, labels)
+    ours, _ = run(all_terms(model, base, [WIDTH], pic_checkpoints=[(8, 1), (WIDTH, 3)]), model, 2, labels)
     assert ours["matryoshka"] == pytest.approx(0.8 * expected)
     assert set(ours) == {"matryoshka", "pic"}
     model = tiny_model()
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        MIPICLoss(model, losses.SoftmaxLoss(model, WIDTH, num_labels=3), DIMS)(column_features(model), labels)
+        all_terms(model, losses.SoftmaxLoss(model, WIDTH, num_labels=3), DIMS)(column_features(model), labels)
     assert "forward" not in vars(model)
     assert model[0].auto_model.config.output_hidden_states is False
 
@@ -144,12 +144,12 @@ def test_dict_valued_base_loss(tiny_model):
     """Each key is summed over dims on its own; together they are what MatryoshkaLoss gives for the sum."""
     model = tiny_model()
     expected, expected_gradients = run(losses.MatryoshkaLoss(model, SummedTwoPartLoss(model), DIMS), model)
-    ours, our_gradients = run(MIPICLoss(model, TwoPartLoss(model), DIMS, alpha=1), model)
+    ours, our_gradients = run(all_terms(model, TwoPartLoss(model), DIMS, alpha=1), model)
     assert set(ours) == {"matryoshka_pull", "matryoshka_spread"}
     assert sum(ours.values()) == pytest.approx(expected, rel=1e-5)
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-4, atol=1e-6)
-    aligned, _ = run(MIPICLoss(model, TwoPartLoss(model), DIMS), model)
+    aligned, _ = run(all_terms(model, TwoPartLoss(model), DIMS), model)
     assert set(aligned) == {"matryoshka_pull", "matryoshka_spread", "sia_attention", "sia_cka", "pic"}
 
 
@@ -178,7 +178,7 @@ def test_drawn_dims_come_from_the_losss_own_generator(tiny_model):
     base = losses.MultipleNegativesRankingLoss(model)
 
     def make(seed):
-        return MIPICLoss(model, base, DIMS, None, 2, alpha=1, seed=seed)
+        return all_terms(model, base, DIMS, None, 2, alpha=1, seed=seed)
 
     random.seed(0)
     state = random.getstate()
@@ -193,11 +193,11 @@ def test_evaluation_uses_all_dims(tiny_model):
     """With the model in eval mode the draw is off, and it does not advance the training draws."""
     model = tiny_model().train()
     base = losses.MultipleNegativesRankingLoss(model)
-    loss = MIPICLoss(model, base, DIMS, None, 1, alpha=1)
+    loss = all_terms(model, base, DIMS, None, 1, alpha=1)
     model.eval()
     assert drawn_dims(loss, model, 2) == [DIMS, DIMS]
     model.train()
-    assert drawn_dims(loss, model, 4) == drawn_dims(MIPICLoss(model, base, DIMS, None, 1, alpha=1), model, 4)
+    assert drawn_dims(loss, model, 4) == drawn_dims(all_terms(model, base, DIMS, None, 1, alpha=1), model, 4)
 
 
 # --- sharing, columns, wrappers ---------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_base_losses_can_be_shared_and_stay_usable_alone(tiny_model):
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
     before = dict(vars(base)), run(base, model)[0]
-    one, two = MIPICLoss(model, base, DIMS), MIPICLoss(model, base, [32, 8], alpha=0.3)
+    one, two = all_terms(model, base, DIMS), all_terms(model, base, [32, 8], alpha=0.3)
     values = [run(one, model)[0], run(base, model)[0], run(two, model)[0], run(base, model)[0], run(one, model)[0]]
     assert values[0] == values[4]
     assert values[1] == values[3] == before[1]
@@ -220,7 +220,7 @@ def test_merged_columns_give_the_same_terms(tiny_model, base):
     """Columns embedded in one pass or one by one: same terms, same gradients."""
     model = tiny_model()
     base_loss, columns, labels = make_base(base, model)
-    loss = MIPICLoss(model, base_loss, DIMS, alpha=0.5)
+    loss = all_terms(model, base_loss, DIMS, alpha=0.5)
     merged, merged_gradients = run(loss, model, columns, labels)
     heads = gradients(loss.mipic_heads)
     with column_merging_disabled():
@@ -245,7 +245,7 @@ def test_distributed_and_compiled_wrappers_are_seen_through(tiny_model):
 
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
-    loss = MIPICLoss(model, base, DIMS)
+    loss = all_terms(model, base, DIMS)
     expected, expected_gradients = run(loss, model)
     wrapped = Wrapper(model)
     loss.model = base.model = wrapped
@@ -270,7 +270,7 @@ def test_every_architecture_and_pooling_trains(tiny_model, architecture, pooling
     """All terms are finite and positive; every layer below a SIA layer or checkpoint and every head get gradients."""
     side = "left" if architecture == "qwen3" else "right"
     model = tiny_model(architecture, pooling, side, normalize=True, training=True)
-    loss = MIPICLoss(
+    loss = all_terms(
         model,
         losses.MultipleNegativesRankingLoss(model),
         DIMS,
@@ -301,7 +301,7 @@ def test_terms_do_not_depend_on_padding(tiny_model, architecture):
     side = "left" if architecture == "qwen3" else "right"
     pooling = "lasttoken" if architecture == "qwen3" else "mean"
     model = tiny_model(architecture, pooling, side)
-    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS, min_k=3, sia_layers=[1, 2, 3])
+    loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS, min_k=3, sia_layers=[1, 2, 3])
     features = column_features(model)
     before = loss([dict(column) for column in features], None)
     pad = (9, 0) if side == "left" else (0, 9)
@@ -325,7 +325,7 @@ def test_terms_do_not_depend_on_padding(tiny_model, architecture):
 def test_degenerate_batches_are_finite(tiny_model, texts):
     """Shortest sentences, a batch of one, all-equal sentences: finite terms and gradients."""
     model = tiny_model()
-    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS, sia_layers=[1, 2, 3])
+    loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS, sia_layers=[1, 2, 3])
     terms = loss([model.preprocess(texts), model.preprocess(texts)], None)
     total(terms).backward()
     assert all(torch.isfinite(term) for term in terms.values())
@@ -336,7 +336,7 @@ def test_degenerate_batches_are_finite(tiny_model, texts):
 def test_one_and_two_token_sentences(tiny_model, length):
     """Sentences without special tokens: CKA of one token is undefined and of two is one, so both add zero."""
     model = tiny_model()
-    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS)
+    loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS)
     features = [model.preprocess(sentences(4, seed=seed, longest=1)) for seed in (0, 1)]
     for column in features:
         for key, value in column.items():
@@ -353,7 +353,7 @@ def test_terms_are_float32_under_autocast_and_for_bf16_models(tiny_model):
     """Autocast leaves SIA and PIC in float32; a bf16 model gives float32 terms near the float32 model's."""
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
-    loss = MIPICLoss(model, base, DIMS, alpha=0.5)
+    loss = all_terms(model, base, DIMS, alpha=0.5)
     features = column_features(model)
     expected = loss([dict(column) for column in features], None)
     with torch.autocast("cpu", torch.bfloat16):
@@ -370,7 +370,7 @@ def test_terms_are_float32_under_autocast_and_for_bf16_models(tiny_model):
 def test_evaluation_builds_no_graph(tiny_model):
     """Under no_grad the terms are the same numbers without gradient."""
     model = tiny_model()
-    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS)
+    loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS)
     expected, _ = run(loss, model)
     with torch.no_grad():
         terms = loss(column_features(model), None)
@@ -408,9 +408,9 @@ def test_each_argument_changes_its_term_and_no_other(tiny_model, option, changed
     """No dead options, no side effects."""
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
-    standard, _ = run(MIPICLoss(model, base, DIMS, min_k=2), model)
+    standard, _ = run(all_terms(model, base, DIMS, min_k=2), model)
     option = {"min_k": 2, **option}
-    other, _ = run(MIPICLoss(model, base, DIMS, **option), model)
+    other, _ = run(all_terms(model, base, DIMS, **option), model)
     differing = [name for name in TERMS if other[name] != pytest.approx(standard[name], rel=1e-4)]
     assert differing == changed
 
@@ -421,7 +421,7 @@ def test_detached_teacher_gets_no_gradient(tiny_model):
     base = losses.MultipleNegativesRankingLoss(model)
     name = "0.model.encoder.layer.2.output.LayerNorm.bias"
     for detach in (True, False):
-        loss = MIPICLoss(model, base, [32, 8], pic_weight=0, alpha=0.5, detach_teacher=detach, min_k=3)
+        loss = all_terms(model, base, [32, 8], pic_weight=0, alpha=0.5, detach_teacher=detach, min_k=3)
         terms = loss(column_features(model), None)
         model.zero_grad()
         (terms["sia_attention"] + terms["sia_cka"]).backward()
@@ -430,12 +430,32 @@ def test_detached_teacher_gets_no_gradient(tiny_model):
         assert (gradient[8:].abs().max() > 1e-9) is not detach
 
 
+def test_default_terms(tiny_model):
+    """Without further arguments: CKA of the last layer against a constant teacher, PIC, no attention term."""
+    model = tiny_model()
+    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS)
+    terms, _ = run(loss, model)
+    assert set(terms) == {"matryoshka", "sia_cka", "pic"}
+    explicit = all_terms(
+        model,
+        losses.MultipleNegativesRankingLoss(model),
+        DIMS,
+        alpha=0.8,
+        attention_weight=0,
+        cka_weight=1,
+        pic_weight=0.5,
+        sia_layers=[DEPTH],
+        detach_teacher=True,
+    )
+    assert run(explicit, model)[0] == terms
+
+
 def test_weights_scale_terms(tiny_model):
     """Terms come out weighted: (1 - alpha) times the weight of each."""
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
-    one, _ = run(MIPICLoss(model, base, DIMS, alpha=0.5, pic_weight=1), model)
-    two, _ = run(MIPICLoss(model, base, DIMS, alpha=0.75, attention_weight=2, cka_weight=3, pic_weight=4), model)
+    one, _ = run(all_terms(model, base, DIMS, alpha=0.5, pic_weight=1), model)
+    two, _ = run(all_terms(model, base, DIMS, alpha=0.75, attention_weight=2, cka_weight=3, pic_weight=4), model)
     for name, factor in zip(TERMS, (1.5, 1, 1.5, 2), strict=True):
         assert two[name] == pytest.approx(factor * one[name], rel=1e-5)
 
@@ -445,19 +465,19 @@ def test_terms_that_are_off_are_absent(tiny_model):
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
     for off, term in (("attention_weight", "sia_attention"), ("cka_weight", "sia_cka"), ("pic_weight", "pic")):
-        loss = MIPICLoss(model, base, DIMS, **{off: 0})
+        loss = all_terms(model, base, DIMS, **{off: 0})
         assert list(run(loss, model)[0]) == [name for name in TERMS if name != term]
         for name, parameter in loss.mipic_heads.named_parameters():
             assert parameter.grad is not None, f"{name} is not used"
-    assert not list(MIPICLoss(model, base, DIMS, alpha=1).mipic_heads.parameters())
+    assert not list(all_terms(model, base, DIMS, alpha=1).mipic_heads.parameters())
 
 
 def test_order_of_dims_has_no_effect(tiny_model):
     """Weights go with their dims."""
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
-    sorted_terms, _ = run(MIPICLoss(model, base, [32, 16, 8, 4], [4, 3, 2, 1]), model)
-    shuffled, _ = run(MIPICLoss(model, base, [8, 32, 4, 16], [2, 4, 1, 3]), model)
+    sorted_terms, _ = run(all_terms(model, base, [32, 16, 8, 4], [4, 3, 2, 1]), model)
+    shuffled, _ = run(all_terms(model, base, [8, 32, 4, 16], [2, 4, 1, 3]), model)
     assert sorted_terms == shuffled
 
 
@@ -468,9 +488,9 @@ def test_heads_are_seeded_and_the_global_generator_is_left_alone(tiny_model):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    one = MIPICLoss(model, base, DIMS, lift_init="random")
+    one = all_terms(model, base, DIMS, lift_init="random")
     assert torch.equal(torch.rand(3), expected)
-    two, other = (MIPICLoss(model, base, DIMS, lift_init="random", seed=seed) for seed in (0, 1))
+    two, other = (all_terms(model, base, DIMS, lift_init="random", seed=seed) for seed in (0, 1))
     for (name, a), b, c in zip(
         one.mipic_heads.named_parameters(), two.mipic_heads.parameters(), other.mipic_heads.parameters(), strict=True
     ):
@@ -481,7 +501,7 @@ def test_heads_are_seeded_and_the_global_generator_is_left_alone(tiny_model):
 def test_own_parameters_share_one_prefix(tiny_model):
     """learning_rate_mapping can name them: everything of ours, and nothing else, begins with mipic_heads."""
     model = tiny_model()
-    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS, sia_layers=[2, 3])
+    loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS, sia_layers=[2, 3])
     own = {name for name, _ in loss.named_parameters() if not name.startswith(("model.", "loss."))}
     assert own
     assert all(name.startswith("mipic_heads.") for name in own)
@@ -491,7 +511,7 @@ def test_own_parameters_share_one_prefix(tiny_model):
 def test_lifts_start_at_plain_truncation(tiny_model):
     """The identity lift makes the student's score the truncated dot product."""
     model = tiny_model()
-    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS)
+    loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS)
     for dim, lift in zip((4, 8, 16), loss.lifts(3), strict=True):
         assert torch.equal(lift, torch.eye(WIDTH)[:dim])
 
@@ -499,7 +519,7 @@ def test_lifts_start_at_plain_truncation(tiny_model):
 def test_config_and_citation(tiny_model):
     """What the model card prints: every setting, JSON-ready, and the paper."""
     model = tiny_model()
-    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS)
+    loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS)
     config = loss.get_config_dict()
     json.dumps(config)
     assert set(config) == set(inspect.signature(MIPICLoss).parameters) - {"model"}
@@ -640,7 +660,7 @@ def test_bad_arguments_are_refused_at_construction(tiny_model, bad, error, messa
         **bad,
     }
     with pytest.raises(error, match=message):
-        MIPICLoss(**arguments)
+        all_terms(**arguments)
     assert "forward" not in vars(model)
 
 
@@ -650,23 +670,23 @@ def test_losses_that_repeat_their_base_loss_are_refused(tiny_model, wrapper):
     model = tiny_model()
     inner = wrapper(model, losses.MultipleNegativesRankingLoss(model), DIMS)
     with pytest.raises(TypeError, match="give MIPICLoss the base loss itself"):
-        MIPICLoss(model, inner, DIMS)
+        all_terms(model, inner, DIMS)
 
 
 def test_numpy_and_tensor_arguments_are_numbers(tiny_model):
     """Arrays, tensors and their scalars mean the same as lists, and the card's settings stay JSON."""
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
-    plain = MIPICLoss(
+    plain = all_terms(
         model, base, [32, 8, 4], [1.0, 2.0, 0.5], alpha=0.5, sia_layers=[1, 3], gammas=[0.25, 0.5],
         pic_checkpoints=[(8, 1), (32, 3)], min_k=2,
     )  # fmt: skip
-    arrays = MIPICLoss(
+    arrays = all_terms(
         model, base, np.array([32, 8, 4]), torch.tensor([1.0, 2.0, 0.5]), alpha=np.float32(0.5),
         sia_layers=np.array([1, 3]), gammas=np.array([0.25, 0.5]), pic_checkpoints=np.array([(8, 1), (32, 3)]),
         min_k=np.int64(2), seed=np.int64(0), n_dims_per_step=np.int64(-1), detach_teacher=np.bool_(False),
     )  # fmt: skip
-    tensors = MIPICLoss(
+    tensors = all_terms(
         model, base, [torch.tensor(32), np.int32(8), 4], torch.tensor([1.0, 2.0, 0.5]), alpha=torch.tensor(0.5),
         sia_layers=torch.tensor([1, 3]), gammas=torch.tensor([0.25, 0.5]),
         pic_checkpoints=torch.tensor([(8, 1), (32, 3)]), min_k=torch.tensor(2), n_dims_per_step=torch.tensor(-1),
@@ -680,7 +700,7 @@ def test_numpy_and_tensor_arguments_are_numbers(tiny_model):
 def test_features_that_are_no_list_of_dicts_are_refused(tiny_model, alpha):
     """One column of inputs by itself, or texts, instead of a list of columns."""
     model = tiny_model()
-    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS, alpha=alpha)
+    loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS, alpha=alpha)
     (column,) = column_features(model, columns=1)
     for wrong, got in ((column, f"{type(column).__name__} of str"), (["a text"], "list of str")):
         with pytest.raises(TypeError, match=f"sentence_features must be a list with one dict .* got {got}"):
@@ -693,9 +713,9 @@ def test_static_embedding_model_is_refused(tiny_model):
     model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=16)], device="cpu")
     base = losses.MultipleNegativesRankingLoss(model)
     with pytest.raises(ValueError, match="begins with StaticEmbedding"):
-        MIPICLoss(model, base, [16, 8])
+        all_terms(model, base, [16, 8])
     texts = sentences(4)
-    loss = MIPICLoss(model, base, [16, 8], alpha=1)
+    loss = all_terms(model, base, [16, 8], alpha=1)
     total(loss([model.preprocess(texts), model.preprocess(texts)], None)).backward()
 
 
@@ -706,15 +726,15 @@ def test_model_loaded_with_truncate_dim_trains_at_full_width(transformer_folder)
     base = losses.MultipleNegativesRankingLoss(model)
     with pytest.raises(ValueError, match="cannot exceed"):
         losses.MatryoshkaLoss(model, base, DIMS)
-    cut, _ = run(MIPICLoss(model, base, DIMS), model)
+    cut, _ = run(all_terms(model, base, DIMS), model)
     model.truncate_dim = None
-    assert run(MIPICLoss(model, base, DIMS), model)[0] == cut
+    assert run(all_terms(model, base, DIMS), model)[0] == cut
 
 
 def test_a_base_loss_with_its_own_model_is_refused(tiny_model):
     """Nothing recorded is an error, not a smaller loss."""
     model, other = tiny_model(), tiny_model()
-    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(other), DIMS)
+    loss = all_terms(model, losses.MultipleNegativesRankingLoss(other), DIMS)
     with pytest.raises(RuntimeError, match="did not call the model that MIPICLoss holds"):
         loss(column_features(model), None)
     assert "forward" not in vars(model)
@@ -724,7 +744,7 @@ def test_missing_full_width_warns(tiny_model, caplog):
     """As MatryoshkaLoss does."""
     model = tiny_model()
     with caplog.at_level(logging.WARNING):
-        MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), [16, 8])
+        all_terms(model, losses.MultipleNegativesRankingLoss(model), [16, 8])
     assert "full width 32 is not among matryoshka_dims" in caplog.text
 
 
@@ -732,7 +752,7 @@ def test_full_width_alone_has_nothing_to_align(tiny_model, caplog):
     """One dim, the full one: a warning, and MatryoshkaLoss's value."""
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
-    ours, _ = run(MIPICLoss(model, base, [WIDTH]), model)
+    ours, _ = run(all_terms(model, base, [WIDTH]), model)
     assert "trains as MatryoshkaLoss" in caplog.text
     assert ours == {"matryoshka": run(losses.MatryoshkaLoss(model, base, [WIDTH]), model)[0]}
 
@@ -751,13 +771,13 @@ def test_an_exception_in_the_base_loss_leaves_nothing_behind(tiny_model):
             return super().forward(sentence_features, labels)
 
     base = Failing(model)
-    loss = MIPICLoss(model, base, DIMS)
+    loss = all_terms(model, base, DIMS)
     with pytest.raises(FloatingPointError, match="boom"):
         loss(column_features(model), None)
     assert "forward" not in vars(model)
     assert model[0].auto_model.config.output_hidden_states is False
     base.fail = False
-    expected, _ = run(MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS), model)
+    expected, _ = run(all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS), model)
     assert run(loss, model)[0].keys() == expected.keys()
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from conftest import DIMS, WIDTH, column_features
-from mipic_st import MIPICLoss
+from conftest import DIMS, WIDTH, all_terms, column_features
 from reference import head_value, info_nce_value, sia_values
 
 
@@ -48,7 +47,7 @@ SETTINGS = [
 def test_terms_equal_the_reference(tiny_model, architecture, pooling, side, settings):
     """SIA averaged over all sentences of all columns, PIC over columns of separate negatives, weights of Eq. 18."""
     model = tiny_model(architecture, pooling, side)
-    loss = MIPICLoss(model, MultipleNegativesRankingLoss(model), DIMS, **settings)
+    loss = all_terms(model, MultipleNegativesRankingLoss(model), DIMS, **settings)
     config = loss.get_config_dict()
     columns = column_features(model, columns=3, rows=5)
     outputs = [encoder_outputs(model, features) for features in columns]

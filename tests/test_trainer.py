@@ -9,6 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from conftest import all_terms
 from mipic_st import MIPICLoss
 from training_fixtures import datasets, make_trainer
 
@@ -38,7 +39,7 @@ def pairs():
 
 def test_training_the_real_model(minilm, tmp_path):
     """A few steps lower every component, log each, move model and heads, and save a plain SentenceTransformer."""
-    loss = MIPICLoss(minilm, MultipleNegativesRankingLoss(minilm), [384, 128, 64, 32, 16, 8], alpha=0.5)
+    loss = all_terms(minilm, MultipleNegativesRankingLoss(minilm), [384, 128, 64, 32, 16, 8], alpha=0.5)
     before = {name: parameter.detach().clone() for name, parameter in loss.named_parameters()}
     trainer = make_trainer(
         minilm,

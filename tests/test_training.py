@@ -187,7 +187,9 @@ def test_saving_into_a_missing_folder(tiny_model, tmp_path):
 def test_heads_of_another_shape_are_refused(tiny_model, interrupted):
     """A loss with other dims names what differs; one with other layers too."""
     model = tiny_model()
-    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS, sia_layers=[2], pic_weight=0)
+    loss = MIPICLoss(
+        model, losses.MultipleNegativesRankingLoss(model), DIMS, attention_weight=1, sia_layers=[2], pic_weight=0
+    )
     with pytest.raises(ValueError, match=r"loss with other heads: it lacks \['mipic_heads.sia.2"):
         MIPICCallback(loss).load(interrupted / "checkpoint-3")
     loss = make_loss(model, pic_checkpoints=[(4, 1), (8, 2), (32, 3)])
