@@ -212,7 +212,7 @@ def test_every_equation_has_its_function():
 
 
 def test_every_argument_of_the_loss_is_explained():
-    """The page on choosing names each argument of MIPICLoss besides the model and the base loss, and its true default."""
+    """The page on choosing names each argument of MIPICLoss but model and base loss, and its true default."""
     import inspect
 
     text = (PAGES / "choosing.md").read_text(encoding="utf-8")
