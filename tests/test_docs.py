@@ -148,10 +148,15 @@ def commands():
     return found
 
 
+def is_script(path):
+    """Whether a file of ``examples/`` is run by the reader; else it is a module that scripts share."""
+    return "__main__" in path.read_text(encoding="utf-8")
+
+
 def flags_of(script):
-    """Every option that a script, or a module beside it that it imports, gives to ``add_argument``."""
+    """Every option that a script, or a module that it shares with others, gives to ``add_argument``."""
     flags = set()
-    for path in [script, *script.parent.glob("_*.py")]:
+    for path in [script, *(path for path in script.parent.glob("*.py") if not is_script(path))]:
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument":
                 flags |= {a.value for a in call.args if isinstance(a, ast.Constant) and str(a.value).startswith("-")}
@@ -212,7 +217,7 @@ def test_every_equation_has_its_function():
 
 
 def test_every_argument_of_the_loss_is_explained():
-    """ "Choosing" names each argument of MIPICLoss besides the model and the base loss, and its true default."""
+    """The page on choosing names each argument of MIPICLoss but model and base loss, and its true default."""
     import inspect
 
     text = (PAGES / "choosing.md").read_text(encoding="utf-8")
@@ -262,12 +267,12 @@ def test_quoted_messages_exist(message):
 
 
 def test_examples_page_is_complete():
-    """ "Examples" lists every script, recipe folder and notebook of ``examples/``, and none that is not there."""
+    """The page lists every script, notebook and the folder of recipes, and nothing that is not there."""
     listed = set(re.findall(r"^\| `([^`]+)` \|", (PAGES / "examples.md").read_text(encoding="utf-8"), re.MULTILINE))
     folder = ROOT / "examples"
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py") if not path.name.startswith("_")}
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py") if is_script(path)}
     present |= {path.relative_to(folder).as_posix() for path in folder.glob("notebooks/*.ipynb")}
-    present |= {path.relative_to(folder).as_posix() for path in folder.glob("recipes/*.toml")}
+    present |= {"recipes/"} if any(folder.glob("recipes/*.toml")) else set()
     assert listed == present
 
 
