@@ -42,7 +42,9 @@ def output_texts(notebook):
     for cell in code_cells(notebook):
         for output in cell.outputs:
             yield output.get("text", "")
-            yield from (value for kind, value in output.get("data", {}).items() if kind.startswith("text/"))
+            data = output.get("data", {})
+            if "image/png" not in data:  # a picture carries its object's name as its text
+                yield from (value for kind, value in data.items() if kind.startswith("text/"))
 
 
 def pictures(notebook):
