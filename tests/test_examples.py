@@ -194,10 +194,7 @@ def test_two_processes():
     source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"),
-            *(str(ROOT / "examples" / "two_processes.py"), "--smoke"),
-        ],
+        [*launch, str(ROOT / "examples" / "two_processes.py"), "--smoke"],
         env={**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
