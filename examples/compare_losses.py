@@ -53,6 +53,7 @@ def parse_args() -> argparse.Namespace:
     how.add_argument("--threads", type=int, help="torch's CPU threads")
     parser.add_argument("--bootstrap", type=int, default=1000, help="draws for the intervals")
     parser.add_argument("--output", default="comparison", help="folder for runs.jsonl, vectors and report.json")
+    parser.add_argument("--plot", metavar="FILE", help="draw the differences to MatryoshkaLoss (needs matplotlib)")
     parser.add_argument("--report-only", action="store_true", help="no training: report what is there")
     parser.add_argument("--smoke", action="store_true", help="a few steps on few rows, one seed")
     args = parser.parse_args()
@@ -127,6 +128,7 @@ def methods() -> dict[str, Callable[[SentenceTransformer, nn.Module], nn.Module]
 
 
 ABLATION = ("mipic-attention", "mipic-cka", "mipic-pic")
+PLOTTED = ("mipic", "mipic-paper", "matryoshka-weighted", "matryoshka-2d", "base", "specialist-16", "specialist-8")
 CONTROLS = ("untrained", "base", "base-pca", "matryoshka", "matryoshka-weighted", "matryoshka-2d")
 
 
@@ -443,7 +445,7 @@ def differences(runs: Runs, data: Data, picked: dict[str, list[dict]], ours: str
     return found
 
 
-def report(runs: Runs, data: Data, names: list[str]) -> None:
+def report(runs: Runs, data: Data, names: list[str]) -> dict[str, Any]:
     console = Console(width=160)
     made: dict[str, Any] = {"settings": json.loads((runs.folder / "settings.json").read_text(encoding="utf-8"))}
     measures = {"sts": list(data.test)} | ({"probe": ["probe"]} if data.probe else {})
@@ -476,6 +478,40 @@ def report(runs: Runs, data: Data, names: list[str]) -> None:
         made[start] = entry
     (runs.folder / "report.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
     console.print(f"written: {runs.folder / 'report.json'}")
+    return made
+
+
+def plot(made: dict[str, Any], file: Path) -> None:
+    """Each method's mean minus MatryoshkaLoss's, per dim, for every start and measure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        (start, measure)
+        for start in args.starts
+        for measure in ("sts", "probe")
+        if measure in made[start].get("matryoshka", {})
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.2), layout="constrained", squeeze=False)
+    places = range(len(args.dims))
+    for axis, (start, measure) in zip(axes[0], panels, strict=True):
+        plain = made[start]["matryoshka"][measure]
+        axis.axhline(0, color="0.3", linewidth=1)
+        for colour, name in enumerate(name for name in PLOTTED if name in made[start]):
+            gaps = [made[start][name][measure][str(dim)]["mean"] - plain[str(dim)]["mean"] for dim in args.dims]
+            marker = "o" if name == "mipic" else "."
+            axis.plot(
+                places, gaps, label=name, marker=marker, color=f"C{colour}", linewidth=2.4 if name == "mipic" else 1.2
+            )
+        axis.set_xticks(places, map(str, args.dims))
+        axis.set_xlabel("truncation dimension")
+        axis.set_title(f"{start} start: {'STS Spearman' if measure == 'sts' else 'probe accuracy'} x100", fontsize=11)
+        axis.grid(axis="y", color="0.9")
+    axes[0][0].set_ylabel("difference to MatryoshkaLoss")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(file, dpi=100)
 
 
 def main() -> None:
@@ -500,7 +536,9 @@ def main() -> None:
                     one_run(runs, data, start, method, rate, args.seeds[0])
                 for seed in args.seeds[1:]:
                     one_run(runs, data, start, method, best_rate(runs, data, start, method), seed)
-    report(runs, data, names)
+    made = report(runs, data, names)
+    if args.plot:
+        plot(made, Path(args.plot))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ if args.dataset is None and (args.model is None or Path(args.model).exists()):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is asked of the hub, so don't wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -165,6 +166,7 @@ def main() -> None:
                 # the same sentence twice in a batch would be its own negative
                 batch_sampler="batch_sampler" if is_scored(train) else "no_duplicates",
                 bf16=args.bf16,
+                use_cpu=args.bf16 and not torch.cuda.is_available(),
                 seed=args.seed,
                 save_strategy="no",
                 logging_steps=1 if args.smoke else 20,
