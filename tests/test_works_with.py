@@ -23,7 +23,7 @@ LINES = [
       "test_modes.py::test_gradient_accumulation_equals_the_mean_of_the_batches"]),
     ("Several processes (DDP)", "heads kept equal without configuration; `gather_across_devices` for PIC",
      ["test_distributed.py::test_two_processes_equal_one", "test_distributed.py::test_ranks_agree"]),
-    ("Resuming", "bit for bit with `MIPICCallback`, refused without",
+    ("Resuming", "bit for bit with `MIPICCallback` or the state dicts of loss and optimizer; refused without the heads",
      ["test_training.py::test_resume_is_bit_identical", "test_training.py::test_resume_without_the_callback_is_refused",
       "test_training.py::test_a_plain_loop_resumes_from_state_dicts",
       "test_distributed.py::test_resuming_in_two_processes"]),

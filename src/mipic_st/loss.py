@@ -756,7 +756,8 @@ class MIPICLoss(nn.Module):
 @misc{huy2026mipic,
     title={MIPIC: Matryoshka Representation Learning via Self-Distilled Intra-Relational and Progressive
            Information Chaining},
-    author={Huy and Vu and Truong and Tran and Van and Nguyen and Le},
+    author={Phung Gia Huy and Hai An Vu and Minh-Phuc Truong and Thang Duc Tran and Linh Ngo Van and
+            Thanh Nguyen Hong and Trung Le},
     year={2026},
     eprint={2604.24374},
     archivePrefix={arXiv}
