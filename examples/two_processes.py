@@ -1,8 +1,10 @@
-"""Train in two processes, with the negatives of both; without a GPU they talk through gloo.
+"""Train in two processes, with the negatives of both.
 
-    accelerate launch --num_processes 2 examples/two_processes.py                 # offline, synthetic pairs
+    accelerate launch --num_processes 2 examples/two_processes.py                 # on two GPUs
+    torchrun --nproc-per-node 2 examples/two_processes.py                         # on a CPU, through gloo
     python examples/two_processes.py                                              # the same in one process
 
+Without GPUs, accelerate launch starts a single process, whatever --num_processes says: the first line printed tells.
 --batch-size counts per process. MIPICLoss keeps its heads equal on all processes by itself. gather_across_devices is
 set twice: on the base loss for its negatives, and on MIPICLoss for those of PIC.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import tempfile
 
+import torch
 from sentence_transformers import SentenceTransformerTrainer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -38,7 +41,7 @@ def main() -> None:
         train = load_train(args, synthetic_pairs(1600, negatives=False))
         if is_scored(train):
             raise SystemExit(f"A ranking loss needs the columns anchor and positive, got {train.column_names}")
-        settings = training_arguments(args, train, args.output_dir or scratch)
+        settings = training_arguments(args, train, args.output_dir or scratch, use_cpu=not torch.cuda.is_available())
         first = settings.process_index == 0
         print(f"process {settings.process_index} of {settings.world_size} on {settings.device}")
 
