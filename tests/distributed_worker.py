@@ -74,11 +74,15 @@ def run_drift(model_folder, folder, rank):
 
 
 def run_data_sets(model_folder, folder):
-    """A dict of losses: in one step the ranks may be at different data sets, hence at different heads."""
+    """A dict of losses: in one step the ranks may be at different data sets, hence at different heads.
+
+    Both have the same terms: the trainer gathers what it logs by position.
+    """
     model = SentenceTransformer(str(model_folder), device="cpu")
+    symmetric = losses.MultipleNegativesSymmetricRankingLoss(model)
     by_name = {
         "one": make_loss(model),
-        "two": MIPICLoss(model, losses.MultipleNegativesSymmetricRankingLoss(model), [32, 8], alpha=0.5, seed=7),
+        "two": MIPICLoss(model, symmetric, [32, 8], alpha=0.5, attention_weight=1.0, seed=7),
     }
     data = datasets.DatasetDict({"one": pairs(40), "two": pairs(40, seed=20)})
     make_trainer(model, by_name, folder, train=data, max_steps=5, per_device_train_batch_size=4).train()
