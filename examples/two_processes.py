@@ -1,10 +1,11 @@
 """Train in two processes, with the negatives of both.
 
-    accelerate launch --num_processes 2 examples/two_processes.py                 # on two GPUs
-    torchrun --nproc-per-node 2 examples/two_processes.py                         # on a CPU, through gloo
-    python examples/two_processes.py                                              # the same in one process
+    accelerate launch --num_processes 2 examples/two_processes.py                                       # two GPUs
+    ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 examples/two_processes.py   # CPU, gloo
+    python examples/two_processes.py                                                                    # one process
 
-Without GPUs, accelerate launch starts a single process, whatever --num_processes says: the first line printed tells.
+Without GPUs the first line starts a single process, whatever --num_processes says, hence the second, where --multi_gpu
+only means several processes; torchrun --nproc-per-node 2 does the same. The first line printed tells how many run.
 --batch-size counts per process. MIPICLoss keeps its heads equal on all processes by itself. gather_across_devices is
 set twice: on the base loss for its negatives, and on MIPICLoss for those of PIC.
 """
