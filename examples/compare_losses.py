@@ -488,15 +488,13 @@ def plot(made: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [
-        (start, measure)
-        for start in args.starts
-        for measure in ("sts", "probe")
-        if measure in made[start].get("matryoshka", {})
-    ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.2), layout="constrained", squeeze=False)
+    measures = [measure for measure in ("sts", "probe") if measure in made[args.starts[0]].get("matryoshka", {})]
+    panels = [(start, measure) for start in args.starts for measure in measures]
+    rows, columns = len(args.starts), len(measures)
+    size = (4 * columns, 3.1 * rows + 0.8)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     places = range(len(args.dims))
-    for axis, (start, measure) in zip(axes[0], panels, strict=True):
+    for axis, (start, measure) in zip(axes.flat, panels, strict=True):
         plain = made[start]["matryoshka"][measure]
         axis.axhline(0, color="0.3", linewidth=1)
         for colour, name in enumerate(name for name in PLOTTED if name in made[start]):
@@ -506,11 +504,14 @@ def plot(made: dict[str, Any], file: Path) -> None:
                 places, gaps, label=name, marker=marker, color=f"C{colour}", linewidth=2.4 if name == "mipic" else 1.2
             )
         axis.set_xticks(places, map(str, args.dims))
-        axis.set_xlabel("truncation dimension")
-        axis.set_title(f"{start} start: {'STS Spearman' if measure == 'sts' else 'probe accuracy'} x100", fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(
+            f"{start} start: {'STS Spearman' if measure == 'sts' else 'probe accuracy'} x100", fontsize=11, loc="left"
+        )
         axis.grid(axis="y", color="0.9")
-    axes[0][0].set_ylabel("difference to MatryoshkaLoss")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.supylabel("difference to MatryoshkaLoss", fontsize=11)
+    figure.supxlabel("truncation dimension", fontsize=11)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(file, dpi=100)
 
 
