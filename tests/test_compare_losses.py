@@ -31,8 +31,9 @@ def test_comparison_resumes_and_reports(tmp_path):
             assert made["low"] <= made["difference"] <= made["high"]
     assert report["matryoshka"]["step_time_ratio"] == 1
 
-    code, printed, errors = run(*call)
+    code, printed, errors = run(*call, "--plot", tmp_path / "plot.png")
     assert code == 0, errors
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()) == len(runs)
     assert "specialist-8" in printed
 
