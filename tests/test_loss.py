@@ -431,17 +431,17 @@ def test_detached_teacher_gets_no_gradient(tiny_model):
 
 
 def test_default_terms(tiny_model):
-    """Without further arguments: CKA of the last layer against a constant teacher, PIC, no attention term."""
+    """Without further arguments: SIA of the last layer against a constant teacher, its attention term small, and PIC."""
     model = tiny_model()
     loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS)
     terms, _ = run(loss, model)
-    assert set(terms) == {"matryoshka", "sia_cka", "pic"}
+    assert set(terms) == {"matryoshka", "sia_attention", "sia_cka", "pic"}
     explicit = all_terms(
         model,
         losses.MultipleNegativesRankingLoss(model),
         DIMS,
         alpha=0.8,
-        attention_weight=0,
+        attention_weight=0.1,
         cka_weight=1,
         pic_weight=0.5,
         sia_layers=[DEPTH],
