@@ -431,7 +431,7 @@ def test_detached_teacher_gets_no_gradient(tiny_model):
 
 
 def test_default_terms(tiny_model):
-    """Without further arguments: SIA of the last layer against a constant teacher, its attention term small, and PIC."""
+    """Without further arguments: SIA of the last layer, constant teacher, a small attention term, and PIC."""
     model = tiny_model()
     loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS)
     terms, _ = run(loss, model)
