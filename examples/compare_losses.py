@@ -376,11 +376,11 @@ def best_rate(runs: Runs, data: Data, start: str, method: str) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------- report
-def statistic(rows: np.ndarray, part: Dataset | None, chosen: np.ndarray) -> float:
+def statistic(rows: np.ndarray, gold: np.ndarray | None, chosen: np.ndarray) -> float:
     """Spearman of cosines or accuracy, x100, on the chosen rows."""
-    if part is None:
+    if gold is None:
         return 100 * float(rows[chosen].mean())
-    return 100 * float(spearmanr(rows[chosen], np.asarray(part["score"])[chosen]).statistic)
+    return 100 * float(spearmanr(rows[chosen], gold[chosen]).statistic)
 
 
 def paired(runs: Runs, data: Data, ours: list[dict], theirs: list[dict], names: list[str], dim: int) -> dict:
@@ -389,12 +389,12 @@ def paired(runs: Runs, data: Data, ours: list[dict], theirs: list[dict], names: 
     loaded = [
         [[np.load(runs.rows_file(run))[name][place] for name in names] for run in side] for side in (ours, theirs)
     ]
-    parts = [None if name == "probe" else data.test[name] for name in names]
+    golds = [None if name == "probe" else np.array(data.test[name]["score"]) for name in names]
     draw = np.random.default_rng(0)
 
     def difference(seeds: np.ndarray, chosen: list[np.ndarray]) -> float:
         means = [
-            np.mean([statistic(side[s][n], parts[n], chosen[n]) for s in seeds for n in range(len(names))])
+            np.mean([statistic(side[s][n], golds[n], chosen[n]) for s in seeds for n in range(len(names))])
             for side in loaded
         ]
         return float(means[0] - means[1])
