@@ -6,9 +6,9 @@
 
 Every method has the same steps, batches and learning rate grid; its rate is chosen with the first seed on the
 development files alone, and the other seeds are then trained with it. Each run is written to OUTPUT/runs.jsonl when it
-is done, so the same command continues where it stopped, and two processes may share the work (one per start). The
-report shows the test files: mean and standard deviation over seeds, and paired differences with a bootstrap interval
-that resamples both seeds and test rows.
+is done, so the same command continues where it stopped, and two processes may share the work (one per start, then one
+with --report-only for both). The report shows the test files: mean and standard deviation over seeds, and paired
+differences with a bootstrap interval that resamples both seeds and test rows.
 """
 
 # ruff: noqa: E402  (the environment is set before the imports that read it)
@@ -22,6 +22,7 @@ import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,16 @@ def parse_args() -> argparse.Namespace:
         parser.error("--steps, --bootstrap and --probe-shots must be at least 1")
     if bool(args.train) != bool(args.dev) or bool(args.train) != bool(args.test):
         parser.error("--train, --dev and --test come together (or none of them, for synthetic data)")
+    if args.probe and not args.train:
+        parser.error("--probe needs --train, --dev and --test; the synthetic data have a probe of their own")
+    if args.plot and args.methods and "matryoshka" not in args.methods:
+        parser.error("--plot draws differences to MatryoshkaLoss: add matryoshka to --methods")
     return args
 
 
 args = parse_args()
-local = [name is None or Path(name).exists() for name in (args.model, args.train, *args.dev, *args.test)]
+named = (args.model, args.train, *args.dev, *args.test, *(args.probe or []))
+local = [name is None or Path(name).exists() for name in named]
 if all(local):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is asked of the hub, so don't wait for it
 
@@ -92,6 +98,7 @@ from torch import nn
 
 from mipic_st import MIPICLoss
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
+from mipic_st.presets import PAPER_SETTINGS
 from mipic_st.synthetic import synthetic_pairs, synthetic_sts, synthetic_topics
 
 Scores = dict[str, dict[int, float]]
@@ -103,8 +110,30 @@ def small_dims_first(dims: list[int]) -> list[float]:
     return [2.0 ** sum(dim <= other < 128 for other in dims) for dim in dims]
 
 
+def mipic_settings() -> dict[str, dict[str, Any]]:
+    """Name -> arguments that differ from MIPICLoss's defaults: itself, its ablation and the user's variants."""
+    terms = {"attention": "attention_weight", "cka": "cka_weight", "pic": "pic_weight"}
+    made: dict[str, dict[str, Any]] = {"mipic": {}}
+    for name, kept in terms.items():
+        made[f"mipic-{name}"] = {weight: 0 for weight in terms.values() if weight != kept}
+    if args.variants:
+        made |= tomllib.loads(Path(args.variants).read_text(encoding="utf-8"))
+    return made
+
+
+def all_settings(method: str) -> dict[str, Any]:
+    """What a run of MIPICLoss is made with, defaults too, so that runs of other defaults are not taken for it."""
+    if method == "mipic-paper":
+        return dict(PAPER_SETTINGS)
+    if method not in mipic_settings():
+        return {}
+    keywords = (each for each in signature(MIPICLoss).parameters.values() if each.kind is Parameter.KEYWORD_ONLY)
+    defaults = {each.name: each.default for each in keywords}
+    return defaults | mipic_settings()[method]
+
+
 def methods() -> dict[str, Callable[[SentenceTransformer, nn.Module], nn.Module]]:
-    """Name -> (model, base loss) -> loss. Those after the bar are the ablation and not in the default comparison."""
+    """Name -> (model, base loss) -> loss."""
     dims = args.dims
     made: dict[str, Callable] = {
         "base": lambda model, base: base,
@@ -115,15 +144,8 @@ def methods() -> dict[str, Callable[[SentenceTransformer, nn.Module], nn.Module]
     for dim in args.small_dims:
         made[f"specialist-{dim}"] = lambda model, base, dim=dim: losses.MatryoshkaLoss(model, base, [dim])
     made["mipic-paper"] = lambda model, base: MIPICLoss.from_preset(model, base, dims, "paper")
-    made["mipic"] = lambda model, base: MIPICLoss(model, base, dims)
-    # ---- ablation: the default with all but one term off
-    terms = {"attention": "attention_weight", "cka": "cka_weight", "pic": "pic_weight"}
-    for name, kept in terms.items():
-        off = {weight: 0 for weight in terms.values() if weight != kept}
-        made[f"mipic-{name}"] = lambda model, base, off=off: MIPICLoss(model, base, dims, **off)
-    if args.variants:
-        for name, settings in tomllib.loads(Path(args.variants).read_text(encoding="utf-8")).items():
-            made[name] = lambda model, base, settings=settings: MIPICLoss(model, base, dims, **settings)
+    for name, settings in mipic_settings().items():
+        made[name] = lambda model, base, settings=settings: MIPICLoss(model, base, dims, **settings)
     return made
 
 
@@ -328,6 +350,13 @@ class Runs:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
 
+    def require_settings(self, *key: Any) -> None:
+        """Refuse a finished run that was made with other arguments of the loss than this command has."""
+        made = self.read()[key].get("settings", {})
+        wanted = all_settings(key[1])
+        if other := {name: value for name, value in made.items() if value != wanted.get(name)}:
+            raise SystemExit(f"{self.file} holds runs of {key[1]} with {other}: name another --output.")
+
     def rows_file(self, run: dict) -> Path:
         return self.folder / "rows" / ("_".join(map(str, key_of(run))) + ".npz")
 
@@ -342,18 +371,20 @@ def key_of(run: dict) -> tuple:
 
 def one_run(runs: Runs, data: Data, start: str, method: str, rate: float, seed: int) -> None:
     if (start, method, rate, seed) in runs.read():
+        runs.require_settings(start, method, rate, seed)
         return
     began = time.perf_counter()
     torch.manual_seed(seed)
     model = load_model(start, seed)
     about: dict[str, Any] = {"start": start, "method": method, "learning_rate": rate, "seed": seed}
+    about |= {"settings": all_settings(method)}
     if method != "untrained":
         base = losses.CoSENTLoss(model) if is_scored(data.train) else losses.MultipleNegativesRankingLoss(model)
         about |= train(model, methods()[method](model, base), data.train, rate, seed, runs.folder / "scratch")
     vectors = Vectors(model, data)
     scores, rows = score(vectors, data)
     runs.add(about | {"scores": scores}, rows)
-    if method == "base":
+    if method == "base":  # whose vectors the other control turns
         texts = next(column for column in data.train.column_names if isinstance(data.train[0][column], str))
         sample = data.train.shuffle(seed=seed).select(range(min(4000, len(data.train))))[texts]
         pca = PCA(random_state=0).fit(encode(model, list(sample)).numpy())
@@ -528,7 +559,7 @@ def main() -> None:
     runs = Runs(Path(args.output))
     if not args.report_only:
         for start in args.starts:
-            for method in (name for name in names if name != "base-pca"):
+            for method in dict.fromkeys("base" if name == "base-pca" else name for name in names):
                 if method == "untrained":
                     for seed in args.seeds if start == "weak" else args.seeds[:1]:
                         one_run(runs, data, start, method, 0.0, seed)

@@ -63,7 +63,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import pairwise_cos_sim
 
-from mipic_st import MIPICLoss
+from mipic_st import MIPICLoss, set_matryoshka_config
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
 from mipic_st.synthetic import synthetic_pairs, synthetic_sts
 
@@ -179,6 +179,8 @@ def main() -> None:
         trainer.train()
     show(before, score(model, sets, dims), dims)
     if args.output_dir:
+        if args.loss != "base":
+            set_matryoshka_config(model, dims)  # what serving engines read
         model.save_pretrained(args.output_dir)
         print(f"model saved to {args.output_dir}")
     print(f"{trainer.state.global_step} steps, {time.perf_counter() - start:.0f} s in all")

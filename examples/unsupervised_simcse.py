@@ -1,11 +1,11 @@
-"""Unsupervised SimCSE with the settings of the MIPIC paper: each sentence is its own positive through dropout.
+"""Unsupervised SimCSE, the MIPIC paper's task, with its preset: each sentence is its own positive through dropout.
 
     python examples/unsupervised_simcse.py                                       # offline, synthetic sentences
     python examples/unsupervised_simcse.py --model google-bert/bert-base-uncased --train-file pairs.csv --epochs 5
 
 Every distinct sentence of the data is used, its other columns are not. Expect nothing from the offline default:
 all-MiniLM as shipped already tells sentences apart, so its loss is near zero from the first step. SimCSE is for
-encoders that were never trained on sentences, such as BERT.
+encoders that were never trained on sentences, such as BERT. train_recipe.py has the paper's exact settings.
 """
 
 from __future__ import annotations

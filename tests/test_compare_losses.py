@@ -37,6 +37,12 @@ def test_comparison_resumes_and_reports(tmp_path):
     assert len((tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()) == len(runs)
     assert "specialist-8" in printed
 
+    changed = [made | {"settings": made["settings"] | {"alpha": 0.7}} if made["settings"] else made for made in runs]
+    (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, changed)) + "\n", encoding="utf-8")
+    code, _, errors = run(*call)
+    assert code != 0
+    assert "holds runs of mipic with {'alpha': 0.7}: name another --output" in errors
+
     code, _, errors = run(*call, "--max-seq-length", 16)
     assert code != 0
     assert "has other settings than this command" in errors
@@ -48,6 +54,8 @@ def test_comparison_resumes_and_reports(tmp_path):
     [
         (["--methods", "mipik"], "--methods mipik: unknown; known are untrained base base-pca matryoshka"),
         (["--train", "mix.csv"], "--train, --dev and --test come together"),
+        (["--probe", "a.csv", "b.csv"], "--probe needs --train, --dev and --test"),
+        (["--methods", "mipic", "--plot", "a.png"], "add matryoshka to --methods"),
         (["--dims", "384", "0"], "--dims and --small-dims must be positive"),
         (["--steps", "0"], "--steps, --bootstrap and --probe-shots must be at least 1"),
     ],

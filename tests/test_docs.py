@@ -77,23 +77,6 @@ def readers_own():
     }
 
 
-def interrupted_run(namespace):
-    """A checkpoint of an earlier run, for the block that resumes from it."""
-    from sentence_transformers import SentenceTransformerTrainer
-
-    loss = mipic_st.MIPICLoss(namespace["model"], namespace["loss"].loss, namespace["loss"].matryoshka_dims)
-    SentenceTransformerTrainer(
-        model=namespace["model"],
-        args=namespace["args"],
-        train_dataset=namespace["train_dataset"],
-        loss=loss,
-        callbacks=[mipic_st.MIPICCallback(loss)],
-    ).train()
-    for later in sorted(Path("runs/readme").glob("checkpoint-*"))[1:]:
-        later.rename(later.with_name("kept"))
-    namespace["loss"] = loss.loss
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_python_blocks_run(document, tmp_path, monkeypatch, offline_model):
     """The blocks of a document run from top to bottom in one namespace; those that do not are the ones listed."""
@@ -125,8 +108,6 @@ def test_python_blocks_run(document, tmp_path, monkeypatch, offline_model):
             with pytest.raises((SkipTest, SyntaxError)):
                 example.evaluate()
             continue
-        if "resume_from_checkpoint=True" in code and document.name == "README.md":
-            interrupted_run(parsed.namespace)
         example.evaluate()
         ran += isinstance(example.parsed, str)
     assert len(left_out) == len(listed)

@@ -52,7 +52,7 @@ def test_quickstart_prints_scores_before_and_after():
         assert 50 < before < 95
         assert gain == pytest.approx(after - before, abs=0.011)
         assert gain != 0
-    for term in ("matryoshka", "sia_cka", "pic"):
+    for term in ("matryoshka", "sia_attention", "sia_cka", "pic"):
         assert f"'{term}'" in printed
     assert re.search(r"3 steps, \d+ s in all", printed)
 
@@ -155,7 +155,7 @@ def test_training_script(run_here, script, says):
         assert 40 < before < 95
         assert gain == pytest.approx(after - before, abs=0.011)
         assert gain != 0
-    for term in ("matryoshka", "sia_cka", "pic"):
+    for term in ("matryoshka", "sia_attention", "sia_cka", "pic"):
         assert f"'{term}'" in printed
 
 

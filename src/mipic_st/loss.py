@@ -95,13 +95,14 @@ class MIPICLoss(nn.Module):
             the loss's own. -1 is all of them. Evaluation always uses all. The alignment terms always use all.
         alpha: Weight of the base term in Eq. 18, in [0, 1].
         attention_weight: Weight of SIA's attention term (Eq. 6), >= 0. Zero switches it off. Small by default: with a
-            weight of 1 a model with random upper layers got worse, by 1.6 to 7 points at full width.
+            weight of 1 a model with random upper layers got worse at full width, by 1.6 points with
+            ``detach_teacher`` and by 7 without.
         cka_weight: Weight of SIA's CKA term (Eq. 11), >= 0. Zero switches it off.
         pic_weight: Weight of PIC (Eq. 17), >= 0. Zero switches it off.
         sia_layers: Layers that carry SIA, 1 to the model's depth. Default: the last one.
-        pic_checkpoints: Ordered (dim, layer) pairs for PIC, both ascending, at least two. Default: one per dim, the
-            published pairs for the backbones of the paper and evenly spaced layers for others
-            (:func:`mipic_st.presets.default_checkpoints`).
+        pic_checkpoints: Ordered (dim, layer) pairs for PIC, both ascending, at least two. Default: the
+            published pairs for the backbones of the paper; for others one per dim on evenly spaced layers, an even
+            choice of dims if there are more than layers (:func:`mipic_st.presets.default_checkpoints`).
         gammas: Share of a sentence's tokens in the top-k set of each prefix, ascending with the prefix (App. A.5), in
             (0, 1]. Default: .2 to .7, interpolated to the number of prefixes.
         min_k: Smallest top-k set, in tokens, >= 1 (App. A.5).
@@ -157,7 +158,8 @@ class MIPICLoss(nn.Module):
         :mod:`mipic_st.pic`, Table 7 and App. A.5 in :mod:`mipic_st.presets`. Where the paper and the released
         notebooks differ, the paper is followed: KL(prefix || full) instead of the reverse, similarity to the pooled
         query instead of separate 64-d attention spaces. Top-k sizes come from each sentence's own length, where the
-        released code takes the padded length. Defaults differ from the paper's settings;
+        released code takes the padded length. SIA's full width is a constant by default, as a teacher is; the released
+        notebooks, and so the paper preset, let gradients through both sides. Defaults differ from the paper's settings;
         ``MIPICLoss.from_preset(model, loss, dims, "paper")`` has those.
 
     Relations:
@@ -167,7 +169,7 @@ class MIPICLoss(nn.Module):
 
     Example:
         >>> from sentence_transformers import SentenceTransformer
-        >>> from sentence_transformers.losses import MultipleNegativesRankingLoss
+        >>> from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
         >>> from mipic_st import MIPICLoss
         >>> model = SentenceTransformer("sentence-transformers/all-MiniLM-L6-v2")  # doctest: +SKIP
         >>> loss = MultipleNegativesRankingLoss(model)  # doctest: +SKIP

@@ -80,6 +80,7 @@ RECIPES: dict[str, Recipe] = {
 
 # Everything of the published formulation that does not depend on the backbone: Eq. 5, 6, 13, 14, 17 and Table 7.
 # The random lift is an inference: the paper calls P a trainable linear map and names no initialisation.
+# Gradients on both sides of SIA are those of the released notebooks; the paper's "teacher" could mean either.
 PAPER_SETTINGS: dict[str, Any] = {
     "attention_weight": 1.0,
     "cka_weight": 1.0,

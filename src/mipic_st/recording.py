@@ -1,6 +1,6 @@
 """The one place that touches objects which are not ours: the model's forward, its config, its modules.
 
-Three things, each undone when its ``with`` block ends, however it ends:
+What the first two change is undone when their ``with`` block ends, however it ends; the others change nothing:
 
 - :func:`record_states` keeps what every forward pass of the model produced at each layer.
 - :func:`truncated_passes` lets a base loss run once per truncation dimension on one set of forward passes.
