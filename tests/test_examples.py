@@ -269,7 +269,7 @@ def test_recipe_trains(run_here, path):
         ("alpha = 0.4", "", "the key loss.alpha is missing"),
         ("alpha = 0.4", "alpha = 'much'", "loss.alpha must be of type float, got 'much'"),
         ("[training]", "[trainer]\n[training]", "unknown key 'trainer'"),
-        ("[training]", "", "unknown key loss.epochs|the table \\[training\\] is missing"),
+        ("[training]", "", "unknown key loss.epochs"),
     ],
 )
 def test_wrong_recipes_are_refused(load_recipe, tmp_path, old, new, message):
@@ -278,7 +278,7 @@ def test_wrong_recipes_are_refused(load_recipe, tmp_path, old, new, message):
     assert old in text
     file = tmp_path / "mine.toml"
     file.write_text(text.replace(old, new), encoding="utf-8")
-    with pytest.raises(ValueError, match=f"mine.toml: ({message})"):
+    with pytest.raises(ValueError, match=f"mine.toml: {message}"):
         load_recipe(file)
 
 
