@@ -22,6 +22,7 @@ import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,16 @@ def small_dims_first(dims: list[int]) -> list[float]:
     return [2.0 ** sum(dim <= other < 128 for other in dims) for dim in dims]
 
 
+# the default with all but one term off; not in the default comparison
+ABLATION = {"mipic-attention": "attention_weight", "mipic-cka": "cka_weight", "mipic-pic": "pic_weight"}
+
+
+@cache
 def mipic_settings() -> dict[str, dict[str, Any]]:
     """Name -> arguments that differ from MIPICLoss's defaults: itself, its ablation and the user's variants."""
-    terms = {"attention": "attention_weight", "cka": "cka_weight", "pic": "pic_weight"}
     made: dict[str, dict[str, Any]] = {"mipic": {}}
-    for name, kept in terms.items():
-        made[f"mipic-{name}"] = {weight: 0 for weight in terms.values() if weight != kept}
+    for name, kept in ABLATION.items():
+        made[name] = {weight: 0 for weight in ABLATION.values() if weight != kept}
     if args.variants:
         made |= tomllib.loads(Path(args.variants).read_text(encoding="utf-8"))
     return made
@@ -149,7 +154,6 @@ def methods() -> dict[str, Callable[[SentenceTransformer, nn.Module], nn.Module]
     return made
 
 
-ABLATION = ("mipic-attention", "mipic-cka", "mipic-pic")
 PLOTTED = ("mipic", "mipic-paper", "matryoshka-weighted", "matryoshka-2d", "base", "specialist-16", "specialist-8")
 CONTROLS = ("untrained", "base", "base-pca", "matryoshka", "matryoshka-weighted", "matryoshka-2d")
 
@@ -350,12 +354,13 @@ class Runs:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(run) + "\n")
 
-    def require_settings(self, *key: Any) -> None:
-        """Refuse a finished run that was made with other arguments of the loss than this command has."""
-        made = self.read()[key].get("settings", {})
-        wanted = all_settings(key[1])
-        if other := {name: value for name, value in made.items() if value != wanted.get(name)}:
-            raise SystemExit(f"{self.file} holds runs of {key[1]} with {other}: name another --output.")
+    def require_settings(self, names: list[str]) -> None:
+        """Refuse finished runs of these methods if the loss had other arguments than this command gives it."""
+        for run in self.read().values():
+            made, wanted = run.get("settings", {}), all_settings(run["method"])
+            other = {name: value for name, value in made.items() if value != wanted.get(name)}
+            if other and run["method"] in names:
+                raise SystemExit(f"{self.file} holds runs of {run['method']} with {other}: name another --output.")
 
     def rows_file(self, run: dict) -> Path:
         return self.folder / "rows" / ("_".join(map(str, key_of(run))) + ".npz")
@@ -371,7 +376,6 @@ def key_of(run: dict) -> tuple:
 
 def one_run(runs: Runs, data: Data, start: str, method: str, rate: float, seed: int) -> None:
     if (start, method, rate, seed) in runs.read():
-        runs.require_settings(start, method, rate, seed)
         return
     began = time.perf_counter()
     torch.manual_seed(seed)
@@ -557,6 +561,7 @@ def main() -> None:
         raise SystemExit(f"--methods {' '.join(unknown)}: unknown; known are {' '.join(known)}")
     data = load_data()
     runs = Runs(Path(args.output))
+    runs.require_settings(names)
     if not args.report_only:
         for start in args.starts:
             for method in dict.fromkeys("base" if name == "base-pca" else name for name in names):

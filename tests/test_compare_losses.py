@@ -39,13 +39,24 @@ def test_comparison_resumes_and_reports(tmp_path):
 
     changed = [made | {"settings": made["settings"] | {"alpha": 0.7}} if made["settings"] else made for made in runs]
     (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, changed)) + "\n", encoding="utf-8")
-    code, _, errors = run(*call)
+    code, _, errors = run(*call, "--report-only")
     assert code != 0
     assert "holds runs of mipic with {'alpha': 0.7}: name another --output" in errors
 
     code, _, errors = run(*call, "--max-seq-length", 16)
     assert code != 0
     assert "has other settings than this command" in errors
+
+
+@needs_model
+@pytest.mark.slow
+def test_pca_control_trains_what_it_rotates(tmp_path):
+    """Asked for alone, it needs the base loss's runs."""
+    code, printed, errors = run("compare_losses.py", "--smoke", "--methods", "base-pca", "--output", tmp_path)
+    assert code == 0, errors
+    lines = (tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["method"] for line in lines] == ["base", "base-pca"]
+    assert "base-pca" in printed
 
 
 @needs_model

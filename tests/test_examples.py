@@ -85,6 +85,9 @@ def test_quickstart_on_own_files_saves_a_plain_model(tmp_path):
     assert all(cells[:3] == cells[3:] and len(cells) == 6 for cells in rows.values())
     model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert model.encode("a").shape == (384,)
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["is_matryoshka"] is True
+    assert config["matryoshka_dimensions"] == [8, 384]
 
 
 @needs_model
