@@ -10,18 +10,11 @@ import torch
 from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from sentence_transformers.sentence_transformer.modules import (
-    Dense,
-    Normalize,
-    Pooling,
-    Router,
-    StaticEmbedding,
-    Transformer,
-)
 from torch.nn import functional as F
 
 from conftest import ARCHITECTURES, DEPTH, WIDTH, column_features, sentences
 from mipic_st import recording
+from mipic_st.backbone import backbone_of
 
 
 def snapshot(model: SentenceTransformer) -> tuple:
@@ -38,7 +31,7 @@ def pooling_of(architecture: str) -> dict:
 def test_records_all_layers_of_the_same_pass(tiny_model, architecture):
     """One pass per model call, depth + 1 states each, and pooling the last one gives the embedding itself."""
     model = tiny_model(architecture, **pooling_of(architecture))
-    backbone = recording.describe(model)
+    backbone = backbone_of(model)
     assert (backbone.depth, backbone.width) == (DEPTH, WIDTH)
     calls = []
     original = model[0].auto_model.forward
@@ -51,7 +44,7 @@ def test_records_all_layers_of_the_same_pass(tiny_model, architecture):
     assert len(recorder.passes) == 2
     for recorded, output in zip(recorder.passes, outputs, strict=True):
         assert len(recorded.hidden_states) == DEPTH + 1
-        assert torch.equal(recorded.pool(backbone.pooling, recorded.hidden_states[-1]), output["sentence_embedding"])
+        assert torch.equal(recorded.pool(backbone.pooling, recorded.hidden_states[DEPTH]), output["sentence_embedding"])
         assert "all_layer_embeddings" not in output
         states = recorded.hidden_states
         assert not torch.allclose(states[1], states[2]), "layers are told apart"
@@ -72,8 +65,8 @@ def test_an_exception_leaves_nothing_patched(tiny_model, error):
     """Forward, config and instance attributes are as before after any exception, also inside nested blocks."""
     model = tiny_model()
     before = snapshot(model)
-    with pytest.raises(error), recording.record_states(model, DEPTH), recording.truncated_passes(model) as start:
-        start(16)
+    with pytest.raises(error), recording.record_states(model, DEPTH), recording.truncated_passes(model) as passes:
+        passes.start_dim(16)
         model(column_features(model, columns=1)[0])
         raise error
     assert snapshot(model) == before
@@ -187,10 +180,10 @@ def test_prompt_tokens_are_left_out_of_pooling_only_where_the_model_leaves_them_
     with recording.record_states(model, DEPTH) as recorder:
         output = model(dict(features))
     recorded = recorder.passes[0]
-    vector = recorded.pool(model[1], recorded.hidden_states[-1])
+    vector = recorded.pool(model[1], recorded.hidden_states[DEPTH])
     assert torch.equal(vector, output["sentence_embedding"])
     assert torch.equal(recorded.mask, features["attention_mask"].bool())
-    real = recorded.hidden_states[-1][0][features["attention_mask"][0].bool()]
+    real = recorded.hidden_states[DEPTH][0][features["attention_mask"][0].bool()]
     torch.testing.assert_close(vector[0], real[length:].mean(dim=0))
 
 
@@ -200,9 +193,9 @@ def test_truncated_passes_run_the_model_once(tiny_model):
     features = column_features(model)
     expected = [model(dict(column))["sentence_embedding"] for column in features]
     seen = {}
-    with recording.record_states(model, DEPTH) as recorder, recording.truncated_passes(model) as start_dim:
+    with recording.record_states(model, DEPTH) as recorder, recording.truncated_passes(model) as passes:
         for dim in (32, 8):
-            start_dim(dim)
+            passes.start_dim(dim)
             seen[dim] = [model(column)["sentence_embedding"] for column in features]
     assert len(recorder.passes) == 2
     for dim, embeddings in seen.items():
@@ -214,10 +207,10 @@ def test_a_base_loss_that_calls_the_model_more_often_later_is_refused(tiny_model
     """No stale output for a call that has none."""
     model = tiny_model()
     features = column_features(model)
-    with recording.truncated_passes(model) as start_dim:
-        start_dim(32)
+    with recording.truncated_passes(model) as passes:
+        passes.start_dim(32)
         model(features[0])
-        start_dim(8)
+        passes.start_dim(8)
         model(features[0])
         with pytest.raises(RuntimeError, match="more often for a later dim"):
             model(features[1])
@@ -228,45 +221,6 @@ def test_flattened_inputs_are_refused(tiny_model):
     model = tiny_model()
     with pytest.raises(ValueError, match="unpad_inputs = False"), recording.record_states(model, DEPTH):
         model({"input_ids": torch.ones(1, 9, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 4, 9])})
-
-
-def test_describe_refuses_what_has_no_prefixes(tiny_model, transformer_folder):
-    """Models whose embedding is not the pooled hidden state are named, with the module in the way."""
-    static = SentenceTransformer(modules=[StaticEmbedding(tiny_model().tokenizer.backend_tokenizer, embedding_dim=8)])
-    with pytest.raises(ValueError, match="begins with StaticEmbedding"):
-        recording.describe(static)
-
-    transformer = Transformer(str(transformer_folder()))
-    dense = SentenceTransformer(modules=[transformer, Pooling(WIDTH), Dense(WIDTH, 16)])
-    with pytest.raises(ValueError, match="changes the pooled vector with Dense"):
-        recording.describe(dense)
-
-    two_modes = SentenceTransformer(modules=[transformer, Pooling(WIDTH, ("cls", "mean"))])
-    with pytest.raises(ValueError, match="64 values from hidden states of 32"):
-        recording.describe(two_modes)
-
-    with pytest.raises(TypeError, match="must be a SentenceTransformer"):
-        recording.describe(torch.nn.Linear(2, 2))
-
-
-def test_a_router_of_equal_routes_is_described_and_of_unequal_ones_refused(transformer_folder):
-    """Asymmetric models are fine as long as one lift and one head fit all routes."""
-
-    def route(pooling: str) -> list:
-        return [Transformer(str(transformer_folder())), Pooling(WIDTH, pooling)]
-
-    equal = SentenceTransformer(modules=[Router.for_query_document(route("mean"), route("mean")), Normalize()])
-    assert recording.describe(equal).width == WIDTH
-    unequal = SentenceTransformer(modules=[Router.for_query_document(route("mean"), route("cls"))])
-    with pytest.raises(ValueError, match="routes of one shape"):
-        recording.describe(unequal)
-
-
-def test_embedding_width_ignores_truncate_dim(tiny_model):
-    """truncate_dim is for encode; training has the full width."""
-    model = tiny_model()
-    model.truncate_dim = 8
-    assert recording.embedding_width(model) == WIDTH
 
 
 def test_base_loss_merging_columns_is_one_pass(tiny_model):

@@ -5,8 +5,6 @@ What the first two change is undone when their ``with`` block ends, however it e
 - :func:`record_states` keeps what every forward pass of the model produced at each layer.
 - :func:`truncated_passes` lets a base loss run once per truncation dimension on one set of forward passes.
 - :func:`stand_in` copies a loss with other methods, so that the loss itself need not be changed.
-- :func:`describe` reads depth, width and pooling off a model, and refuses models whose hidden states have no prefixes
-  that correspond to the prefixes of the sentence embedding.
 """
 
 from __future__ import annotations
@@ -19,30 +17,16 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from mipic_st.backbone import states_by_layer, unwrap
+
 logger = logging.getLogger(__name__)
 
 Features = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """What the loss must know about a model.
-
-    Attributes:
-        depth: Number of encoder layers.
-        width: Width D of hidden states and of the untruncated embedding.
-        pooling: The model's own pooling module.
-    """
-
-    depth: int
-    width: int
-    pooling: Pooling
 
 
 @dataclass
@@ -50,18 +34,33 @@ class RecordedPass:
     """One forward pass of the model.
 
     Attributes:
-        hidden_states: depth + 1 tensors (R, L, D); 0 is the embedding layer. R rows are one input column of B
-            sentences, or several columns one after the other.
+        hidden_states: (R, L, D) by layer, up to depth; 0 is the embedding layer, if the encoder shows it. R rows are
+            one input column of B sentences, or several columns one after the other.
         mask: (R, L), true at real tokens.
         attentions: One tensor (R, L, L) per layer, heads averaged, before attention dropout; rows are queries.
             Empty unless asked for.
         prompt_length: What the features said about a prompt, if anything.
+        token_embeddings: What the model's Transformer said was the last state, if it said so.
+        sentence_embedding: (R, D), what the model gave.
     """
 
-    hidden_states: tuple[Tensor, ...]
+    hidden_states: dict[int, Tensor]
     mask: Tensor
     attentions: list[Tensor]
     prompt_length: Any = None
+    token_embeddings: Tensor | None = None
+    sentence_embedding: Tensor | None = None
+
+    def has_text(self, pooling: Pooling) -> Tensor:
+        """Which sentences have a token that is pooled. An empty text may have none, its vector is then no vector.
+
+        Args:
+            pooling: The model's pooling module.
+
+        Returns:
+            (R,), boolean.
+        """
+        return pooled_tokens(self.mask, pooling, self.prompt_length) > 0
 
     def pool(self, pooling: Pooling, tokens: Tensor) -> Tensor:
         """Apply the model's own pooling to any (R, L, X) tensor that has one row per token.
@@ -80,117 +79,21 @@ class RecordedPass:
         return pooling(features)["sentence_embedding"]
 
 
-def unwrap(model: nn.Module) -> SentenceTransformer:
-    """Return the sentence-transformers model inside DistributedDataParallel and torch.compile wrappers.
+def pooled_tokens(mask: Tensor, pooling: Pooling | None, prompt_length: Any = None) -> Tensor:
+    """Number of tokens of each sentence that the model pools.
 
     Args:
-        model: The model as the trainer hands it to a loss.
+        mask: (R, L), not zero at real tokens.
+        pooling: The model's pooling module, which may leave out the prompt; None counts all real tokens.
+        prompt_length: What the features say about a prompt, if anything.
 
     Returns:
-        The model itself.
-
-    Raises:
-        TypeError: If there is none inside.
+        (R,), integers, below zero for less than a prompt.
     """
-    inner: Any = model
-    while not isinstance(inner, SentenceTransformer):
-        wrapped = getattr(inner, "_orig_mod", None)
-        inner = wrapped if wrapped is not None else getattr(inner, "module", None)
-        if inner is None:
-            raise TypeError(
-                f"model must be a SentenceTransformer, or one wrapped for training, got {type(model).__name__}."
-            )
-    return inner
-
-
-def embedding_width(model: nn.Module) -> int | None:
-    """Width of the embeddings that the model is trained on, whatever ``truncate_dim`` it was loaded with.
-
-    ``truncate_dim`` cuts in ``encode`` only; the forward passes of a training step have the full width.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The width that the last module which knows one reports, or None.
-    """
-    for module in reversed(list(unwrap(model).children())):
-        get_dimension = getattr(module, "get_embedding_dimension", None)
-        if get_dimension is not None and (width := get_dimension()) is not None:
-            return width
-    return None
-
-
-def layer_count(transformer: Transformer) -> int | None:
-    """Number of encoder layers, the embedding layer not counted.
-
-    Args:
-        transformer: The module of the model.
-
-    Returns:
-        What the config says, or None.
-    """
-    return getattr(transformer.auto_model.config.get_text_config(), "num_hidden_layers", None)
-
-
-def describe(model: nn.Module) -> Backbone:
-    """Read depth, width and pooling off a model.
-
-    Args:
-        model: A SentenceTransformer of Transformer and Pooling (Normalize may follow), or a Router between several
-            such routes of one shape.
-
-    Returns:
-        :class:`Backbone`.
-
-    Raises:
-        ValueError: If the model is built otherwise, with the module that is in the way.
-    """
-    modules = list(unwrap(model).children())
-    routes = [modules]
-    if modules and isinstance(modules[0], Router):
-        routes = [[*route.children(), *modules[1:]] for route in modules[0].sub_modules.values()]
-    backbones = [_describe_route(route) for route in routes]
-    shapes = {
-        (backbone.depth, backbone.width, backbone.pooling.pooling_mode, backbone.pooling.include_prompt)
-        for backbone in backbones
-    }
-    if len(shapes) > 1:
-        raise ValueError(
-            "The routes of the model's Router differ in (depth, width, pooling mode, include_prompt): "
-            f"{sorted(shapes, key=str)}. MIPIC needs routes of one shape; use alpha=1 for plain Matryoshka training."
-        )
-    return backbones[0]
-
-
-def _describe_route(modules: list[nn.Module]) -> Backbone:
-    hint = "Use a model of Transformer + Pooling (+ Normalize), or alpha=1 for plain Matryoshka training."
-    names = [type(module).__name__ for module in modules]
-    if not modules or not isinstance(modules[0], Transformer):
-        first = names[0] if names else "nothing"
-        raise ValueError(f"MIPIC aligns the layers of a Transformer, but the model begins with {first}. {hint}")
-    if len(modules) < 2 or not isinstance(modules[1], Pooling):
-        raise ValueError(f"MIPIC needs a Pooling module right after the Transformer, the model has {names}. {hint}")
-    if others := [
-        name for name, module in zip(names[2:], modules[2:], strict=True) if not isinstance(module, Normalize)
-    ]:
-        raise ValueError(
-            f"The model changes the pooled vector with {', '.join(others)}, so a prefix of the embedding is no prefix "
-            f"of a hidden state. {hint}"
-        )
-    transformer, pooling = modules[0], modules[1]
-    depth = layer_count(transformer)
-    if not depth:
-        raise ValueError(
-            f"The config of {type(transformer.auto_model).__name__} does not say num_hidden_layers. {hint}"
-        )
-    width = transformer.get_embedding_dimension()
-    if pooling.get_embedding_dimension() != width:
-        raise ValueError(
-            f"Pooling mode {pooling.pooling_mode!r} gives {pooling.get_embedding_dimension()} values from hidden "
-            f"states of {width}. MIPIC needs one pooling mode. {hint}"
-        )
-    return Backbone(depth=depth, width=width, pooling=pooling)
+    lengths = mask.bool().sum(dim=1)
+    if pooling is None or pooling.include_prompt or prompt_length is None:
+        return lengths
+    return lengths - int(prompt_length.flatten()[0] if isinstance(prompt_length, Tensor) else prompt_length)
 
 
 def stand_in(loss: nn.Module, **methods: Callable[..., Any]) -> nn.Module:
@@ -265,12 +168,14 @@ class Recorder:
         depth: Number of layers that each pass must show.
         attentions: Whether attention maps are recorded too: "no", "detached" or "with_gradient".
         leave_states: Whether the model's own output keeps the hidden states, because they were switched on before.
+        first: The layer after which the first hidden state is, see :func:`mipic_st.backbone.first_shown`.
         passes: The forward passes, in order.
     """
 
     depth: int
     attentions: str = "no"
     leave_states: bool = False
+    first: int = 0
     passes: list[RecordedPass] = field(default_factory=list)
 
     def wrap(self, forward: Callable[..., Features]) -> Callable[..., Features]:
@@ -303,7 +208,16 @@ class Recorder:
                     "token_importance='attention' needs eager attention and no torch.compile; use "
                     "token_importance='similarity' instead."
                 )
-            self.passes.append(RecordedPass(tuple(states), mask.to(states[0].device), maps, prompt_length))
+            self.passes.append(
+                RecordedPass(
+                    states_by_layer(states, self.first),
+                    mask.to(states[0].device),
+                    maps,
+                    prompt_length,
+                    output.get("token_embeddings"),
+                    output.get("sentence_embedding"),
+                )
+            )
             return output
 
         return recorded
@@ -340,48 +254,47 @@ def hidden_states_requested(model: nn.Module) -> Iterator[bool]:
 
 
 @contextmanager
-def record_states(model: nn.Module, depth: int, attentions: str = "no") -> Iterator[Recorder]:
+def record_states(model: nn.Module, depth: int, attentions: str = "no", first: int = 0) -> Iterator[Recorder]:
     """Record the hidden states of every forward pass of the model inside the block.
 
     Args:
         model: The outermost model (DistributedDataParallel or compiled, as the trainer made it).
         depth: Number of encoder layers.
         attentions: "no", "detached" or "with_gradient".
+        first: The layer after which the first hidden state is.
 
     Yields:
         A :class:`Recorder`; read its ``passes`` after the base loss has run.
-
-    Raises:
-        RuntimeError: If the model is in DeepSpeed's engine.
     """
-    if type(model).__name__ == "DeepSpeedEngine":
-        raise RuntimeError(
-            "MIPICLoss's heads cannot be trained by DeepSpeed, which reduces the gradients of the model's own "
-            "parameters only. Use DistributedDataParallel (torchrun without a DeepSpeed config), or alpha=1."
-        )
     with hidden_states_requested(model) as before:
-        recorder = Recorder(depth, attentions, leave_states=before)
+        recorder = Recorder(depth, attentions, leave_states=before, first=first)
         with replaced_forward(model, recorder.wrap):
             yield recorder
 
 
-class _TruncatedPasses:
+class TruncatedPasses:
     """A forward that runs the model once per call of the first dim, and hands later dims the same output, cut.
 
     Each output is cut and normalised from the one before, as ``MatryoshkaLoss`` does, so that values and gradients
     are the same to the last bit.
+
+    Attributes:
+        embeddings: What the model gave, uncut, one tensor per forward pass.
     """
 
     def __init__(self, forward: Callable[..., Features]) -> None:
         self.forward = forward
         self.outputs: list[Features] = []
+        self.embeddings: list[Tensor] = []
         self.dim = 0
         self.position = 0
         self.growing = True
 
     def __call__(self, features: Features, *args: Any, **kwargs: Any) -> Features:
+        """The model's output, or that of the first dim's call at the same place, cut to the present dim."""
         if self.growing:
             self.outputs.append(self.forward(features, *args, **kwargs))
+            self.embeddings.append(self.outputs[-1]["sentence_embedding"])
         if self.position >= len(self.outputs):
             raise RuntimeError("The base loss ran the model more often for a later dim than for the first one.")
         output = self.outputs[self.position]
@@ -396,23 +309,23 @@ class _TruncatedPasses:
 
 
 @contextmanager
-def truncated_passes(model: nn.Module) -> Iterator[Callable[[int], None]]:
+def truncated_passes(model: nn.Module) -> Iterator[TruncatedPasses]:
     """Let a base loss be called once per truncation dimension with a single set of forward passes.
 
     Args:
         model: The outermost model.
 
     Yields:
-        A function to call with each dim, in descending order, before the base loss is run for it.
+        Its ``start_dim`` is to be called with each dim, in descending order, before the base loss is run for it.
     """
-    passes: list[_TruncatedPasses] = []
+    passes: list[TruncatedPasses] = []
 
-    def make(forward: Callable[..., Features]) -> _TruncatedPasses:
-        passes.append(_TruncatedPasses(forward))
+    def make(forward: Callable[..., Features]) -> TruncatedPasses:
+        passes.append(TruncatedPasses(forward))
         return passes[0]
 
     with replaced_forward(model, make):
-        yield passes[0].start_dim
+        yield passes[0]
 
 
 def require_eager_attention(model: nn.Module) -> None:
