@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from conftest import column_features, make_tail, total
 from mipic_st import MIPICCallback, MIPICLoss
 from training_fixtures import datasets, make_loss, make_trainer, pairs, parameters
 
@@ -31,12 +34,28 @@ def cached(model, **options):
     return make_loss(model, base, gather_across_devices=True, **options)
 
 
+def tail(model, **options):
+    """A tail as LaBSE has it: its parameters are used in the wrapped forward, and by the terms outside of it."""
+    for module in make_tail("labse"):
+        model.append(module)
+    return both_gather(model, **options)
+
+
+def cached_tail(model, **options):
+    """The same with gradient caching."""
+    for module in make_tail("labse"):
+        model.append(module)
+    return cached(model, **options)
+
+
 # Runs that must equal one process on the concatenated batch: loss, its options, and the trainer's.
 EQUAL = {
     "plain": (both_gather, {}, {}),
     "accumulation": (both_gather, {}, {"gradient_accumulation_steps": 2}),
     "drawn dims": (both_gather, {"n_dims_per_step": 2}, {}),
     "cached": (cached, {}, {"gradient_accumulation_steps": 2}),
+    "tail": (tail, {}, {}),
+    "cached tail": (cached_tail, {}, {"gradient_accumulation_steps": 2}),
     "clipped": (both_gather, {"callback": True}, {"max_grad_norm": 0.05}),
 }
 
@@ -112,6 +131,57 @@ def run_resumed(model_folder, folder, stop):
     return loss
 
 
+# What has no heads and so must run where the model is sharded.
+WITHOUT_HEADS = {"CKA alone": {"attention_weight": 0, "pic_weight": 0}, "alpha=1": {"alpha": 1}}
+
+
+def sharded(model):
+    """The model under FSDP, layer by layer, on all processes."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for layer in model[0].auto_model.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def run_by_hand(name, model_folder, batches, shard):
+    """Three steps of SGD on the mean of the gradients: of all batches, or of this rank's and, by FSDP, the others'."""
+    model = SentenceTransformer(str(model_folder), device="cpu").train()
+    if shard:
+        sharded(model)
+    loss = make_loss(model, **WITHOUT_HEADS[name])
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.05)
+    for step in range(3):
+        for batch in batches:
+            features = column_features(model, rows=4, seed=10 * step + 100 * batch)
+            (total(loss(features, None)) / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss
+
+
+def refusals(model_folder):
+    """What MIPICLoss with heads says about a sharded model: when made for it, given it, and when run on it."""
+
+    def words(function, *arguments):
+        try:
+            return str(function(*arguments))
+        except ValueError as error:
+            return str(error)
+
+    def fresh():
+        return SentenceTransformer(str(model_folder), device="cpu").train()
+
+    model = fresh()
+    loss = make_loss(model)
+    features = column_features(model)
+    sharded(model)
+    said = {"made": words(make_loss, sharded(fresh())), "run": words(loss, features, None)}
+    other = make_loss(fresh())
+    return said | {"given": words(setattr, other, "model", sharded(fresh())), "moved": words(loss.to, "cpu")}
+
+
 def main(model_folder, output):
     """All scenarios; each rank leaves its parameters."""
     rank = int(os.environ["RANK"])
@@ -126,6 +196,11 @@ def main(model_folder, output):
         if "don't know how to restore data location" not in str(error):
             raise
     states = {name: parameters(loss) for name, loss in results.items()}
+    for name in WITHOUT_HEADS:
+        loss = run_by_hand(name, model_folder, [rank], shard=True)
+        assert isinstance(next(loss.parameters()), DTensor)
+        states[f"sharded, {name}"] = {key: value.full_tensor() for key, value in parameters(loss).items()}
+    states["refusals"] = refusals(model_folder)
     torch.save(states, output / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -137,6 +137,39 @@ def head_value(vectors, weight_1, bias_1, weight_2, bias_2):
 # ------------------------------------------------------------------------------------------------ torch, for gradients
 
 
+ACTIVATIONS = {
+    "Identity": lambda x: x,
+    "Tanh": lambda x: (x.exp() - (-x).exp()) / (x.exp() + (-x).exp()),
+    "ReLU": lambda x: x.clamp(min=0.0),
+    "GELU": lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
+}
+
+
+def push_tensor(vector, steps):
+    """One vector through the modules behind a pooling, from their weights alone.
+
+    ``steps`` are ("dense", weight, bias or None, activation's name, residual: False, True, or its weight),
+    ("norm", weight, bias, eps) for a LayerNorm, or ("unit",) for a Normalize.
+    """
+    for kind, *parameters in steps:
+        if kind == "dense":
+            weight, bias, activation, residual = parameters
+            out = torch.stack([(row * vector).sum() for row in weight])
+            out = ACTIVATIONS[activation](out if bias is None else out + bias)
+            if isinstance(residual, torch.Tensor):
+                out = out + torch.stack([(row * vector).sum() for row in residual])
+            elif residual:
+                out = out + vector
+            vector = out
+        elif kind == "norm":
+            weight, bias, eps = parameters
+            centred = vector - vector.mean()
+            vector = centred / (centred.pow(2).mean() + eps).sqrt() * weight + bias
+        else:
+            vector = vector / vector.pow(2).sum().sqrt()
+    return vector
+
+
 def cka_tensor(x, y):
     """``cka`` for tensors."""
     if len(x) < 2:

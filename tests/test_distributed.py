@@ -14,9 +14,9 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from conftest import DEPTH, column_features, total
-from distributed_worker import EQUAL, run_drift, run_equal
+from distributed_worker import EQUAL, WITHOUT_HEADS, run_by_hand, run_drift, run_equal
 from mipic_st import MIPICLoss, pic
-from training_fixtures import make_loss, parameters
+from training_fixtures import make_loss, make_trainer, parameters
 
 HERE = Path(__file__).parent
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -52,13 +52,17 @@ def ranks(start, tmp_path_factory):
 @pytest.mark.parametrize("name", list(EQUAL))
 def test_two_processes_equal_one(start, ranks, tmp_path, name):
     """After several steps model and heads are, to 1e-5, those of one process with the whole batch."""
-    initial = parameters(make_loss(SentenceTransformer(str(start), device="cpu")))
+    make, options, _ = EQUAL[name]
+    initial = parameters(
+        make(SentenceTransformer(str(start), device="cpu"), **{k: v for k, v in options.items() if k != "callback"})
+    )
     expected = parameters(run_equal(name, start, tmp_path, 1))
     got = ranks[0][name]
     assert got.keys() == expected.keys()
     for key, value in got.items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=f"{name}: {key}")
-    for part in ("model.", "mipic_heads.sia.", "mipic_heads.pic."):
+    tail = ("model.2.",) if "tail" in name else ()
+    for part in ("model.0.", *tail, "mipic_heads.sia.", "mipic_heads.pic."):
         keys = [key for key in got if key.startswith(part)]
         moved = sum((expected[key] - initial[key]).square().sum() for key in keys).sqrt()
         apart = sum((got[key] - expected[key]).square().sum() for key in keys).sqrt()
@@ -89,6 +93,80 @@ def test_resuming_in_two_processes(ranks):
         pytest.skip("this transformers cannot resume on CPU in several processes")
     for rank in ranks:
         assert all(torch.equal(value, rank["resumed"][key]) for key, value in rank["whole"].items())
+
+
+@pytest.mark.parametrize("name", list(WITHOUT_HEADS))
+def test_without_heads_a_sharded_model_trains(start, ranks, name):
+    """Under fully_shard, two processes with a batch each end where one process with both batches ends."""
+    initial = parameters(SentenceTransformer(str(start), device="cpu"))
+    expected = parameters(run_by_hand(name, start, [0, 1], shard=False))
+    for rank in ranks:
+        got = rank[f"sharded, {name}"]
+        assert got.keys() == expected.keys()
+        for key, value in got.items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=key)
+    moved = max((expected[f"model.{key}"] - value).abs().max() for key, value in initial.items())
+    assert moved > 1e-3
+
+
+def test_heads_beside_a_sharded_model_are_refused(ranks):
+    """By name and with what to do: for a model sharded before, one put in later, and one sharded in place."""
+    for rank in ranks:
+        assert rank["refusals"].keys() == {"made", "given", "run", "moved"}
+        for words in rank["refusals"].values():
+            assert words.startswith("FSDP takes over the optimizer with the parameters of the model")
+            assert "attention_weight=0 and pic_weight=0" in words
+
+
+def wrapped_by(name):
+    """A module that holds a model as the wrapper of that name does."""
+
+    def forward(self, *arguments, **options):
+        return self.module(*arguments, **options)
+
+    def init(self, module):
+        torch.nn.Module.__init__(self)
+        self.module = module
+
+    return type(name, (torch.nn.Module,), {"__init__": init, "forward": forward})
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "framework"),
+    [("DeepSpeedEngine", "DeepSpeed"), ("FullyShardedDataParallel", "FSDP"), ("DistributedDataParallel", None)],
+)
+def test_wrappers_that_shard_are_known_by_name(tiny_model, wrapper, framework):
+    """With heads they are refused, without they train as the model alone does; other wrappers are let through."""
+    model = tiny_model()
+    features = column_features(model)
+    for options in ({}, *WITHOUT_HEADS.values()):
+        loss = make_loss(model, **options)
+        expected = total(loss(features, None))
+        if framework and not options:
+            with pytest.raises(ValueError, match=f"{framework} takes over the optimizer"):
+                loss.model = wrapped_by(wrapper)(model)
+        else:
+            loss.model = loss.loss.model = wrapped_by(wrapper)(model)
+            assert torch.equal(total(loss(features, None)), expected)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MULTI_CPU"])
+def test_the_trainer_refuses_heads_at_its_construction(tiny_model, tmp_path, monkeypatch, kind):
+    """An accelerator that is going to shard is asked before anything was sharded; the message, not a KeyError later."""
+    from accelerate.state import DistributedType, PartialState
+
+    make_trainer(tiny_model(), make_loss(tiny_model()), tmp_path)
+    loss, bare = make_loss(tiny_model()), make_loss(tiny_model(), **WITHOUT_HEADS["CKA alone"])
+    # accelerate shards on GPUs only, so its answer is given by hand
+    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType[kind])
+    bare.to("cpu")
+    if kind == "MULTI_CPU":
+        loss.to("cpu")
+    else:
+        with pytest.raises(ValueError, match="takes over the optimizer with the parameters of the model"):
+            loss.to("cpu")
+        with pytest.raises(ValueError, match="takes over the optimizer"):
+            make_loss(tiny_model())
 
 
 def test_gathered_targets_are_the_concatenated_batch():

@@ -214,21 +214,3 @@ def test_gradients_that_overflow_are_left_to_the_scaler(tiny_model):
     assert scales[0] < 1e38
     assert all(torch.isfinite(value).all() for value in parameters(loss).values())
     assert before.keys() == parameters(loss).keys()
-
-
-def test_deepspeed_is_refused(tiny_model):
-    """Its engine would not train the heads; the error names what works."""
-
-    class DeepSpeedEngine(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, *args, **kwargs):
-            return self.module(*args, **kwargs)
-
-    model = tiny_model()
-    loss = make_loss(model)
-    loss.model = loss.loss.model = DeepSpeedEngine(model)
-    with pytest.raises(RuntimeError, match=r"cannot be trained by DeepSpeed.*DistributedDataParallel"):
-        loss(column_features(model), None)

@@ -20,7 +20,7 @@ from torch import nn
 import mipic_st.loss as loss_module
 from conftest import ARCHITECTURES, DEPTH, DIMS, WIDTH, all_terms, column_features, gradients, sentences, total
 from mipic_st import MIPICLoss, presets
-from mipic_st.recording import Backbone
+from mipic_st.backbone import Backbone
 
 TERMS = ["matryoshka", "sia_attention", "sia_cka", "pic"]
 
@@ -162,11 +162,11 @@ def drawn_dims(loss, model, steps):
     for step in range(steps):
         widths = []
         handle = loss.loss.register_forward_hook(lambda *_, widths=widths: widths.append(1))
-        seen, original = [], loss.draw_dims
-        loss.draw_dims = lambda seen=seen, original=original: seen.extend(original()) or seen
+        seen, original = [], loss._draw_dims
+        loss._draw_dims = lambda seen=seen, original=original: seen.extend(original()) or seen
         loss(column_features(model, seed=step), None)
         handle.remove()
-        del loss.draw_dims
+        del loss._draw_dims
         assert len(widths) == len(seen)
         drawn.append([loss.matryoshka_dims[index] for index in seen])
     return drawn
@@ -512,7 +512,7 @@ def test_lifts_start_at_plain_truncation(tiny_model):
     """The identity lift makes the student's score the truncated dot product."""
     model = tiny_model()
     loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS)
-    for dim, lift in zip((4, 8, 16), loss.lifts(3), strict=True):
+    for dim, lift in zip((4, 8, 16), loss._lifts(3), strict=True):
         assert torch.equal(lift, torch.eye(WIDTH)[:dim])
 
 
@@ -547,7 +547,7 @@ def test_published_backbones_get_the_published_tables(tiny_model, monkeypatch, r
     """Table 7 and App. A.5, by name or by shape."""
     model = tiny_model()
     backbone = Backbone(recipe.depth, recipe.width, Pooling(recipe.width))
-    monkeypatch.setattr(loss_module, "describe", lambda _: backbone)
+    monkeypatch.setattr(loss_module, "backbone_of", lambda _: backbone)
     monkeypatch.setattr(loss_module, "embedding_width", lambda _: recipe.width)
     base = losses.MultipleNegativesRankingLoss(model)
     loss = MIPICLoss.from_preset(model, base, preset=recipe.name if by == "name" else "paper")
@@ -580,14 +580,15 @@ def test_presets_can_be_overridden_and_are_checked(tiny_model):
 
 @pytest.mark.parametrize("preset", ["paper", "default"])
 def test_presets_without_alignment_take_any_model(tiny_model, preset):
-    """alpha=1 trains a model with a Dense module, whose width then gives the dims; with alignment it is refused."""
+    """alpha=1 trains a model of several pooling modes, whose tail gives the dims; with alignment it is refused."""
     model = tiny_model()
-    model.append(Dense(WIDTH, 24))
+    model[1] = Pooling(WIDTH, ("cls", "mean"))
+    model.append(Dense(2 * WIDTH, 24))
     base = losses.MultipleNegativesRankingLoss(model)
     loss = MIPICLoss.from_preset(model, base, preset=preset, alpha=1)
     assert loss.matryoshka_dims == (24, 16)
     total(loss(column_features(model), None)).backward()
-    with pytest.raises(ValueError, match="changes the pooled vector with Dense"):
+    with pytest.raises(ValueError, match="needs one pooling mode"):
         MIPICLoss.from_preset(model, base, preset=preset, alpha=0.5)
 
 
@@ -783,4 +784,4 @@ def test_an_exception_in_the_base_loss_leaves_nothing_behind(tiny_model):
 
 def test_depth_is_the_models(tiny_model):
     """Guard: the tiny models have the depth that the tests assume."""
-    assert loss_module.describe(tiny_model()).depth == DEPTH
+    assert loss_module.backbone_of(tiny_model()).depth == DEPTH

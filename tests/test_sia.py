@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from mipic_st import sia
@@ -831,6 +832,132 @@ def test_topk_cka_loss_gradcheck():
         return sia.topk_cka_loss(hidden, importance, case.mask, case.dims, case.gammas, 3, False)[0]
 
     assert torch.autograd.gradcheck(function, case.hidden.requires_grad_())
+
+
+# ------------------------------------------------------------------------------- memory, and more tokens than dims
+
+MANY = (90, 61, 40, 12, 2, 1, 0)
+
+
+@pytest.mark.parametrize("detach_teacher", [True, False])
+@pytest.mark.parametrize("min_k", [1, 8, 50])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_more_tokens_than_dims(dtype, tolerance, min_k, detach_teacher):
+    """Long sentences beside short ones, where CKA comes from products of features: values and gradients as ever."""
+    case = Case(12, (2, 5, 9), lengths=MANY, seed=31, dtype=dtype)
+    leaves, expected_leaves = case.leaves(), case.leaves(torch.float64)
+    terms = case.terms(leaves, min_k=min_k, detach_teacher=detach_teacher)
+    lifts = [expected_leaves[f"lift {dim}"] for dim in case.dims]
+    _, expected, *_ = reference.sia_tensors(
+        *(expected_leaves[name] for name in ("hidden", "query")),
+        *(case.mask, case.dims, lifts, case.gammas, min_k, 0.05, "student_teacher", detach_teacher),
+    )
+    np.testing.assert_allclose(terms.cka.detach().numpy(), expected.detach().numpy(), rtol=0, atol=tolerance / 10)
+    np.testing.assert_array_equal(terms.cka_valid.numpy(), case.expected(min_k=min_k)[2])
+    weight = weights(terms.cka.shape)
+    got = gradients((terms.cka.double() * weight).sum(), leaves)["hidden"]
+    wanted = gradients((expected * weight).sum(), expected_leaves)["hidden"]
+    assert_same_gradients({"hidden": got}, {"hidden": wanted}, tolerance)
+    assert wanted.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("rank", [0, 20, 41, 59])
+@pytest.mark.parametrize("size", [1e3, 1e5])
+def test_massive_token_among_more_tokens_than_dims(size, rank):
+    """The same accuracy as with fewer tokens than dims, for values and for the gradients of the other tokens."""
+    case = Case(24, (4, 8, 16), lengths=(60,), seed=32, dtype=torch.float32)
+    case.hidden[0, rank, 20] = size
+    importance = torch.arange(60, 0, -1)[None]
+    results = []
+    for hidden in (case.hidden.clone().requires_grad_(), case.hidden.double().requires_grad_()):
+        values, _ = sia.topk_cka_loss(hidden, importance.to(hidden.dtype), case.mask, case.dims, case.gammas)
+        (gradient,) = torch.autograd.grad(values[:, 0].sum(), hidden)
+        results.append((values.detach().double(), gradient.double()))
+    expected = case.expected(teacher_attention=importance.double().numpy())[1]
+    for values, _ in results:
+        np.testing.assert_allclose(values.numpy(), expected, rtol=0, atol=1e-4)
+    scale = results[1][1].abs().max()
+    assert (results[0][1] - results[1][1]).abs().max() <= 1e-3 * scale
+
+
+class Sizes(TorchDispatchMode):
+    """Notes the number of entries of the largest tensor that any operation made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+def kept_for_backward(case, **options):
+    """Entries that the graph holds, other than those of hidden itself."""
+    leaves, kept = case.leaves(), {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() / 8
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        terms = case.terms(leaves, **options)
+    assert terms.cka.requires_grad
+    return sum(size for place, size in kept.items() if place != leaves["hidden"].untyped_storage().data_ptr())
+
+
+@pytest.mark.parametrize("detach_teacher", [True, False])
+@pytest.mark.parametrize("width", [16, 200])
+def test_kept_memory_is_linear_in_length(width, detach_teacher):
+    """Twice the tokens, at most twice the memory; and less than the states themselves have at any length."""
+    kept = [
+        kept_for_backward(Case(width, (4, 8, 12), lengths=[length] * 4), detach_teacher=detach_teacher)
+        for length in (60, 120, 240)
+    ]
+    assert kept[1] <= 2.1 * kept[0]
+    assert kept[2] <= 2.1 * kept[1]
+    if width == 200:
+        assert kept[2] < 0.3 * 4 * 240 * width
+
+
+@pytest.mark.parametrize("detach_teacher", [True, False])
+def test_long_sentences_never_need_a_square_of_their_length(detach_teacher):
+    """Forward or backward, no tensor is as large as one Gram matrix of the tokens of each sentence would be."""
+    case = Case(8, (2, 4, 6), lengths=[300, 200], seed=33)
+    leaves = case.leaves()
+    with Sizes() as sizes:
+        terms = case.terms(leaves, detach_teacher=detach_teacher)
+        (terms.attention.sum() + terms.cka.sum()).backward()
+    assert 2 * 300 * 8 <= sizes.largest <= 2 * 300 * 8 * 3 < 2 * 210**2
+
+
+def test_nothing_is_kept_without_gradients():
+    """Under no_grad, as in the first stage of a cached loss, values are the same bits."""
+    case = Case(8, (2, 4, 6), lengths=[60, 30])
+    with torch.no_grad():
+        silent = case.terms()
+    assert all(torch.equal(*pair) for pair in zip(silent, case.terms(), strict=True))
+    assert not silent.cka.requires_grad
+
+
+@pytest.mark.slow
+def test_compiled_terms_are_the_same():
+    """Inside torch.compile, with lengths on both sides of the width, values and gradients stay."""
+    torch.compiler.reset()
+
+    def cka(hidden, importance, mask):
+        return sia.topk_cka_loss(hidden, importance, mask, (2, 4), (0.3, 0.7), 2)[0].sum()
+
+    compiled = torch.compile(cka, backend="aot_eager", dynamic=True)
+    for length in (5, 30, 31):
+        case = Case(8, (2, 4), lengths=[length, 3], seed=34)
+        results = []
+        for function in (cka, compiled):
+            hidden = case.hidden.clone().requires_grad_()
+            value = function(hidden, case.hidden.sum(-1), case.mask)
+            results.append((value.detach(), *torch.autograd.grad(value, hidden)))
+        torch.testing.assert_close(*results)
 
 
 # ------------------------------------------------------------------------------------------------- full precision

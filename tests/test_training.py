@@ -9,12 +9,14 @@ import json
 import logging
 import pickle
 import random
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -24,7 +26,7 @@ from transformers import TrainerCallback
 from conftest import DIMS, WIDTH, column_features, make_tokenizer, total
 from mipic_st import MIPICCallback, MIPICLoss, set_matryoshka_config
 from mipic_st.training import HEADS_FILE
-from training_fixtures import logs, make_loss, make_trainer, pairs, parameters
+from training_fixtures import datasets, logs, make_loss, make_trainer, pairs, parameters
 
 DRAWN = {"n_dims_per_step": 2}
 
@@ -176,6 +178,109 @@ def test_bad_heads_files(tiny_model, interrupted, spoil, error, message):
         trainer.train(resume_from_checkpoint=True)
     assert all(torch.equal(before[name], value) for name, value in loss.mipic_heads.named_parameters())
     assert (interrupted / "checkpoint-3" / "optimizer.pt").is_file()
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_weight": 0, "pic_weight": 0}, {"alpha": 1}])
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [(["old", "both"], ["new", "both"]), (["old", "both"], ["both"]), (["both"], ["old", "both"]), ([""], ["new"])],
+)
+def test_renamed_data_sets(tiny_model, tmp_path, options, then, now):
+    """Both sets of names are given, with heads or without; draws and heads in memory stay as they were."""
+
+    def callback(names, seed):
+        made = {name: make_loss(tiny_model(), n_dims_per_step=2, seed=seed, **options) for name in names}
+        return MIPICCallback(made[""] if names == [""] else made)
+
+    callback(then, 1).save(tmp_path)
+    other = callback(now, 2)
+    before = copy.deepcopy([(loss._draw_state(), loss.state_dict()) for loss in other.losses.values()])
+    words = "a single loss" if then == [""] else re.escape(str(sorted(then)))
+    with pytest.raises(
+        ValueError, match=rf"was made by MIPICLoss for .*{words}.* has it for .*{re.escape(str(sorted(now)))}"
+    ):
+        other.load(tmp_path)
+    for loss, (draws, state) in zip(other.losses.values(), before, strict=True):
+        assert loss._draw_state() == draws
+        assert all(torch.equal(value, state[name]) for name, value in loss.state_dict().items())
+    callback(now, 2).save(tmp_path)
+    other.load(tmp_path)
+
+
+@pytest.mark.parametrize("draws", ["[1, 2]", '{"": [3, [1, 2], null]}', '{"": 5}', '{"": {}}', "null", "{"])
+def test_damaged_draws(tiny_model, tmp_path, draws):
+    """Whatever the file says of the draws, it is looked at before a head is changed."""
+    loss = make_loss(tiny_model())
+    path = MIPICCallback(loss).save(tmp_path)
+    heads = {name: torch.zeros_like(value) for name, value in MIPICCallback(loss).heads().items()}
+    save_file(heads, path, metadata={"format": "1", "optimizer": "", "draws": draws})
+    with pytest.raises(ValueError, match="is damaged"):
+        MIPICCallback(loss).load(tmp_path)
+    assert any(value.any() for value in loss.mipic_heads.parameters())
+
+
+# --- model_init -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["instance", "factory", "dict"])
+def test_each_trial_starts_with_fresh_heads(tiny_model, tmp_path, kind):
+    """model_init twice, as a hyperparameter search does: both trials end with the same model, heads and draws.
+
+    The trainer calls a factory of losses once only, so that its loss outlives the trial too.
+    """
+
+    def make(model):
+        return make_loss(model, lift_init="random", **DRAWN)
+
+    data = pairs(32)
+    loss = {"instance": lambda: make(tiny_model()), "factory": lambda: make, "dict": lambda: {"one": make}}[kind]()
+    train = datasets.DatasetDict({"one": data}) if kind == "dict" else data
+    trainer = make_trainer(None, loss, tmp_path, train, max_steps=3, model_init=lambda: tiny_model(training=True))
+    results = []
+    for _ in range(2):
+        trainer.train()
+        used = trainer.loss["one"] if kind == "dict" else trainer.loss
+        assert used.model is trainer.model
+        results.append((parameters(used), used._draw_state()))
+    assert_equal(results[1][0], results[0][0])
+    assert results[0][1] == results[1][1]
+    untouched = parameters(make(tiny_model()))
+    assert not any(torch.equal(value, untouched[name]) for name, value in results[0][0].items() if "heads" in name)
+
+
+def test_a_new_model_is_described_anew(tiny_model):
+    """Its own pooling is used and its attention made eager; the terms are those of a loss made for it."""
+    first, second = tiny_model(pooling="mean"), tiny_model(pooling="cls", hidden_act="relu")
+    settings = {"token_importance": "attention"}
+    loss = make_loss(first, **settings)
+    loss.model = loss.loss.model = second
+    features = column_features(second)
+    expected = make_loss(second, **settings)(features, None)
+    assert {name: value.item() for name, value in loss(features, None).items()} == pytest.approx(
+        {name: value.item() for name, value in expected.items()}
+    )
+
+
+def test_loaded_heads_survive_the_first_model_init(tiny_model):
+    """Heads that were loaded and not yet trained are what the run is meant to start from."""
+    saved = make_loss(tiny_model(), lift_init="random", seed=5)
+    loss = make_loss(tiny_model())
+    loss.mipic_heads.load_state_dict(saved.mipic_heads.state_dict())
+    loss.model = tiny_model()
+    assert all(
+        torch.equal(*pair) for pair in zip(saved.mipic_heads.parameters(), loss.mipic_heads.parameters(), strict=True)
+    )
+
+
+def test_a_model_of_another_shape_is_refused(tiny_model):
+    """Heads, layers and checkpoints were chosen for a shape: both are named, and the loss stays as it was."""
+    model = tiny_model()
+    loss = make_loss(model)
+    with pytest.raises(ValueError, match=r"\(depth, width\) \(3, 32\), and model_init made one of \(4, 32\)"):
+        loss.model = tiny_model(layers=4)
+    with pytest.raises(ValueError, match=r"does not fit the model that model_init made: .*depth of 2"):
+        loss.model = tiny_model(layers=2)
+    assert loss.model is model
 
 
 def test_saving_into_a_missing_folder(tiny_model, tmp_path):
@@ -582,11 +687,11 @@ def test_state_dicts_carry_the_draw_of_dims(tiny_model):
     file = io.BytesIO()
     torch.save(loss.state_dict(), file)
     file.seek(0)
-    expected = [loss.draw_dims() for _ in range(8)]
+    expected = [loss._draw_dims() for _ in range(8)]
     _, other = fresh(tiny_model, **DRAWN)
-    assert [copy.deepcopy(other).draw_dims() for _ in range(8)] != expected
+    assert [copy.deepcopy(other)._draw_dims() for _ in range(8)] != expected
     other.load_state_dict(torch.load(file, weights_only=True))
-    assert [other.draw_dims() for _ in range(8)] == expected
+    assert [other._draw_dims() for _ in range(8)] == expected
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -596,9 +701,9 @@ def test_state_dicts_without_the_draw_load_strictly(tiny_model, wrapped):
     module = torch.nn.ModuleDict({"a": loss}) if wrapped else loss
     state = module.state_dict()
     del state["a._extra_state" if wrapped else "_extra_state"]
-    draws = loss.draw_state()
+    draws = loss._draw_state()
     assert module.load_state_dict(state) == ([], [])
-    assert loss.draw_state() == draws
+    assert loss._draw_state() == draws
     del state[next(name for name in state if "mipic_heads" in name)]
     with pytest.raises(RuntimeError, match=r"Missing key.*mipic_heads"):
         module.load_state_dict(state)

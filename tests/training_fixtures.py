@@ -29,7 +29,15 @@ def make_loss(model, base=None, **options):
 
 def make_trainer(model, loss, folder, train=None, **arguments):
     """A trainer on CPU that saves and reports nothing unless told to."""
-    own = ("callbacks", "eval_dataset", "evaluator", "data_collator", "optimizers", "optimizer_cls_and_kwargs")
+    own = (
+        "callbacks",
+        "eval_dataset",
+        "evaluator",
+        "data_collator",
+        "optimizers",
+        "optimizer_cls_and_kwargs",
+        "model_init",
+    )
     options = {name: arguments.pop(name) for name in own if name in arguments}
     settings = {
         "output_dir": str(folder),

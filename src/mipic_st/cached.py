@@ -5,7 +5,7 @@ gradients at the embeddings (2), and embeds again with gradients, in a hook of t
 Hidden states exist in stages 1 and 3 and are gone in between, so whatever the alignment terms need of a sentence
 travels as further columns of its "embedding":
 
-    packed = [ sentence embedding | SIA values per layer and prefix | phi_c(z_c) and z_{c+1} per PIC link ]
+    packed = [ sentence embedding | SIA values per layer and prefix | phi_c(z_c) and z_{c+1} per PIC link | has text ]
 
 Stage 2 splits them again; the gradient at the packed vector then runs, in stage 3, through the model and through the
 heads. Heads are used in stages 1 and 3 only: a parameter used in stage 2 would miss the scale that the outer backward
@@ -75,6 +75,7 @@ def cached_terms(
     record: Callable[[], AbstractContextManager[Recorder]] | None = None,
     observe: Callable[[RecordedPass], Tensor] | None = None,
     align: Callable[[list[Tensor]], dict[str, Tensor]] | None = None,
+    guard: Callable[[list[Tensor], list[Tensor]], None] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run a cached base loss at every dim, and the alignment terms beside it.
 
@@ -86,6 +87,8 @@ def cached_terms(
         record: Context in which the model's forward passes are recorded; None without alignment terms.
         observe: Turns one recorded pass of R sentences into (R, X): all that the alignment terms need of them.
         align: Turns these, one (B, X) tensor per column, into the weighted alignment terms.
+        guard: Gets, before any gradient is computed, the embeddings of all mini-batches and the tensors that their
+            gradients will arrive at.
 
     Returns:
         The terms, without gradient, and their sum, which has the gradient of all.
@@ -129,15 +132,18 @@ def cached_terms(
     def calculate_loss(reps: Minibatches, *args: Any, **kwargs: Any) -> Tensor:
         with_backward = kwargs.get("with_backward", False)
         total: Any = 0.0
+        if with_backward and guard is not None:
+            leaves = list(_flat(reps))
+            guard([rep if width < 0 else rep[..., :width] for rep in leaves], leaves)
         for dim, weight in dims:
             cut = [[_cut(rep, width, dtype, dim) for rep in column] for column in reps]
             if not with_backward:
                 value = type(base).calculate_loss(twin, cut, *args, **kwargs)  # type: ignore[attr-defined]
             else:
                 # Leaves of their own: the base loss runs backward by itself, in chunks.
-                leaves = [[rep.detach().requires_grad_() for rep in column] for column in cut]
-                value = type(base).calculate_loss(twin, leaves, *args, **kwargs)  # type: ignore[attr-defined]
-                for rep, leaf in zip(_flat(cut), _flat(leaves), strict=True):
+                parts = [[rep.detach().requires_grad_() for rep in column] for column in cut]
+                value = type(base).calculate_loss(twin, parts, *args, **kwargs)  # type: ignore[attr-defined]
+                for rep, leaf in zip(_flat(cut), _flat(parts), strict=True):
                     if leaf.grad is not None:
                         rep.backward(weight * leaf.grad)
             total = total + weight * value

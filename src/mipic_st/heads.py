@@ -8,6 +8,7 @@ right without any configuration is done here, from PyTorch's public hook before 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,16 @@ RESUME_FIX = "SentenceTransformerTrainer(..., callbacks=[MIPICCallback(loss)])"
 # Until then the trainer cleared the gradients of the model only, so those of a loss's own parameters piled up.
 _TRAINER_CLEARS_LOSS = Version(sentence_transformers.__version__) >= Version("6.2")
 
+
+# Classes that keep a model's parameters elsewhere, by name: they need not be installed.
+_SHARDING = {
+    "FSDPModule": "FSDP",
+    "FullyShardedDataParallel": "FSDP",
+    "DeepSpeedEngine": "DeepSpeed",
+    "PipelineEngine": "DeepSpeed",
+}
+# The same as the trainer's accelerator calls them.
+_SHARDING_RUNS = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
 
 # What _steps_in gives for an optimizer that keeps a state but no step count.
 _UNKNOWN = -1
@@ -59,6 +70,13 @@ class Heads(nn.ModuleDict):
         self.loaded: set[str] = set()
         self.register_load_state_dict_post_hook(_note_loaded)
 
+    def restart(self, fresh: Heads) -> None:
+        """Take over the values of heads of the same shapes, in place."""
+        with torch.no_grad():
+            for own, other in zip(self.parameters(), fresh.parameters(), strict=True):
+                own.copy_(other)
+                own.grad = None
+
 
 def _note_loaded(heads: nn.Module, keys: Any) -> None:
     """Hook after ``load_state_dict``: remember which heads it set."""
@@ -68,6 +86,38 @@ def _note_loaded(heads: nn.Module, keys: Any) -> None:
     heads.loaded = {
         name for name, _ in heads.named_parameters() if not any(key.endswith(f".{name}") for key in missing)
     }
+
+
+def check_not_sharded(model: nn.Module, heads: nn.Module) -> None:
+    """Refuse heads beside a model whose parameters are sharded, by its wrapper or by the trainer to come.
+
+    What shards takes over the optimizer with the parameters of the model, and knows no others.
+
+    Args:
+        model: The model, wrapped or not.
+        heads: The module that holds the heads; without any, everything is allowed.
+
+    Raises:
+        ValueError: If there are heads, and FSDP or DeepSpeed.
+    """
+    if next(heads.parameters(), None) is None:
+        return
+    kinds = (_SHARDING.get(kind.__name__) for module in model.modules() for kind in type(module).__mro__)
+    name = next(filter(None, kinds), None) or _sharding_run()
+    if name is not None:
+        raise ValueError(
+            f"{name} takes over the optimizer with the parameters of the model, and would lose the heads of MIPICLoss. "
+            "Train with DistributedDataParallel, or without heads: attention_weight=0 and pic_weight=0 (SIA's CKA term "
+            "has none), or alpha=1."
+        )
+
+
+def _sharding_run() -> str | None:
+    """What the accelerator of this process shards with, if there is one and it does."""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.is_initialized():
+        return None
+    return _SHARDING_RUNS.get(state.AcceleratorState().distributed_type.name)
 
 
 class HeadKeeper:

@@ -29,14 +29,21 @@ from mipic_st._checks import (
     is_whole,
     plain,
 )
-from mipic_st.cached import cached_terms, require_supported
-from mipic_st.heads import HeadKeeper, Heads
-from mipic_st.recording import (
+from mipic_st.backbone import (
     Backbone,
+    backbone_of,
+    embedding_width,
+    first_shown,
+    push_vectors,
+    require_same_vectors,
+    unwrap,
+)
+from mipic_st.cached import cached_terms, require_supported
+from mipic_st.heads import HeadKeeper, Heads, check_not_sharded
+from mipic_st.recording import (
     RecordedPass,
     Recorder,
-    describe,
-    embedding_width,
+    pooled_tokens,
     record_states,
     require_eager_attention,
     truncated_passes,
@@ -54,10 +61,12 @@ class Observation(NamedTuple):
     Attributes:
         layers: SIA of each layer, per sentence and prefix.
         links: (phi_c(z_c), z_{c+1}) of each PIC link, (R, dim) each.
+        has_text: (R,), boolean; a sentence without a token counts zero.
     """
 
     layers: list[sia.SIATerms]
     links: list[tuple[Tensor, Tensor]]
+    has_text: Tensor
 
     def pack(self) -> Tensor:
         """All of it side by side.
@@ -68,7 +77,7 @@ class Observation(NamedTuple):
         parts = [part for layer in self.layers for part in layer]
         parts += [part for link in self.links for part in link]
         kind = torch.promote_types(parts[-1].dtype, torch.float32)
-        return torch.cat([part.to(kind) for part in parts], dim=-1)
+        return torch.cat([part.to(kind) for part in [*parts, self.has_text[:, None]]], dim=-1)
 
 
 class MIPICLoss(nn.Module):
@@ -86,7 +95,8 @@ class MIPICLoss(nn.Module):
     is recorded, and loss and gradients are those of ``MatryoshkaLoss`` to the last bit.
 
     Args:
-        model: SentenceTransformer model: a Transformer and a Pooling module, Normalize may follow.
+        model: SentenceTransformer model: a Transformer and a Pooling module, behind which any chain of Dense,
+            LayerNorm, Dropout and Normalize may follow, see Tails.
         loss: The base loss, e.g. ``MultipleNegativesRankingLoss`` or ``CoSENTLoss``. It may return a tensor or a dict.
         matryoshka_dims: Embedding dimensions for the base loss, e.g. [768, 256, 64, 16]. Those below the full width
             are the prefixes of SIA. Any order; the order has no effect.
@@ -132,6 +142,18 @@ class MIPICLoss(nn.Module):
 
         Whatever the base loss takes.
 
+    Tails:
+        Modules behind the pooling (EmbeddingGemma, sentence-t5, LaBSE and others have Dense layers there) change the
+        space that is served, so the terms are taken in it: SIA sees token states pushed through the tail, PIC pooled
+        states pushed through it, and D, the dims, lifts and checkpoints are those of the tail's own width. The tail's
+        parameters get gradients from all terms. The pooled vector always goes through exactly. For tokens that is
+        exact too, in the sense that pooling the pushed tokens gives the pushed vector, where the tail is linear (a
+        Dense without bias or activation) and the pooling is not ``max``; with a bias, where the pooling is ``mean``,
+        ``cls``, ``lasttoken`` or ``weightedmean``. An activation, a residual around one, LayerNorm or a Normalize
+        before the end do not commute with pooling: tokens then go through one by one, as their best counterpart. A
+        Normalize at the end is not applied to what the terms see, nor is Dropout: both of its sides would be blurred
+        differently. States of intermediate layers are taken as they are, without the final norm of pre-norm encoders.
+
     Shapes:
         B sentences per column, L padded tokens, D full width, K dims: hidden states are (B, L, D), the parameters are
         one (d, D) lift per SIA layer and prefix, and one two-layer head per PIC link, all under ``mipic_heads``.
@@ -143,15 +165,19 @@ class MIPICLoss(nn.Module):
 
     Raises:
         ValueError: If an argument is out of its range, a dim exceeds the model's width, a layer its depth, or the
-            model is not built of Transformer and Pooling. The message names the argument and what is allowed.
+            model is not built of Transformer, Pooling and such a tail. The message names the argument and what is
+            allowed. In the first ``forward``, if the model does not pool its last hidden state.
         TypeError: If ``model``, ``loss`` or another argument is of the wrong kind.
-        FloatingPointError: In ``forward``, if a term is nan or inf; see :meth:`check_finite`.
+        FloatingPointError: In ``forward``, if a term is nan or inf, and in the backward pass, if the vector of an empty
+            text makes the base loss's gradient overflow. The message names term, step and text. With fp16's gradient
+            scaler such batches are logged, and skipped by it.
         RuntimeError: In ``forward``, if the base loss never called ``model`` and nothing could be recorded.
 
     Numerics:
         SIA, PIC, their softmaxes and norms run in float32 also under autocast and for bf16 models. A sentence with one
-        real token, or with equal tokens, has no CKA: it counts zero and is left out of that mean. Padding and the
-        other sentences of a batch do not change a sentence's SIA value.
+        real token, or with equal tokens, has no CKA: it counts zero and is left out of that mean. One without any (an
+        empty text, a tokenizer without special tokens) adds nothing to the terms, and is no negative in PIC. Padding
+        and the other sentences of a batch do not change a sentence's SIA value.
 
     Source:
         Huy et al., "MIPIC", arXiv 2604.24374. Eq. 4-6 and 7-12 in :mod:`mipic_st.sia`, Eq. 15-17 in
@@ -254,11 +280,51 @@ class MIPICLoss(nn.Module):
         self.gammas: tuple[float, ...] = ()
         self.mipic_heads = Heads()
         wanted = self.attention_weight or self.cka_weight or self.pic_weight
-        self._backbone: Backbone | None = describe(model) if wanted and self.alpha < 1 else None
+        self._backbone: Backbone | None = backbone_of(model) if wanted and self.alpha < 1 else None
+        # Found out in the first batch, which asks for hidden states anyway: transformers then leaves hooks in a model
+        # that cannot be pickled.
+        self._model_checked = False
+        self._first_shown: int | None = None
         if self._backbone is not None:
             self._set_up_alignment(self._backbone, sia_layers, pic_checkpoints, gammas)
+        check_not_sharded(model, self.mipic_heads)
         self.keeper = HeadKeeper(self.mipic_heads)
         self.register_load_state_dict_post_hook(_allow_missing_draws)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The trainer puts wrapped models here, and with ``model_init`` a new one for each run."""
+        if name == "model" and "mipic_heads" in self.__dict__.get("_modules", {}):
+            self._follow(value)
+        super().__setattr__(name, value)
+
+    def _follow(self, model: nn.Module) -> None:
+        """Begin anew with another model: heads and draws as at the start, so that no trial inherits from the last."""
+        check_not_sharded(model, self.mipic_heads)
+        if unwrap(model) is unwrap(self.model):
+            return
+        settings: dict[str, Any] = {
+            name: None if value == () else value for name, value in self.get_config_dict().items()
+        }
+        settings["loss"] = self.loss
+        try:
+            fresh = MIPICLoss(model, **settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"This MIPICLoss does not fit the model that model_init made: {error}") from error
+        shapes = [loss._backbone and (loss._backbone.depth, loss._backbone.width) for loss in (self, fresh)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"This MIPICLoss was made for a model of (depth, width) {shapes[0]}, and model_init made one of "
+                f"{shapes[1]}. Make a trainer and a loss for each shape."
+            )
+        if not self.mipic_heads.loaded:
+            self.mipic_heads.restart(fresh.mipic_heads)
+        self._backbone, self._dim_generator, self._batches = fresh._backbone, fresh._dim_generator, 0
+        self._model_checked, self._first_shown = False, None
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move, as the trainer does at its construction: what it is going to shard is known from then on."""
+        check_not_sharded(self.model, self.mipic_heads)
+        return super().to(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but the keeper, which belongs to these very heads."""
@@ -359,7 +425,7 @@ class MIPICLoss(nn.Module):
         width = embedding_width(model)
         shape = None
         try:
-            backbone = describe(model)
+            backbone = backbone_of(model)
             shape = (backbone.depth, backbone.width)
         except ValueError:
             # Fine without alignment (alpha=1); with it, the constructor refuses the model in the same words.
@@ -402,23 +468,33 @@ class MIPICLoss(nn.Module):
                 f"{type(features[0]).__name__}."
             )
         self._batches += self.model.training
+        if self._batches < 2:
+            check_not_sharded(self.model, self.mipic_heads)
         if self._uses_cache:
             return self._forward_cached(features, labels)
         if self._backbone is None:
-            return self.check_finite(self.base_terms(features, labels))
+            terms, embeddings = self._base_terms(features, labels)
+            return self._check_finite(terms, features, embeddings)
 
         with self._recorded() as recorder:
-            terms = self.base_terms(features, labels)
+            terms, embeddings = self._base_terms(features, labels)
         terms = {name: self.alpha * term.float() for name, term in terms.items()}
-        columns = self.columns(recorder, features)
-        return self.check_finite(terms | self.alignment_terms([self.observe(p) for p in recorder.passes], columns))
+        columns = self._columns(recorder, features)
+        terms |= self._alignment_terms([self._observe(recorded) for recorded in recorder.passes], columns)
+        self._model_checked = True
+        return self._check_finite(terms, features, embeddings)
 
     def _forward_cached(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
         """The same for a base loss with gradient caching."""
         scale = 1 if self._backbone is None else self.alpha
-        dims = [(self.matryoshka_dims[index], scale * self.matryoshka_weights[index]) for index in self.draw_dims()]
+        dims = [(self.matryoshka_dims[index], scale * self.matryoshka_weights[index]) for index in self._draw_dims()]
+
+        def guard(embeddings: list[Tensor], leaves: list[Tensor]) -> None:
+            if any(torch.stack([_has_zero_vector(embedding) for embedding in embeddings]).tolist()):
+                self._guard_gradients(leaves, features)
+
         if self._backbone is None:
-            terms, total = cached_terms(self.loss, features, labels, dims)
+            terms, total = cached_terms(self.loss, features, labels, dims, guard=guard)
         else:
             terms, total = cached_terms(
                 self.loss,
@@ -426,10 +502,12 @@ class MIPICLoss(nn.Module):
                 labels,
                 dims,
                 self._recorded,
-                lambda recorded: self.observe(recorded).pack(),
-                lambda columns: self.alignment_terms([self._unpack(torch.cat(columns))], len(columns[0])),
+                lambda recorded: self._observe(recorded).pack(),
+                lambda columns: self._alignment_terms([self._unpack(torch.cat(columns))], len(columns[0])),
+                guard,
             )
-        terms = self.check_finite(terms)
+            self._model_checked = True
+        terms = self._check_finite(terms, features)
         if total.requires_grad:
             # One term carries the gradient of all; the difference is zero.
             terms["matryoshka"] = terms["matryoshka"] + (total - total.detach())
@@ -438,12 +516,16 @@ class MIPICLoss(nn.Module):
     def _recorded(self) -> AbstractContextManager[Recorder]:
         """The context in which the base loss's forward passes are recorded."""
         assert self._backbone is not None
+        if self._first_shown is None:
+            self._first_shown = first_shown(self.model)
         importance = "no"
         if self.sia_layers and self.token_importance == "attention":
             importance = "detached" if self.detach_teacher else "with_gradient"
-        return record_states(self.model, self._backbone.depth, importance)
+        return record_states(self.model, self._backbone.depth, importance, self._first_shown)
 
-    def check_finite(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _check_finite(
+        self, terms: dict[str, Tensor], features: list[dict[str, Tensor]], embeddings: Sequence[Tensor] = ()
+    ) -> dict[str, Tensor]:
         """Stop at a term that is nan or inf, before it reaches the parameters.
 
         Only where gradients are computed. It waits for the device once per batch, as the trainer does by itself for
@@ -453,33 +535,95 @@ class MIPICLoss(nn.Module):
 
         Args:
             terms: What :meth:`forward` is about to return.
+            features: One dict of model inputs per column.
+            embeddings: What the model gave. A zero vector has no direction, so the gradient of its normalisation can
+                overflow while all values are finite: then that is watched.
 
         Returns:
-            The same.
+            The terms.
 
         Raises:
-            FloatingPointError: If a term is not finite; the message names it and the step.
+            FloatingPointError: If a term is not finite; the message names it, the step, and empty texts.
         """
         if not torch.is_grad_enabled():
             return terms
-        if bool(torch.stack([term.detach().float() for term in terms.values()]).isfinite().all()):
+        finite = torch.stack([term.detach().float() for term in terms.values()]).isfinite().all()
+        all_finite, *zero = torch.stack([finite, *map(_has_zero_vector, embeddings)]).tolist()
+        if any(zero):
+            self._guard_gradients([e for e, is_zero in zip(embeddings, zero, strict=True) if is_zero], features)
+        if all_finite:
             return terms
         bad = ", ".join(f"{name} = {term.item()}" for name, term in terms.items() if not term.isfinite())
-        where = f"training batch {self._batches} of this loss"
-        if self.global_step is not None:
-            where = f"step {self.global_step + 1} ({where})"
-        device_type = next(iter(terms.values())).device.type
-        autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
-        if self.skips_nonfinite or autocast:
-            logger.warning("MIPICLoss: %s at %s. The gradient scaler will skip this step.", bad, where)
+        if self._scaler_skips(next(iter(terms.values())).device.type):
+            logger.warning("MIPICLoss: %s at %s. The gradient scaler will skip this step.", bad, self._place())
             return terms
+        empty = self._empty_texts(features)
+        advice = (
+            "Look for nan in the labels, for a learning rate that is too high, or, in fp16, for overflow: bf16 avoids "
+            "it, and MIPICCallback lets fp16's gradient scaler skip such batches."
+        )
         raise FloatingPointError(
-            f"MIPICLoss: {bad} at {where}. No parameter was changed by this batch. Look for nan in the labels, for a "
-            "learning rate that is too high, or, in fp16, for overflow: bf16 avoids it, and MIPICCallback lets fp16's "
-            "gradient scaler skip such batches."
+            f"MIPICLoss: {bad} at {self._place()}. No parameter was changed by this batch. {empty or advice}"
         )
 
-    def base_terms(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
+    def _place(self) -> str:
+        """Where in the training an error is, for its message."""
+        batch = f"training batch {self._batches} of this loss"
+        return batch if self.global_step is None else f"step {self.global_step + 1} ({batch})"
+
+    def _scaler_skips(self, device_type: str) -> bool:
+        """Whether fp16's gradient scaler leaves out steps whose gradients are not finite."""
+        autocast = torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.float16
+        return self.skips_nonfinite or autocast
+
+    def _empty_texts(self, features: list[dict[str, Tensor]]) -> str:
+        """Which texts have no token, with the fix, or nothing."""
+        pooling = None if self._backbone is None else self._backbone.pooling
+        found = []
+        for number, column in enumerate(features, start=1):
+            mask, offsets = column.get("attention_mask"), column.get("offsets")
+            if isinstance(mask, Tensor) and mask.ndim == 2:
+                lengths = pooled_tokens(mask, pooling, column.get("prompt_length"))
+            elif isinstance(offsets, Tensor):  # StaticEmbedding: tokens of all texts in one row
+                lengths = torch.cat([offsets, offsets.new_tensor([len(column["input_ids"])])]).diff()
+            else:
+                continue
+            found += [f"text {row + 1} of input column {number}" for row in (lengths <= 0).nonzero()[:, 0].tolist()]
+        if not found:
+            return ""
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        return (
+            f"There is no token in {', '.join(found[:3])}{more}: of an empty text the model pools nothing, and a "
+            "vector of nothing has no direction. Leave empty texts out of the data, or use a tokenizer that adds "
+            "special tokens."
+        )
+
+    def _guard_gradients(self, tensors: Sequence[Tensor], features: list[dict[str, Tensor]]) -> None:
+        """Stop in the backward pass, before any parameter changes, where a zero vector makes gradients overflow."""
+        if self._scaler_skips(tensors[0].device.type):
+            return
+        empty = self._empty_texts(features) or (
+            "The model gave a sentence vector of zeros, which has no direction. Look for empty texts, or weights of "
+            "zero."
+        )
+        message = (
+            f"MIPICLoss: the gradient of the base loss is not finite at {self._place()}. No parameter was changed by "
+            f"this batch. {empty}"
+        )
+        # Pooling divides by at least 1e-9: a gradient beyond this overflows there, if it has not before.
+        limit = torch.finfo(torch.float32).max * 1e-9
+
+        def check(gradient: Tensor) -> None:
+            if not bool(gradient.detach().float().abs().max() < limit):
+                raise FloatingPointError(message)
+
+        for tensor in tensors:
+            if tensor.requires_grad:
+                tensor.register_hook(check)
+
+    def _base_terms(
+        self, features: list[dict[str, Tensor]], labels: Tensor | None
+    ) -> tuple[dict[str, Tensor], list[Tensor]]:
         """L_MRL: the base loss at every truncation dimension, summed with ``matryoshka_weights``.
 
         Args:
@@ -487,14 +631,15 @@ class MIPICLoss(nn.Module):
             labels: Whatever the base loss takes; embeddings of the full width (distillation) are cut like the outputs.
 
         Returns:
-            L_MRL under the name ``matryoshka``, or one entry per key of a dict-valued base loss.
+            L_MRL under the name ``matryoshka``, or one entry per key of a dict-valued base loss; and what the model
+            gave in each forward pass.
         """
         totals: dict[str, Tensor] = {}
         width = embedding_width(self.model)
-        with truncated_passes(self.model) as start_dim:
-            for index in self.draw_dims():
+        with truncated_passes(self.model) as passes:
+            for index in self._draw_dims():
                 dim, weight = self.matryoshka_dims[index], self.matryoshka_weights[index]
-                start_dim(dim)
+                passes.start_dim(dim)
                 dim_labels = labels
                 if isinstance(labels, Tensor) and labels.ndim in (2, 3) and labels.shape[-1] == width:
                     dim_labels = labels[..., :dim]
@@ -503,22 +648,22 @@ class MIPICLoss(nn.Module):
                 for key, part in parts.items():
                     name = "matryoshka" if key is None else f"matryoshka_{key}"
                     totals[name] = totals.get(name, 0.0) + weight * part
-        return totals
+        return totals, passes.embeddings
 
-    def draw_dims(self) -> Sequence[int]:
+    def _draw_dims(self) -> Sequence[int]:
         """Indices of the dims for this step, largest dim first: all of them, or a seeded draw while training."""
         count = len(self.matryoshka_dims)
         if not 0 < self.n_dims_per_step < count or not self.model.training:
             return range(count)
         return sorted(self._dim_generator.sample(range(count), self.n_dims_per_step))
 
-    def draw_state(self) -> list[Any]:
+    def _draw_state(self) -> list[Any]:
         """State of the draw of dims, as JSON can hold it."""
         version, numbers, gauss = self._dim_generator.getstate()
         return [version, list(numbers), gauss]
 
-    def set_draw_state(self, state: Sequence[Any]) -> None:
-        """Continue the draw of dims where :meth:`draw_state` was taken.
+    def _set_draw_state(self, state: Sequence[Any]) -> None:
+        """Continue the draw of dims where :meth:`_draw_state` was taken.
 
         Args:
             state: What that returned.
@@ -528,7 +673,7 @@ class MIPICLoss(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The state of the draw of dims, which goes into ``state_dict()`` as whole numbers."""
-        version, numbers, _ = self.draw_state()
+        version, numbers, _ = self._draw_state()
         return torch.tensor([version, *numbers])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -538,9 +683,9 @@ class MIPICLoss(nn.Module):
             state: What :meth:`get_extra_state` gave.
         """
         version, *numbers = state.tolist()
-        self.set_draw_state([version, numbers, None])
+        self._set_draw_state([version, numbers, None])
 
-    def columns(self, recorder: Recorder, features: list[dict[str, Tensor]]) -> int:
+    def _columns(self, recorder: Recorder, features: list[dict[str, Tensor]]) -> int:
         """Check that something was recorded, and return B, the number of sentences in one column.
 
         A base loss may run several columns in one forward pass, one after the other; a pass of k * B rows then holds k
@@ -571,7 +716,7 @@ class MIPICLoss(nn.Module):
             raise RuntimeError(f"Forward passes of {rows} rows cannot be split into columns of {size} sentences.")
         return size
 
-    def observe(self, recorded: RecordedPass) -> Observation:
+    def _observe(self, recorded: RecordedPass) -> Observation:
         """All that the alignment terms need of the sentences of one forward pass.
 
         Args:
@@ -581,30 +726,62 @@ class MIPICLoss(nn.Module):
             Per-sentence values; everything that mixes sentences comes after.
         """
         assert self._backbone is not None
-        layers = [self.sia_layer(recorded, layer) for layer in self.sia_layers]
+        if not self._model_checked:
+            self._check_model(recorded)
+        has_text = recorded.has_text(self._backbone.pooling)
+        layers = [self._sia_layer(recorded, layer, has_text) for layer in self.sia_layers]
         links = []
         if self.pic_checkpoints:
-            vectors = [
-                recorded.pool(self._backbone.pooling, recorded.hidden_states[layer])[:, :dim]
-                for dim, layer in self.pic_checkpoints
-            ]
+            vectors = [self._vector(recorded, layer, has_text)[:, :dim] for dim, layer in self.pic_checkpoints]
             links = [
                 (pic.predict_next(head, vector), target.detach().to(torch.promote_types(target.dtype, torch.float32)))
-                for head, (vector, target) in zip(self.chain_heads(), pairwise(vectors), strict=True)
+                for head, (vector, target) in zip(self._chain_heads(), pairwise(vectors), strict=True)
             ]
-        return Observation(layers, links)
+        return Observation(layers, links, has_text)
+
+    def _vector(self, recorded: RecordedPass, layer: int, has_text: Tensor) -> Tensor:
+        """The sentence vectors of a layer, (R, D): its pooled states, pushed through the model's tail."""
+        assert self._backbone is not None
+        pooled = recorded.pool(self._backbone.pooling, recorded.hidden_states[layer])
+        # Pooling nothing may give -inf, which would spoil the gradients of head and tail even if it counts zero.
+        return push_vectors(self._backbone.steps, pooled.masked_fill(~has_text[:, None], 0.0))
+
+    def _check_model(self, recorded: RecordedPass) -> None:
+        """Make sure, in the first batch, that the states which were recorded are those that the embedding is made of.
+
+        Args:
+            recorded: A forward pass.
+
+        Raises:
+            ValueError: If the model pools something else.
+        """
+        assert self._backbone is not None
+        fix = "Use alpha=1 for plain Matryoshka training."
+        with torch.no_grad():
+            pooling, last = self._backbone.pooling, recorded.hidden_states[self._backbone.depth]
+            pooled = recorded.pool(pooling, last)
+            if recorded.token_embeddings is not None:
+                require_same_vectors(recorded.pool(pooling, recorded.token_embeddings), pooled, self.model, fix)
+            if recorded.sentence_embedding is None or (self._backbone.dropout and self.model.training):
+                return
+            own, pushed = recorded.sentence_embedding, push_vectors(self._backbone.steps, pooled)
+            if self._backbone.normalize:
+                own, pushed = (nn.functional.normalize(vectors.float(), dim=-1) for vectors in (own, pushed))
+            # The trainer puts autocast around the model only, so its own tail may have run in half precision.
+            require_same_vectors(own, pushed, self.model, fix, half=True if self._backbone.steps else None)
 
     def _unpack(self, packed: Tensor) -> Observation:
         """Undo :meth:`Observation.pack`."""
         count = len(self.prefixes)
         sizes = [size for _ in self.sia_layers for size in (count, count, count)]
         sizes += [size for _, (dim, _) in pairwise(self.pic_checkpoints) for size in (dim, dim)]
+        sizes.append(1)
         parts = iter(packed.split(sizes, dim=-1))
         layers = [sia.SIATerms(next(parts), next(parts), next(parts).detach() > 0) for _ in self.sia_layers]
         links = [(next(parts), next(parts).detach()) for _ in self.pic_checkpoints[1:]]
-        return Observation(layers, links)
+        return Observation(layers, links, next(parts)[:, 0].detach() > 0)
 
-    def alignment_terms(self, observations: list[Observation], size: int) -> dict[str, Tensor]:
+    def _alignment_terms(self, observations: list[Observation], size: int) -> dict[str, Tensor]:
         """L_SIA in its two parts and L_PIC, weighted.
 
         Args:
@@ -616,12 +793,13 @@ class MIPICLoss(nn.Module):
         """
         terms: dict[str, Tensor] = {}
         if self.sia_layers:
-            terms |= self.sia_terms([observation.layers for observation in observations])
+            terms |= self._sia_terms([observation.layers for observation in observations])
         if self.pic_checkpoints:
-            terms["pic"] = self.pic_term([observation.links for observation in observations], size)
+            has_text = torch.cat([observation.has_text for observation in observations])
+            terms["pic"] = self._pic_term([observation.links for observation in observations], has_text, size)
         return {name: (1 - self.alpha) * term for name, term in terms.items()}
 
-    def sia_terms(self, passes: list[list[sia.SIATerms]]) -> dict[str, Tensor]:
+    def _sia_terms(self, passes: list[list[sia.SIATerms]]) -> dict[str, Tensor]:
         """L_SIA in its two parts (Eq. 13 and 14), weighted but for ``1 - alpha``.
 
         Args:
@@ -637,17 +815,18 @@ class MIPICLoss(nn.Module):
             cka.append(torch.cat([part.cka for part in parts]).sum(dim=0) / valid.clamp(min=1))
         terms = {}
         if self.attention_weight:
-            terms["sia_attention"] = self.attention_weight * self.aggregate(torch.stack(attention))
+            terms["sia_attention"] = self.attention_weight * self._aggregate(torch.stack(attention))
         if self.cka_weight:
-            terms["sia_cka"] = self.cka_weight * self.aggregate(torch.stack(cka))
+            terms["sia_cka"] = self.cka_weight * self._aggregate(torch.stack(cka))
         return terms
 
-    def sia_layer(self, recorded: RecordedPass, layer: int) -> sia.SIATerms:
+    def _sia_layer(self, recorded: RecordedPass, layer: int, has_text: Tensor) -> sia.SIATerms:
         """SIA of one layer in one forward pass, per sentence and prefix (Eq. 4-12).
 
         Args:
             recorded: The forward pass.
             layer: 1 to depth.
+            has_text: (R,), sentences with a token that is pooled.
 
         Returns:
             :class:`mipic_st.sia.SIATerms`.
@@ -658,11 +837,11 @@ class MIPICLoss(nn.Module):
         if recorded.attentions:
             teacher_attention = recorded.pool(self._backbone.pooling, recorded.attentions[layer - 1])
         return sia.sia_terms(
-            hidden,
-            recorded.pool(self._backbone.pooling, hidden),
-            recorded.mask,
+            push_vectors(self._backbone.steps, hidden),
+            self._vector(recorded, layer, has_text),
+            recorded.mask & has_text[:, None],
             self.prefixes,
-            self.lifts(layer),
+            self._lifts(layer),
             self.gammas,
             min_k=self.min_k,
             temperature=self.attention_temperature,
@@ -672,29 +851,34 @@ class MIPICLoss(nn.Module):
             with_cka=bool(self.cka_weight),
         )
 
-    def pic_term(self, passes: list[list[tuple[Tensor, Tensor]]], size: int) -> Tensor:
+    def _pic_term(self, passes: list[list[tuple[Tensor, Tensor]]], has_text: Tensor, size: int) -> Tensor:
         """L_PIC (Eq. 17), weighted but for ``1 - alpha``.
 
         Args:
             passes: One entry per forward pass: (phi_c(z_c), z_{c+1}) of each link.
+            has_text: Which sentences of all passes have a token; the others are left out.
             size: B, sentences per column.
 
         Returns:
             Scalar.
         """
         links = []
+        gather = self.gather_across_devices and distributed.is_available() and distributed.is_initialized()
+        valid = has_text.unflatten(0, (-1, size))
+        if gather:
+            valid = all_gather(valid.float().transpose(0, 1).contiguous()).transpose(0, 1) > 0
         for pairs in zip(*passes, strict=True):
             # (columns, B, dim): negatives come from the same column, however columns were batched
             predicted, target = (torch.cat(parts).unflatten(0, (-1, size)) for parts in zip(*pairs, strict=True))
             offset = 0
-            if self.gather_across_devices and distributed.is_available() and distributed.is_initialized():
+            if gather:
                 # No gradient flows into targets, so plain gathering is exact.
                 target = all_gather(target.transpose(0, 1).contiguous()).transpose(0, 1)
                 offset = distributed.get_rank() * size
-            links.append(pic.chain_info_nce(predicted, target, self.chain_temperature, offset))
-        return self.pic_weight * self.aggregate(torch.stack(links))
+            links.append(pic.chain_info_nce(predicted, target, self.chain_temperature, offset, valid))
+        return self.pic_weight * self._aggregate(torch.stack(links))
 
-    def lifts(self, layer: int) -> list[Tensor] | None:
+    def _lifts(self, layer: int) -> list[Tensor] | None:
         """The lifts P of one layer in ascending order of their prefix, or None if the attention term is off.
 
         Args:
@@ -707,11 +891,11 @@ class MIPICLoss(nn.Module):
             return None
         return [self.mipic_heads.get_parameter(f"sia.{layer}.{dim}") for dim in self.prefixes]
 
-    def chain_heads(self) -> list[nn.Module]:
+    def _chain_heads(self) -> list[nn.Module]:
         """The heads phi, one per PIC link."""
         return list(self.mipic_heads["pic"].children())
 
-    def aggregate(self, values: Tensor) -> Tensor:
+    def _aggregate(self, values: Tensor) -> Tensor:
         """Add or average over layers, prefixes and links (Eq. 13, 14 and 17).
 
         Args:
@@ -765,6 +949,11 @@ class MIPICLoss(nn.Module):
     archivePrefix={arXiv}
 }
 """
+
+
+def _has_zero_vector(embeddings: Tensor) -> Tensor:
+    """Whether any row is all zeros, as a boolean scalar on its device."""
+    return (embeddings.detach() == 0).all(dim=-1).any()
 
 
 def _allow_missing_draws(loss: nn.Module, keys: Any) -> None:

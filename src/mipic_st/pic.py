@@ -7,6 +7,7 @@ vector that the next checkpoint gave the same sentence.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,7 +32,9 @@ def chain_head(dim: int, next_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, next_dim))
 
 
-def chain_info_nce(predicted: Tensor, target: Tensor, temperature: float = 0.05, offset: int = 0) -> Tensor:
+def chain_info_nce(
+    predicted: Tensor, target: Tensor, temperature: float = 0.05, offset: int = 0, valid: Tensor | None = None
+) -> Tensor:
     r"""InfoNCE of one link of the chain, with in-batch negatives (Eq. 16).
 
     .. math:: -\frac{1}{B} \sum_b \log \frac{\exp(s_{bb} / \tau)}{\sum_j \exp(s_{bj} / \tau)}, \quad
@@ -44,9 +47,11 @@ def chain_info_nce(predicted: Tensor, target: Tensor, temperature: float = 0.05,
         temperature: tau, > 0.
         offset: Row of ``target`` that belongs to the first row of ``predicted``; more than zero where ``target``
             holds the sentences of several devices.
+        valid: (..., M), boolean: which sentences there are. The others are neither asked for nor negatives, as if
+            they were not in the batch. Default: all.
 
     Returns:
-        Scalar, the mean over sentences and columns; zero for a batch of one.
+        Scalar, the mean over sentences and columns; zero for a batch of one, or without a valid sentence.
 
     Example:
         >>> import torch
@@ -60,7 +65,12 @@ def chain_info_nce(predicted: Tensor, target: Tensor, temperature: float = 0.05,
         (predicted,) = full_precision(predicted)
         target = target.detach().to(predicted.dtype)
         logits = F.normalize(predicted, dim=-1) @ F.normalize(target, dim=-1).transpose(-1, -2) / temperature
-        return -logits.log_softmax(dim=-1).diagonal(offset, dim1=-2, dim2=-1).mean()
+        if valid is None:
+            return -logits.log_softmax(dim=-1).diagonal(offset, dim1=-2, dim2=-1).mean()
+        own = valid[..., offset : offset + predicted.shape[-2]]
+        logits = logits.masked_fill(~valid[..., None, :], torch.finfo(logits.dtype).min / 2)
+        losses = -logits.log_softmax(dim=-1).diagonal(offset, dim1=-2, dim2=-1)
+        return losses.masked_fill(~own, 0.0).sum() / own.sum().clamp(min=1)
 
 
 def predict_next(head: nn.Module, vector: Tensor) -> Tensor:

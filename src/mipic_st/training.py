@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +25,8 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mipic_st._checks import checked_checkpoints, checked_dims
+from mipic_st.backbone import embedding_width, layer_count, unwrap
 from mipic_st.loss import MIPICLoss
-from mipic_st.recording import embedding_width, layer_count, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class MIPICCallback(TrainerCallback):
     - ``config.json`` of checkpoints and of the trained model gets the keys of :func:`set_matryoshka_config`.
 
     With ``hub_strategy="checkpoint"`` the upload starts before callbacks see the checkpoint, so the heads may be
-    missing in it. FSDP and DeepSpeed keep optimizer states elsewhere and are not supported.
+    missing in it. Under FSDP and DeepSpeed, MIPICLoss refuses to have heads.
 
     Args:
         loss: The loss given to the trainer, or its dict of losses by data set; those that are no MIPICLoss are passed
@@ -161,7 +162,7 @@ class MIPICCallback(TrainerCallback):
         metadata = {
             "format": "1",
             "optimizer": self._fingerprint(optimizer),
-            "draws": json.dumps({name: loss.draw_state() for name, loss in self.losses.items()}),
+            "draws": json.dumps({name: loss._draw_state() for name, loss in self.losses.items()}),
         }
         partial = path.with_suffix(".partial")
         save_file(heads, partial, metadata=metadata)
@@ -188,7 +189,7 @@ class MIPICCallback(TrainerCallback):
                 parameter.copy_(tensors[name])
         if with_draws:
             for name, state in json.loads(metadata["draws"]).items():
-                self.losses[name].set_draw_state(state)
+                self.losses[name]._set_draw_state(state)
         return metadata.get("optimizer", "")
 
     def _read(self, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -201,12 +202,19 @@ class MIPICCallback(TrainerCallback):
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            json.loads(metadata["draws"])
-        except (SafetensorError, KeyError, ValueError) as error:
+            draws = json.loads(metadata["draws"])
+            for state in draws.values():
+                random.Random().setstate((state[0], tuple(state[1]), state[2]))
+        except (SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}). Resume from an earlier checkpoint, or delete the file and use "
                 "MIPICCallback(loss, missing_heads='reset')."
             ) from error
+        if draws.keys() != self.losses.keys():
+            raise ValueError(
+                f"{path} was made by MIPICLoss for {_data_sets(draws)}, this callback has it for "
+                f"{_data_sets(self.losses)}. Name the data sets as they were named then."
+            )
         heads = self.heads()
         if heads.keys() != tensors.keys():
             raise ValueError(
@@ -360,6 +368,11 @@ class MIPICCallback(TrainerCallback):
                 logger.error("The heads of the best model could not be loaded: %s", error)
         for loss in self.losses.values():
             loss.skips_nonfinite, loss.global_step = False, None
+
+
+def _data_sets(names: Iterable[str]) -> str:
+    """The names in words; a loss that is not in a dict goes by the empty one."""
+    return "a single loss, without a data set's name" if list(names) == [""] else f"the data sets {sorted(names)}"
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
