@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from sentence_transformers import SentenceTransformer
+
 from conftest import assemble, save_encoder
 
 
@@ -12,14 +14,15 @@ def tiny_model(folder, kind="bert", *, normalize=True, layers=4, **options):
 
 
 class CountingModel:
-    """Wraps a model's encode on the instance and records which texts reach it."""
+    """Records which texts reach the model's encode; the model itself stays as it is."""
 
     def __init__(self, model, monkeypatch):
         self.texts = []
-        original = model.encode
+        original = SentenceTransformer.encode
 
-        def encode(inputs, *args, **kwargs):
-            self.texts.extend([inputs] if isinstance(inputs, str) else list(inputs))
-            return original(inputs, *args, **kwargs)
+        def encode(called, inputs, *args, **kwargs):
+            if called is model:
+                self.texts.extend([inputs] if isinstance(inputs, str) else list(inputs))
+            return original(called, inputs, *args, **kwargs)
 
-        monkeypatch.setattr(model, "encode", encode)
+        monkeypatch.setattr(SentenceTransformer, "encode", encode)

@@ -11,6 +11,8 @@ from sentence_transformers.sentence_transformer.evaluation import (
     BinaryClassificationEvaluator,
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
+    MSEEvaluator,
+    MSEEvaluatorFromDataFrame,
     NanoBEIREvaluator,
     ParaphraseMiningEvaluator,
     RerankingEvaluator,
@@ -115,18 +117,9 @@ def test_store_ignores_the_models_own_truncate_dim(tmp_path):
 
 def test_nano_beir_equals_the_native_one(model, monkeypatch):
     """NanoBEIR's data sets and their mean equal the native evaluator's at each dim (data made on the spot)."""
-    parts = {
-        "corpus": [{"_id": f"d{i}", "text": text} for i, text in enumerate(B)],
-        "queries": [{"_id": f"q{i}", "text": text} for i, text in enumerate(A[:6])],
-        "qrels": [{"query-id": f"q{i}", "corpus-id": f"d{i}"} for i in range(6)],
-    }
-    monkeypatch.setattr(
-        NanoBEIREvaluator, "_load_dataset_subset_split", lambda self, subset, split, required_columns: parts[subset]
-    )
-    names = ["msmarco", "nq"]
-    ours = MatryoshkaEvaluator(NanoBEIREvaluator(names), [4, 32], primary=4)
+    ours = MatryoshkaEvaluator(nano(monkeypatch), [4, 32], primary=4)
     scores = ours(model)
-    native = NanoBEIREvaluator(names, truncate_dim=4)(model)
+    native = nano(monkeypatch, truncate_dim=4)(model)
     for key in ("NanoBEIR_mean{}_cosine_ndcg@10", "NanoMSMARCO{}_cosine_map@100"):
         assert scores[key.format("-4")] == pytest.approx(native[key.format("_4")], abs=1e-6)
     assert ours.primary_metric == "NanoBEIR_mean-4_cosine_ndcg@10"
@@ -328,6 +321,268 @@ def test_a_primary_metric_that_is_no_score_is_named(model):
     """With the scores that there are."""
     with pytest.raises(ValueError, match=r"Widths says primary_metric='depth'.*own-8_first"):
         MatryoshkaEvaluator(Widths("depth"), [8])(model)
+
+
+class TwoMetrics(BaseEvaluator):
+    """Like InformationRetrievalEvaluator with several score functions: takes the better one of the moment, once."""
+
+    def __init__(self, name="two", sticky=True):
+        super().__init__()
+        self.name, self.sticky = name, sticky
+
+    def __call__(self, model, output_path=None, epoch=-1, steps=-1):
+        width = model.encode(["cat"]).shape[-1]
+        scores = {"up": width / 100, "down": 0.2}
+        if not (self.sticky and self.primary_metric):
+            self.primary_metric = max(scores, key=scores.get)
+        return self.prefix_name_to_metrics(scores, self.name)
+
+
+@pytest.mark.parametrize("primary", ["mean", "worst", 8])
+def test_all_dims_count_by_one_metric(model, primary):
+    """The largest dim says "up" (0.32), dim 8 alone would say "down" (0.2): both count "up", in the report too."""
+    assert TwoMetrics()(model)["two_up"] == 0.32
+    for sticky in (True, False):
+        evaluator = MatryoshkaEvaluator(TwoMetrics(sticky=sticky), [8, 32], primary=primary)
+        for _ in range(2):
+            scores = evaluator(model)
+            assert scores[evaluator.primary_metric] == pytest.approx({"mean": 0.2, "worst": 0.08, 8: 0.08}[primary])
+            assert "two-mean_up" in scores
+            assert {row["metric"] for row in evaluator.records if row["primary"]} == {"up"}
+
+
+def test_all_dims_of_a_sequence_count_by_one_metric(model, caplog):
+    """The sequence's score is made of one metric; an evaluator that insists on another one is named."""
+    for sticky, score in ((True, 0.08), (False, 0.2)):
+        evaluator = MatryoshkaEvaluator(SequentialEvaluator([sts(), TwoMetrics(sticky=sticky)]), [8, 32])
+        assert evaluator(model)["dim-8_sequential_score"] == score
+        assert ("choose other primary metrics" in caplog.text) != sticky
+
+
+def test_retrieval_with_two_similarities_counts_by_one(tmp_path):
+    """Under the native choice per dim another score function would win at some dim: ours is one at all of them."""
+    from sentence_transformers.util import cos_sim, euclidean_sim
+
+    model = tiny_model(tmp_path, normalize=False)
+    functions = {"cosine": cos_sim, "euclid": euclidean_sim}
+    dims = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    native = [make("ir", score_functions=functions, truncate_dim=dim) for dim in dims]
+    chosen = set()
+    for evaluator in native:
+        evaluator(model)
+        chosen.add(evaluator.primary_metric)
+    assert len(chosen) == 2
+    ours = MatryoshkaEvaluator(make("ir", score_functions=functions), dims, normalize=False)
+    scores = ours(model)
+    metric = ours.primary_metric.removeprefix("ir-mean_")
+    assert scores[ours.primary_metric] == pytest.approx(np.mean([scores[f"ir-{dim}_{metric}"] for dim in dims]))
+    assert f"ir_{metric}" == native[-1].primary_metric
+
+
+def test_a_metric_that_a_dim_lacks_is_named(model):
+    """No mean over two metrics."""
+
+    class Named(Widths):
+        def __call__(self, model, output_path=None, epoch=-1, steps=-1):
+            width = model.encode(["cat"]).shape[-1]
+            self.primary_metric = f"width{width}"
+            return {f"{self.name}_width{width}": 1.0}
+
+    with pytest.raises(ValueError, match=r"gives no 'own-32_width32' at 8, only \['own-8_width8'\]"):
+        MatryoshkaEvaluator(Named(""), [8, 32])(model)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean", "cosine"])
+def test_scores_that_depend_on_length_are_compared_alike(tmp_path, caplog, similarity):
+    """The uncut width is given raw, as the native evaluator has it, and renormalised; mean and worst use the latter."""
+    model = tiny_model(tmp_path, normalize=False, similarity_fn_name=similarity)
+    evaluator = MatryoshkaEvaluator(sts(), [8, 32], primary="worst")
+    scores = evaluator(model)
+    evaluator(model)
+    key = f"spearman_{similarity}"
+    assert scores[f"sts-dev-32_{key}"] == pytest.approx(sts()(model)[f"sts-dev_{key}"], abs=1e-6)
+    alike = sts(precision="float32")(model)[f"sts-dev_{key}"]  # with a precision it renormalises
+    compared = [scores[f"sts-dev-8_{key}"], alike]
+    assert scores[f"sts-dev-mean_{key}"] == pytest.approx(np.mean(compared), abs=1e-6)
+    assert scores[f"sts-dev-worst_{key}"] == pytest.approx(min(compared), abs=1e-6)
+    differs = similarity != "cosine"
+    assert (f"sts-dev-32-unit_{key}" in scores) == differs
+    assert caplog.text.count("depends on the length of the vectors") == differs
+    if differs:
+        assert abs(alike - scores[f"sts-dev-32_{key}"]) > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"normalize": False}, {"dims": [8, 16]}, {"dims": [32]}])
+def test_no_second_score_where_all_dims_are_alike(tmp_path, caplog, options):
+    """All raw, all cut, or one dim: nothing to warn of."""
+    model = tiny_model(tmp_path, normalize=False, similarity_fn_name="dot")
+    scores = MatryoshkaEvaluator(sts(), **{"dims": [8, 32], **options})(model)
+    assert not any("unit" in key for key in scores)
+    assert "length of the vectors" not in caplog.text
+
+
+def teacher_and_student(tmp_path):
+    return [tiny_model(tmp_path / str(layers), normalize=False, layers=layers) for layers in (2, 4)]
+
+
+def test_a_teacher_is_cut_as_the_student_is(tmp_path):
+    """MSEEvaluator, both kinds: raw at the uncut width (the native score), cut and renormalised below, or just cut."""
+    teacher, student = teacher_and_student(tmp_path)
+    frame = [{"en": a, "xx": b} for a, b in zip(A, B, strict=True)]
+    makers = [
+        lambda **options: MSEEvaluator(A, B, teacher_model=teacher, name="mse", **options),
+        lambda **options: MSEEvaluatorFromDataFrame(frame, teacher, [("en", "xx")], name="mse", **options),
+    ]
+    left, right = teacher.encode(A), student.encode(B)
+    for maker in makers:
+        for normalize in (True, False):
+            scores = MatryoshkaEvaluator(maker(), [1, 8, 32], normalize=normalize)(student)
+            native = maker()(student)["mse_negative_mse"]
+            assert scores["mse-32_negative_mse"] == pytest.approx(native, rel=1e-5)
+            for dim in (1, 8):
+                pair = [vectors[:, :dim] for vectors in (left, right)]
+                if normalize:
+                    pair = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in pair]
+                expected = -100 * ((pair[0] - pair[1]) ** 2).mean()
+                assert scores[f"mse-{dim}_negative_mse"] == pytest.approx(expected, rel=1e-4)
+                if not normalize:
+                    native = maker(truncate_dim=dim)(student)["mse_negative_mse"]
+                    assert scores[f"mse-{dim}_negative_mse"] == pytest.approx(native, rel=1e-4)
+
+
+def test_what_has_no_teacher_at_a_dim_is_refused(tmp_path):
+    """Codes of int8 have no teacher, a teacher of another width has no cut; at dim 1 NumPy would compare them."""
+    teacher, student = teacher_and_student(tmp_path)
+    evaluator = MSEEvaluator(A, B, teacher_model=teacher, name="mse")
+    with pytest.raises(ValueError, match="precisions: an MSEEvaluator"):
+        MatryoshkaEvaluator(SequentialEvaluator([sts(), evaluator]), [8], precisions=["float32", "int8"])
+    evaluator.source_embeddings = evaluator.source_embeddings[:, :20]
+    with pytest.raises(ValueError, match="gives 20 values and the model 32"):
+        MatryoshkaEvaluator(evaluator, [1])(student)
+
+
+class WithText(BaseEvaluator):
+    """Scores, a text and a missing value in one dict."""
+
+    def __init__(self, primary_metric="score"):
+        super().__init__()
+        self.name, self.primary_metric = "own", primary_metric
+
+    def __call__(self, model, output_path=None, epoch=-1, steps=-1):
+        scores = {"note": "fine", "score": float(len(model.encode("cat"))), "none": None, "flag": True}
+        return {f"{self.name}_{key}": value for key, value in scores.items()}
+
+
+def test_metrics_that_are_texts_are_handed_on(model):
+    """As the native evaluator does; the report holds numbers only, and a text cannot be the main score."""
+    evaluator = MatryoshkaEvaluator(WithText(), [8, 32])
+    scores = evaluator(model)
+    assert scores["own-8_note"] == "fine"
+    assert scores["own-32_none"] is None
+    assert scores["own-mean_score"] == 20
+    assert {row["metric"] for row in evaluator.records} == {"score", "flag"}
+    with pytest.raises(ValueError, match="primary_metric='own-8_note', which is no number but 'fine'"):
+        MatryoshkaEvaluator(WithText("note"), [8])(model)
+
+
+def test_an_empty_set_has_scores_at_every_precision(model):
+    """An evaluator without texts is no crash in the calibration."""
+
+    class Empty(Widths):
+        def __call__(self, model, output_path=None, epoch=-1, steps=-1):
+            return {f"{self.name}_width": float(len(model.encode([])))}
+
+    scores = MatryoshkaEvaluator(Empty("width"), [8, 32], precisions=["float32", "int8", "binary"])(model)
+    assert scores["own-8-int8_width"] == 0
+
+
+def nano(monkeypatch, names=("msmarco", "nq"), **options):
+    parts = {
+        "corpus": [{"_id": f"d{i}", "text": text} for i, text in enumerate(B)],
+        "queries": [{"_id": f"q{i}", "text": text} for i, text in enumerate(A[:6])],
+        "qrels": [{"query-id": f"q{i}", "corpus-id": f"d{i}"} for i in range(6)],
+    }
+    monkeypatch.setattr(
+        NanoBEIREvaluator, "_load_dataset_subset_split", lambda self, subset, split, required_columns: parts[subset]
+    )
+    return NanoBEIREvaluator(list(names), **options)
+
+
+class Collection(BaseEvaluator):
+    """A collection of somebody's own: evaluators in a dict, one more by itself, and a mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.name, self.primary_metric = "mine", "mean"
+        self.parts = {"a": make("triplet"), "b": sts()}
+        self.last = make("ir")
+
+    def __call__(self, model, output_path=None, epoch=-1, steps=-1):
+        scores = {}
+        for part in [*self.parts.values(), self.last]:
+            scores |= part(model, output_path, epoch, steps)
+        mains = [scores[part.primary_metric] for part in [*self.parts.values(), self.last]]
+        return scores | self.prefix_name_to_metrics({"mean": float(np.mean(mains))}, self.name)
+
+
+@pytest.mark.parametrize("kind", ["nano", "sequence", "collection", "nested", "ir"])
+def test_every_score_carries_its_evaluators_name_and_dim(model, kind, monkeypatch, tmp_path):
+    """Evaluators inside evaluators: all native scores, each under its own name, at each dim, and as many files."""
+    makers = {
+        "nano": lambda: nano(monkeypatch),
+        "sequence": lambda: SequentialEvaluator([nano(monkeypatch), sts(), make("ir")]),
+        "nested": lambda: SequentialEvaluator([make("binary"), SequentialEvaluator([nano(monkeypatch), make("ir")])]),
+        "collection": Collection,
+        "ir": lambda: make("ir", write_predictions=True),
+    }
+    native = makers[kind]()(model, str(tmp_path / "native"))
+    evaluator = MatryoshkaEvaluator(makers[kind](), [8, 32])
+    scores = evaluator(model, str(tmp_path / "ours"))
+    names = ["NanoBEIR_mean", "NanoMSMARCO", "NanoNQ", "sts-dev", "ir", "trip", "mine", "pairs"]
+    for key, value in native.items():
+        name = next((name for name in names if key.startswith(f"{name}_")), None)
+        full = f"dim-32_{key}" if name is None else f"{name}-32_{key.removeprefix(f'{name}_')}"
+        assert scores[full] == pytest.approx(value, abs=1e-6), key
+        assert full.replace("-32_", "-8_") in scores
+    assert len(scores) == 2 * len(native) + 2
+    assert {row["task"] for row in evaluator.records} <= {*names, "dim"}
+    native_files, files = ([path.name for path in (tmp_path / part).rglob("*.*")] for part in ("native", "ours"))
+    assert len(files) == 2 * len(native_files) == len(set(files))
+    assert all("-8" in name or "-32" in name or "_8_" in name or "_32_" in name for name in files)
+
+
+def test_evaluators_inside_that_share_a_name_are_refused(model, monkeypatch):
+    """Two NanoBEIR collections in two languages write the same names; a MatryoshkaEvaluator inside has its own dims."""
+    english, german = nano(monkeypatch), nano(monkeypatch, aggregate_key="de-mean")
+    with pytest.raises(ValueError, match="share the name 'NanoMSMARCO'"):
+        MatryoshkaEvaluator(SequentialEvaluator([english, german]), [8])
+    with pytest.raises(TypeError, match="MatryoshkaEvaluator already"):
+        MatryoshkaEvaluator(SequentialEvaluator([MatryoshkaEvaluator(sts(), [8])]), [8])
+
+
+def test_memory_limit_changes_no_score(model):
+    """Vectors in a file give the scores that vectors in memory give."""
+    evaluators = [
+        MatryoshkaEvaluator(make("ir"), DIMS, precisions=["float32", "int8"], memory_limit=n) for n in (0, None)
+    ]
+    assert evaluators[0](model) == evaluators[1](model)
+    assert evaluators[0].peak_store_bytes == evaluators[1].peak_store_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"memory_limit": -1}, ValueError, "memory_limit must be >= 0"),
+        ({"memory_limit": "2 GB"}, TypeError, "memory_limit must be a number"),
+        ({"device": []}, ValueError, "device is an empty list"),
+        ({"device": 3}, TypeError, "device must be a device such as"),
+        ({"device": ["cpu", "cpu"], "layers": [1]}, ValueError, "no list and no pool"),
+    ],
+)
+def test_bad_places_are_named_at_construction(arguments, error, message):
+    """Where to keep and where to encode."""
+    with pytest.raises(error, match=message):
+        MatryoshkaEvaluator(sts(), [8], **arguments)
 
 
 def test_probe_draws_from_labels_of_pandas(model):

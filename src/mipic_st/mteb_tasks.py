@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import json
 import logging
+import os
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +23,17 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from mipic_st._checks import checked_count, checked_dims, checked_flag
+from mipic_st.backbone import full_width
 from mipic_st.embedding_store import (
+    MEMORY_LIMIT,
     EmbeddingStore,
     bytes_per_vector,
+    check_place,
     check_precisions,
-    full_width,
+    checked_limit,
 )
+from mipic_st.identity import fingerprint, model_name_of
+from mipic_st.mteb_data import KNOWN_SETS, data_digests, is_known_set, short_hash, with_local_data
 
 if TYPE_CHECKING:
     from mipic_st.report import EvaluationReport
@@ -47,7 +54,7 @@ class TaskPreset:
         texts: Texts to encode, before repeats are dropped; pairs count two, classification its test part and the drawn
             training texts.
         minutes: Expected minutes for all dims together with a 22-million-parameter model of 6 layers on two CPU cores:
-            an estimate from 300 texts a second, not a timing; a GPU takes a fraction.
+            an estimate from 300 sentences or 50 documents a second, not a timing; a GPU takes a fraction.
     """
 
     tasks: tuple[str, ...]
@@ -62,8 +69,32 @@ PRESETS: dict[str, TaskPreset] = {
         ("Banking77Classification", "EmotionClassification", "TweetSentimentExtractionClassification"), 16_500, 2.0
     ),
     "pair": TaskPreset(("TwitterSemEval2015", "SprintDuplicateQuestions", "TwitterURLCorpus"), 338_622, 20.0),
+    "nano-retrieval": TaskPreset(
+        (
+            "NanoArguAnaRetrieval",
+            "NanoClimateFeverRetrieval",
+            "NanoDBPediaRetrieval",
+            "NanoFEVERRetrieval",
+            "NanoFiQA2018Retrieval",
+            "NanoHotpotQARetrieval",
+            "NanoMSMARCORetrieval",
+            "NanoNFCorpusRetrieval",
+            "NanoNQRetrieval",
+            "NanoQuoraRetrieval",
+            "NanoSCIDOCSRetrieval",
+            "NanoSciFactRetrieval",
+            "NanoTouche2020Retrieval",
+        ),
+        57_372,
+        20.0,
+    ),
 }
 """Task presets by name, as ``mipic-st tasks`` lists them."""
+
+# Where a result file keeps what a score depends on besides model, dim and task: nothing, for the published task.
+_CONDITIONS = "mipic_st"
+# Attributes of a task object that are its data or its selection, which jobs know by other means.
+_NO_SETTINGS = ("data_loaded", "dataset", "hf_subsets", "metadata", "_eval_splits", "tasks", "taskname_to_task")
 
 
 def _import_mteb() -> Any:
@@ -103,40 +134,58 @@ def evaluate_mteb(
     overwrite: bool = False,
     skip_missing: bool = False,
     show_progress_bar: bool = True,
+    memory_limit: int | None = MEMORY_LIMIT,
+    device: str | Sequence[str] | None = None,
 ) -> EvaluationReport:
     """Run MTEB tasks at several dims with one encoding of each task's texts.
 
-    Results are mteb's own files under ``output/results``, one folder per model, revision and dim
-    (``.../experiments/truncate_dim_64/STS13.json``), and load with ``mteb.ResultCache(output)``. The revision is a hash
-    of the weights and settings, so neither two models nor two states of one model share a file. What is there already
-    is not run again. Prompts are chosen by mteb from ``model.prompts``. The vectors of a task are freed after it, and
-    the caller's random state is left as it was.
+    Results are mteb's own files under ``output/results``, one folder per model and revision: the full width in the
+    folder itself, every other dim and precision as one of mteb's experiments
+    (``.../experiments/truncate_dim_64/STS13.json``). So ``mteb.ResultCache(output).load_results()`` gives the full
+    width, ``load_results(experiment_kwargs={"truncate_dim": 64})`` one dim, and
+    ``load_results(load_experiments="match_name")`` all (load one at a time for mteb's ``to_dataframe``, which averages
+    over experiments). The revision is the model's `fingerprint`, so neither two models nor two states of one model
+    share a file. What is there already is not run again. Files are written whole or not at all, so several runs may
+    share an output folder.
+
+    Prompts are chosen by mteb from ``model.prompts``. The vectors of a task are freed after it, and the caller's random
+    state is left as it was. A score is the mean over the task's own splits and subsets, whatever else is in the file.
+    A task that was narrowed to some languages or splits says so in its name: ``STS22 (en, fr)``.
 
     Args:
         model: The model.
         tasks: A preset (see `PRESETS`), the name of a task or of an mteb benchmark, or a list of task names and mteb
-            task objects.
+            task objects. An object that holds data already is scored on that data, under its own name; its results
+            count for this data only.
         dims: Distinct dims, 1 to the model's width.
         output: Folder of the results.
         model_name: Name in results and tables; None takes the hub name or ``local/<folder>``.
         data_dir: Folder with local data, looked at before the hub: ``<task>_<split>.csv`` in small letters without
             "Classification" (``sts13_test.csv``, ``banking77_train.csv``), or ``<Task>/<split>.csv`` (or ``.parquet``,
             ``.jsonl``). Columns: STS ``sentence1, sentence2, score``; classification ``text, label``; pairs
-            ``sentence1, sentence2, labels``. A file must hold as many rows as MTEB's set.
+            ``sentence1, sentence2, labels``. A file must hold as many rows as MTEB's set. Where the set's digest is
+            known (STS13, STS14, STS15, Banking77Classification) and the file has it, the task keeps its name; else it
+            is reported as local data, ``STS16-local-`` and a digest of the file's rows.
         precisions: ``"float32"`` and, if wanted, ``"int8"``, ``"binary"``.
         batch_size: Texts per forward pass.
         normalize: Renormalise after the cut; the full width stays as the model gives it.
-        overwrite: Run again what is there.
+        overwrite: Run again what is there; a damaged result file is replaced.
         skip_missing: Leave out tasks whose data is missing, with a warning, instead of raising.
         show_progress_bar: Show a bar over cells.
+        memory_limit: Bytes of a task's vectors that stay in memory, 512 MiB unless given; above it they go to a
+            temporary file that is gone afterwards (see `EmbeddingStore`). None sets no limit.
+        device: Where to encode, as in ``model.encode``: one device, or a list of devices for one process each. None
+            takes the model's.
 
     Returns:
         A report with one row per (task, dim, precision); ``report.info`` holds the peak size of the vectors in bytes.
 
     Raises:
         ImportError: If mteb is missing.
-        ValueError: If a task is unknown, dims do not fit, or a local file has other rows or columns than MTEB's set.
-        FileNotFoundError: If a task's data is neither in ``data_dir`` nor on the hub, before anything is encoded.
+        ValueError: If a task is unknown or given twice with different data, dims do not fit, a local file has other
+            columns or another number of rows than MTEB's set, or a result file in ``output`` is damaged.
+        FileNotFoundError: If a task's data is neither in ``data_dir`` nor can be loaded by the task itself, before
+            anything is encoded.
 
     Example:
         >>> report = evaluate_mteb(model, "sts", [32, 64, 384], output="results")   # doctest: +SKIP
@@ -146,6 +195,7 @@ def evaluate_mteb(
     precisions = check_precisions(precisions)
     normalize, overwrite = checked_flag("normalize", normalize), checked_flag("overwrite", overwrite)
     skip_missing, batch_size = checked_flag("skip_missing", skip_missing), checked_count("batch_size", batch_size)
+    kept: dict[str, Any] = {"memory_limit": checked_limit(memory_limit), "device": check_place(device, None)}
     with _random_state_kept():
         return _evaluate(
             model,
@@ -160,6 +210,7 @@ def evaluate_mteb(
             overwrite,
             skip_missing,
             show_progress_bar,
+            kept,
         )
 
 
@@ -176,162 +227,413 @@ def _evaluate(
     overwrite: bool,
     skip_missing: bool,
     show_progress_bar: bool,
+    kept: dict[str, Any],
 ) -> EvaluationReport:
     from tqdm.auto import tqdm
 
     from mipic_st.report import EvaluationReport
 
-    mteb = _import_mteb()
-    from mteb.models import SentenceTransformerEncoderWrapper
-
     if data_dir is not None and not data_dir.is_dir():
         raise FileNotFoundError(f"data_dir {str(data_dir)!r} is not a folder.")
-    cache = mteb.ResultCache(output)
-    wrapper = SentenceTransformerEncoderWrapper(model)
-    base_meta = wrapper.mteb_model_meta.model_copy(
-        update={"name": model_name_of(model, model_name), "revision": fingerprint(model)}
-    )
+    results = _Results(output, {"batch_size": batch_size, "show_progress_bar": False})
+    runner = _Runner(model, model_name_of(model, model_name), normalize, results.encode_kwargs)
     cells = [(dim, precision) for precision in precisions for dim in dims]
-    metas = {cell: _meta(base_meta, *cell, normalize) for cell in cells}
 
-    def is_there(task: Any, cell: tuple[int, str]) -> bool:
-        found = None if overwrite else cache.load_task_result(task.metadata.name, metas[cell])
-        return found is not None and not found.get_missing_evaluations(task)
+    def stored(job: _Job, cell: tuple[int, str]) -> Any:
+        return None if overwrite else results.load(job, runner.meta(*cell), cell[1])
 
-    def run(task: Any, store: EmbeddingStore, cell: tuple[int, str], keep_in: Any) -> Any:
-        encoder = copy.copy(wrapper)
-        encoder.model = store.view(cell[0], precision=cell[1], normalize=normalize)
-        encoder.mteb_model_meta = metas[cell]
-        with _labels_read_once(task):
-            return mteb.evaluate(
-                encoder,
-                task,
-                co2_tracker=False,
-                encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
-                cache=keep_in,
-                overwrite_strategy="always" if overwrite or keep_in is None else "only-missing",
-                show_progress_bar=False,
-            ).task_results[0]
+    def why_absent(job: _Job) -> list[str]:
+        """Why there are neither results nor data, one reason for each task; empty if there are."""
+        if all(not job.missing(stored(job, cell)) for cell in cells):
+            return []
+        return [reason for part in job.parts for reason in why_absent(part)] if job.parts else _why_not_loaded(job.task)
 
-    ready, absent = [], []
-    for task in resolve_tasks(tasks):
-        complete = all(is_there(task, cell) for cell in cells)
-        if complete or getattr(task, "data_loaded", False) or _attach_local(task, data_dir) or _on_hub(task):
-            ready.append(task)
+    jobs, absent = [], {}
+    for job in _distinct([_job(task, data_dir) for task in resolve_tasks(tasks)]):
+        if reasons := why_absent(job):
+            absent[job.label] = reasons
         else:
-            absent.append(task.metadata.name)
+            jobs.append(job)
     if absent:
         where = "no data_dir was given" if data_dir is None else f"not in {str(data_dir)!r}"
         message = (
-            f"no data for {', '.join(absent)}: {where}, and the hub does not answer. "
-            "Put files there (see data_dir), or leave these tasks out."
+            f"no data for {', '.join(absent)}: {where}, and loading it failed: "
+            f"{'; '.join(reason for reasons in absent.values() for reason in reasons)}. "
+            "Put files into data_dir, or leave these tasks out."
         )
         if not skip_missing:
             raise FileNotFoundError(message)
         logger.warning(message)
-    records: list[dict[str, Any]] = []
     peak = 0
-    progress = tqdm(total=len(ready) * len(cells), desc="MTEB", disable=not show_progress_bar)
+    progress = tqdm(
+        total=sum(len(job.leaves()) for job in jobs) * len(cells), desc="MTEB", disable=not show_progress_bar
+    )
+
+    def scored(job: _Job) -> dict[tuple[int, str], Any]:
+        """The job's results by cell, from the files or run now."""
+        nonlocal peak
+        found = {cell: stored(job, cell) for cell in cells}
+        if all(not job.missing(result) for result in found.values()):
+            progress.update(len(cells) * len(job.leaves()))
+            return found
+        if job.parts:
+            parts = [scored(part) for part in job.parts]
+            combined = {cell: job.task.combine_task_results([part[cell] for part in parts]) for cell in cells}
+            return {cell: results.save(job, result, runner.meta(*cell), cell[1]) for cell, result in combined.items()}
+        with job.data(), EmbeddingStore(model, **kept) as store:
+            complete = False
+            for cell in cells:
+                progress.set_postfix_str(f"{job.label} {cell[0]} {cell[1]}")
+                missing = job.missing(found[cell])
+                if missing and cell[1] == "int8" and not store.calibrated:
+                    # float32 results of an earlier run are not run again, so the store may hold a part of the texts
+                    if not complete:
+                        for _ in runner.run(job, store, (cell[0], "float32"), job.missing(None)):
+                            pass
+                    store.calibrate()
+                complete |= missing == job.missing(None)
+                for result in runner.run(job, store, cell, missing):
+                    found[cell] = results.save(job, result, runner.meta(*cell), cell[1])
+                peak = max(peak, store.nbytes)
+                progress.update()
+        return found
+
+    records: list[dict[str, Any]] = []
     with progress:
-        for task in ready:
-            store = EmbeddingStore(model)
-            loaded_here = False
+        for job in jobs:
             try:
-                for cell in cells:
-                    dim, precision = cell
-                    progress.set_postfix_str(f"{task.metadata.name} {dim} {precision}")
-                    there = is_there(task, cell)
-                    if not there and not task.data_loaded:
-                        task.load_data()
-                        loaded_here = True
-                    if not there and precision == "int8" and not len(store):
-                        # float32 came from an earlier run: fill the store, so that int8 is calibrated on all texts
-                        run(task, store, (dim, "float32"), None)
-                    if not there:
-                        run(task, store, cell, cache)
-                    # read back also when fresh: mteb rounds to 6 digits in its files, and a resumed run must not differ
-                    result = cache.load_task_result(task.metadata.name, metas[cell])
-                    peak = max(peak, store.nbytes)
-                    records.append(
-                        {
-                            "model": base_meta.name,
-                            "seed": None,
-                            "task": task.metadata.name,
-                            "metric": str(task.metadata.main_score),
-                            "primary": True,
-                            "layer": None,
-                            "dim": dim,
-                            "precision": precision,
-                            "bytes": bytes_per_vector(dim, precision),
-                            "score": _main_score(task, result),
-                        }
-                    )
-                    progress.update()
-            finally:
-                store.clear()
-                if loaded_here:
-                    task.unload_data()
-    return EvaluationReport(records, info={"peak_vector_bytes": peak, "revision": base_meta.revision})
+                found = scored(job)
+            except _NotLoadedError as error:
+                if not skip_missing:
+                    raise
+                logger.warning(str(error))
+                continue
+            records.extend(
+                {
+                    "model": runner.name,
+                    "revision": runner.revision,
+                    "seed": None,
+                    "task": job.label,
+                    "metric": str(job.task.metadata.main_score),
+                    "primary": True,
+                    "layer": None,
+                    "dim": cell[0],
+                    "precision": cell[1],
+                    "bytes": bytes_per_vector(*cell),
+                    "score": job.main_score(result),
+                }
+                for cell, result in found.items()
+            )
+    return EvaluationReport(records, info={"peak_vector_bytes": peak, "revision": runner.revision})
 
 
-def _main_score(task: Any, result: Any) -> float:
-    splits = ["test"] if "test" in task.eval_splits else list(task.eval_splits)
-    return float(result.get_score(splits=splits))
+# Jobs: tasks with what their scores are called and depend on ------------------------------------------------------
 
 
-def _meta(base: Any, dim: int, precision: str, normalize: bool) -> Any:
-    experiment: dict[str, Any] = {"truncate_dim": dim}
-    if precision != "float32":
-        experiment["precision"] = precision
-    if not normalize:
-        experiment["normalize"] = False
-    return base.model_copy(update={"embed_dim": dim, "experiment_kwargs": experiment})
+class _NotLoadedError(FileNotFoundError):
+    """A task's data is on the hub, and cannot be loaded all the same."""
 
 
-def model_name_of(model: SentenceTransformer, name: str | None = None) -> str:
-    """A name of the form ``organisation/model`` for result folders.
+@dataclass
+class _Job:
+    """A task to run, with the identity of its scores.
 
-    Args:
-        model: The model.
-        name: The name wanted; None takes the one that the model was loaded by.
-
-    Returns:
-        The hub name, or ``local/<folder>``.
+    Attributes:
+        task: mteb's task object, the caller's own or a copy with local data.
+        stored: The task's name in result files: mteb's, or one that says local data.
+        data_digest: Digest of data that is not known to be the published one, by subset; empty for published data.
+        parts: The jobs of an aggregate task, which has no data of its own.
     """
-    if name is None:
-        backbone = getattr(model[0], "auto_model", None)
-        name = str(getattr(getattr(backbone, "config", None), "_name_or_path", "") or "model")
-    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    is_hub_name = len(parts) == 2 and not Path(name).exists() and not name.startswith((".", "/", "~"))
-    return "/".join(parts) if is_hub_name else f"local/{parts[-1] if parts else 'model'}"
+
+    task: Any
+    stored: str
+    data_digest: dict[str, str] = field(default_factory=dict)
+    parts: list[_Job] = field(default_factory=list)
+
+    @property
+    def subsets(self) -> list[str]:
+        return ["default"] if self.parts else list(self.task.hf_subsets)
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.task.eval_splits)
+
+    @property
+    def label(self) -> str:
+        """The name in reports: with the subsets and splits if these are not all that the task has."""
+        metadata = self.task.metadata
+        narrowed = []
+        if not self.parts and set(self.subsets) != set(metadata.hf_subsets):
+            narrowed.append(_enumerated(self.subsets, "subsets"))
+        if set(self.splits) != set(metadata.eval_splits):
+            narrowed.append(_enumerated(self.splits, "splits"))
+        return f"{self.stored} ({'; '.join(narrowed)})" if narrowed else self.stored
+
+    def leaves(self) -> list[_Job]:
+        """The jobs that encode."""
+        return [leaf for part in self.parts for leaf in part.leaves()] if self.parts else [self]
+
+    def conditions(self, subset: str, precision: str) -> str | None:
+        """What a score depends on besides model, dim and published task; None for nothing."""
+        found = []
+        if subset in self.data_digest:
+            found.append(f"data {self.data_digest[subset]}")
+        if settings := _changed_settings(self.task):
+            found.append(f"settings {json.dumps(settings, sort_keys=True, default=str)}")
+        parts = [
+            f"{part.stored}: {condition}"
+            for part in self.parts
+            for name in part.subsets
+            if (condition := part.conditions(name, precision)) is not None
+        ]
+        # int8 is calibrated on all texts of a run, so a score in a run of fewer subsets is another one
+        if precision == "int8" and not self.parts and self.label != self.stored:
+            found.append(f"calibrated on {sorted(self.subsets)}, {sorted(self.splits)}")
+        found += parts
+        return "; ".join(found) or None
+
+    def missing(self, result: Any) -> dict[str, list[str]]:
+        """Subsets by split that a result of `_Results.load` lacks; all for None."""
+        there = {} if result is None else result.scores
+        lacking = {
+            split: [
+                name for name in self.subsets if name not in {scores["hf_subset"] for scores in there.get(split, [])}
+            ]
+            for split in self.splits
+        }
+        return {split: names for split, names in lacking.items() if names}
+
+    def main_score(self, result: Any) -> float:
+        """Mean over splits and subsets of a result of `_Results`."""
+        values = [entry["main_score"] for entries in result.scores.values() for entry in entries]
+        return float(np.mean([float("nan") if value is None else float(value) for value in values]))
+
+    @contextlib.contextmanager
+    def data(self) -> Iterator[None]:
+        """Load the task's data if it is not loaded, and then free it again."""
+        if self.task.data_loaded:
+            yield
+            return
+        try:
+            self.task.load_data()
+        except Exception as error:
+            raise _NotLoadedError(
+                f"no data for {self.label}: the hub has it, but {_reason(self.task, error)}."
+            ) from error
+        try:
+            yield
+        finally:
+            self.task.unload_data()
 
 
-def fingerprint(model: SentenceTransformer) -> str:
-    """Sixteen hex digits that change with the weights, the prompts, the modules or the maximal length.
+def _job(task: Any, data_dir: Path | None) -> _Job:
+    """The task with its local data, if it has any, and the identity of its scores."""
+    name = task.metadata.name
+    if task.is_aggregate:
+        parts = [_job(part, data_dir) for part in task.metadata.tasks]
+        if all(part.stored == part.task.metadata.name for part in parts):
+            return _Job(task, name, parts=parts)
+        return _Job(task, f"{name}-local-{short_hash([part.stored for part in parts])}", parts=parts)
+    if getattr(task, "data_loaded", False):
+        return _Job(task, name, {} if is_known_set(task) else data_digests(task))
+    local = with_local_data(task, data_dir)
+    if local is None:
+        return _Job(task, name)
+    if is_known_set(local):
+        return _Job(local, name)
+    job = _Job(local, f"{name}-local-{short_hash(data_digests(local))}")
+    why = "differs from" if name in KNOWN_SETS else "cannot be compared with"
+    logger.warning("the local data of %s %s MTEB's set, so its scores are called %s", name, why, job.label)
+    return job
 
-    Args:
-        model: The model.
 
-    Returns:
-        The digits.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(str((tuple(value.shape), value.dtype)).encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    settings = {
-        "prompts": model.prompts,
-        "default": model.default_prompt_name,
-        "similarity": str(model.similarity_fn_name),
-        "length": model.max_seq_length,
-        "modules": [
-            (type(module).__name__, module.get_config_dict() if hasattr(module, "get_config_dict") else "")  # type: ignore[operator]
-            for module in model.children()
-        ],
+def _enumerated(names: Sequence[str], what: str) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{len(names)} {what} {short_hash(sorted(names))}"
+
+
+def _changed_settings(task: Any) -> dict[str, Any]:
+    """Attributes that were set on the task object and change scores, such as ``n_experiments``."""
+    changed = {
+        name: re.sub(r" at 0x\w+", "", repr(value))
+        for name, value in vars(task).items()
+        if name not in _NO_SETTINGS
+        and hasattr(type(task), name)
+        and not callable(value)
+        and repr(getattr(type(task), name)) != repr(value)
     }
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    if getattr(task, "seed", 42) != 42:  # mteb's default
+        changed["seed"] = task.seed
+    return changed
+
+
+def _distinct(jobs: Sequence[_Job]) -> list[_Job]:
+    """Each job once.
+
+    Raises:
+        ValueError: If two have one name but other data or settings: two scores for one row.
+    """
+    by_label: dict[str, _Job] = {}
+    for job in jobs:
+        known = by_label.setdefault(job.label, job)
+        if any(known.conditions(subset, "float32") != job.conditions(subset, "float32") for subset in job.subsets):
+            raise ValueError(
+                f"tasks: {job.label} is given twice with different data or settings, whose scores would share one "
+                "name; evaluate them apart."
+            )
+    return list(by_label.values())
+
+
+# Runs and files ---------------------------------------------------------------------------------------------------
+
+
+class _Runner:
+    """Runs tasks on views of a store under mteb's own protocol."""
+
+    def __init__(self, model: SentenceTransformer, name: str, normalize: bool, encode_kwargs: dict[str, Any]) -> None:
+        _import_mteb()
+        from mteb.models import SentenceTransformerEncoderWrapper
+
+        self.name, self.revision = name, fingerprint(model)
+        self._wrapper = SentenceTransformerEncoderWrapper(model)
+        self._width, self._normalize, self._encode_kwargs = full_width(model), normalize, encode_kwargs
+
+    def meta(self, dim: int, precision: str) -> Any:
+        """What mteb calls the model at one dim and precision; the full width is the model itself."""
+        experiment: dict[str, Any] = {}
+        if dim != self._width or precision != "float32":
+            experiment["truncate_dim"] = dim
+            if precision != "float32":
+                experiment["precision"] = precision
+            if not self._normalize:
+                experiment["normalize"] = False
+        update = {
+            "name": self.name,
+            "revision": self.revision,
+            "embed_dim": dim,
+            "experiment_kwargs": experiment or None,
+        }
+        return self._wrapper.mteb_model_meta.model_copy(update=update)
+
+    def run(
+        self, job: _Job, store: EmbeddingStore, cell: tuple[int, str], missing: Mapping[str, Sequence[str]]
+    ) -> Iterator[Any]:
+        """Results of mteb for the missing subsets, one after the other, in mteb's order."""
+        mteb = _import_mteb()
+        encoder = copy.copy(self._wrapper)
+        encoder.model = store.view(cell[0], precision=cell[1], normalize=self._normalize)
+        encoder.mteb_model_meta = self.meta(*cell)
+        # Clustering draws from the task's own generators, so each cell starts where the task started.
+        generators = {
+            name: copy.deepcopy(getattr(job.task, name)) for name in ("rng_state", "np_rng") if hasattr(job.task, name)
+        }
+        for split, subsets in missing.items():
+            together = job.task.metadata.type == "BitextMining"  # mteb encodes their subsets in one go
+            for names in [list(subsets)] if together else [[name] for name in subsets]:
+                part = copy.copy(job.task)
+                vars(part).update(generators, hf_subsets=names)
+                part.filter_eval_splits([split])
+                with _labels_read_once(part):
+                    yield mteb.evaluate(
+                        encoder,
+                        part,
+                        co2_tracker=False,
+                        encode_kwargs=dict(self._encode_kwargs),
+                        cache=None,
+                        show_progress_bar=False,
+                    ).task_results[0]
+
+
+class _Results:
+    """The result files of an output folder: mteb's own, each written whole or not at all."""
+
+    def __init__(self, folder: Path, encode_kwargs: dict[str, Any]) -> None:
+        self._cache, self.encode_kwargs = _import_mteb().ResultCache(folder), encode_kwargs
+
+    def load(self, job: _Job, meta: Any, precision: str) -> Any:
+        """What is there of the job's scores: those of this data and these settings.
+
+        Returns:
+            mteb's result, or None.
+
+        Raises:
+            ValueError: If the file is damaged; the message names it.
+        """
+        path = self._cache.get_task_result_path(job.stored, meta)
+        if not path.is_file():
+            return None
+        result = self._read(path, job.stored)
+        if result.dataset_revision != job.task.metadata.revision:
+            logger.info("%s is of another revision of the data and is run again", path)
+            return None
+        return _of_job(result, job, precision)
+
+    def save(self, job: _Job, result: Any, meta: Any, precision: str) -> Any:
+        """Add a result to its file.
+
+        Args:
+            job: The job.
+            result: mteb's result of some subsets.
+            meta: mteb's description of the model.
+            precision: The cell's precision.
+
+        Returns:
+            What `load` would give, as written: mteb rounds to 6 digits.
+        """
+        from filelock import FileLock
+
+        tagged = result.model_copy(deep=True, update={"task_name": job.stored})
+        for entries in tagged.scores.values():
+            for entry in entries:
+                if (conditions := job.conditions(entry["hf_subset"], precision)) is not None:
+                    entry[_CONDITIONS] = conditions
+        path = self._cache.get_task_result_path(job.stored, meta)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        root = self._cache.cache_path
+        # two runs that add to one file must not lose each other's scores
+        with FileLock(root / "results" / ".lock"), tempfile.TemporaryDirectory(prefix=".writing-", dir=root) as beside:
+            if path.is_file():
+                with contextlib.suppress(ValueError):  # a damaged file, or one of other data, is replaced
+                    tagged = self._read(path, job.stored).merge(tagged)
+            stage = _import_mteb().ResultCache(beside)
+            whole = stage.get_task_result_path(job.stored, meta)
+            whole.parent.mkdir(parents=True)
+            settings = path.parent / "run_settings.jsonl"
+            if settings.is_file():  # mteb adds to it
+                (whole.parent / settings.name).write_bytes(settings.read_bytes())
+            stage.save_to_cache(tagged, meta, encode_kwargs=self.encode_kwargs)
+            written = self._read(whole, job.stored)
+            for file in sorted(whole.parent.iterdir(), key=lambda file: file == whole):
+                os.replace(file, path.parent / file.name)
+        return _of_job(written, job, precision)
+
+    def _read(self, path: Path, name: str) -> Any:
+        try:
+            result = _import_mteb().TaskResult.from_disk(path)
+            if result.task_name != name or not all(
+                {"hf_subset", "main_score"} <= set(entry) for entries in result.scores.values() for entry in entries
+            ):
+                raise ValueError(f"it holds no scores of {name}")
+        except Exception as error:
+            raise ValueError(
+                f"{str(path)!r} is no result file of mteb for {name}, perhaps it was cut off while it was written "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). Delete it, or run "
+                "again with overwrite=True (--overwrite)."
+            ) from error
+        return result
+
+
+def _of_job(result: Any, job: _Job, precision: str) -> Any:
+    """What a file holds of the job's splits and subsets under its conditions, under the task's own name."""
+    scores = {
+        split: [
+            entry
+            for entry in result.scores.get(split, [])
+            if entry["hf_subset"] in job.subsets
+            and entry.get(_CONDITIONS) == job.conditions(entry["hf_subset"], precision)
+        ]
+        for split in job.splits
+    }
+    return result.model_copy(update={"task_name": job.task.metadata.name, "scores": scores})
 
 
 def resolve_tasks(tasks: str | Sequence[Any]) -> list[Any]:
@@ -341,7 +643,8 @@ def resolve_tasks(tasks: str | Sequence[Any]) -> list[Any]:
         tasks: As for :func:`evaluate_mteb`.
 
     Returns:
-        mteb's task objects, each once.
+        mteb's task objects, each once. Objects of one task that differ in subsets, splits, settings or data are
+        different ones.
 
     Raises:
         ValueError: If a name is none of these, or the list is empty.
@@ -352,7 +655,7 @@ def resolve_tasks(tasks: str | Sequence[Any]) -> list[Any]:
             names: Sequence[Any] = PRESETS[tasks].tasks
         else:
             try:
-                return list(mteb.get_benchmark(tasks).tasks)
+                names = list(mteb.get_benchmark(tasks).tasks)
             except KeyError:
                 names = [tasks]
     else:
@@ -372,84 +675,48 @@ def resolve_tasks(tasks: str | Sequence[Any]) -> list[Any]:
                 raise ValueError(
                     f"tasks: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a task or benchmark of mteb."
                 ) from error
-    by_name = {task.metadata.name: task for task in resolved}
-    return list(by_name.values())
+    if wrong := [task for task in resolved if not isinstance(task, mteb.AbsTask)]:
+        raise TypeError(f"tasks: {wrong[0]!r} is neither a name nor a task object of mteb.")
+    kinds: dict[tuple[Any, ...], Any] = {}
+    for task in resolved:
+        holders = task.metadata.tasks if task.is_aggregate else [task]
+        key = (
+            task.metadata.name,
+            tuple(sorted(task.hf_subsets)),
+            tuple(sorted(task.eval_splits)),
+            repr(sorted(_changed_settings(task).items())),
+            tuple(id(holder.dataset) if holder.data_loaded else None for holder in holders),
+        )
+        kinds.setdefault(key, task)
+    return list(kinds.values())
 
 
-def _local_file(task_name: str, split: str, data_dir: Path) -> Path | None:
-    short = task_name.removesuffix("Classification").lower()
-    candidates = [data_dir / task_name / f"{split}{ending}" for ending in (".csv", ".parquet", ".jsonl")]
-    candidates += [data_dir / f"{stem}_{split}.csv" for stem in (task_name, short)]
-    return next((path for path in candidates if path.is_file()), None)
+def _why_not_loaded(task: Any) -> list[str]:
+    """Why a task cannot have its data; empty if it can."""
+    if task.data_loaded or _on_hub(task):
+        return []
+    # offline, the set may be in a cache, and a task may have a way of its own: the task knows best
+    try:
+        task.load_data()
+    except Exception as error:
+        return [_reason(task, error)]
+    task.unload_data()
+    return []
 
 
-def _attach_local(task: Any, data_dir: Path | None) -> bool:
-    """Give the task its data from local files; False if a split has no file."""
-    if data_dir is None:
-        return False
-    import pandas as pd
-    from datasets import Dataset, DatasetDict
-
-    name, kind = task.metadata.name, task.metadata.type
-    columns = {
-        "STS": ["sentence1", "sentence2", "score"],
-        "Classification": ["text", "label"],
-        "PairClassification": ["sentence1", "sentence2", "labels"],
-    }.get(kind)
-    if columns is None or list(task.hf_subsets) != ["default"]:
-        return False
-    splits = list(task.eval_splits)
-    if kind == "Classification":
-        splits = list(dict.fromkeys([task.train_split, *splits]))
-    files = {split: _local_file(name, split, data_dir) for split in splits}
-    if any(path is None for path in files.values()):
-        return False
-    stats = task.metadata.descriptive_stats or {}
-    texts = dict.fromkeys((column for column in columns if column.startswith(("sentence", "text"))), str)
-    parts = {}
-    for split, path in files.items():
-        assert path is not None
-        try:
-            if path.suffix == ".parquet":
-                frame = pd.read_parquet(path)
-            elif path.suffix == ".jsonl":
-                frame = pd.read_json(path, lines=True, dtype=texts, encoding="utf-8-sig")
-            else:
-                # "NA" and empty cells are texts here, not missing values
-                frame = pd.read_csv(path, dtype=texts, keep_default_na=False)
-        except (ValueError, OSError) as error:  # those of pandas and pyarrow are ValueErrors
-            raise ValueError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {error}") from error
-        lacking = [column for column in columns if column not in frame.columns]
-        if lacking:
-            raise ValueError(f"{str(path)!r} has no column {', '.join(lacking)}; {name} needs {', '.join(columns)}.")
-        if "score" in columns:
-            scores = pd.to_numeric(frame["score"], errors="coerce")
-            if (wrong := scores.isna()).any():
-                raise ValueError(
-                    f"{str(path)!r} has {int(wrong.sum())} scores that are no numbers, the first is "
-                    f"{frame['score'][wrong].iloc[0]!r}."
-                )
-            frame["score"] = scores
-        expected = stats.get(split, {}).get("num_samples")
-        if expected is not None and expected != len(frame):
-            raise ValueError(
-                f"{str(path)!r} has {len(frame)} rows, {name}'s {split} part has {expected}: scores of partial data "
-                f"must not carry the task's name. Use the whole set."
-            )
-        parts[split] = Dataset.from_pandas(frame[columns], preserve_index=False)
-    task.dataset = DatasetDict(parts)
-    task.data_loaded = True
-    return True
+def _reason(task: Any, error: Exception) -> str:
+    first = str(error).strip().splitlines()
+    return f"{task.metadata.name}: {type(error).__name__}: {first[0] if first else ''}"
 
 
 def _on_hub(task: Any) -> bool:
-    """Whether the hub has the task's data; answers within seconds, for mteb itself would retry for half a minute."""
+    """Whether the hub has the task's data; answers within seconds, and saves loading it only to see that."""
     import huggingface_hub
 
     path = task.metadata.dataset.get("path", "")
     try:
         huggingface_hub.HfApi().dataset_info(path, timeout=_HUB_TIMEOUT_SECONDS)
-    except Exception as error:  # no network, offline mode, gated or unknown set: all mean "cannot be loaded"
+    except Exception as error:  # no network, offline mode, gated or unknown set
         logger.debug("%s is not on the hub: %s", path, error)
         return False
     return True

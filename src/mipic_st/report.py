@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from mipic_st._checks import plain
 
@@ -14,11 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["EvaluationReport"]
 
-COLUMNS = ("model", "seed", "task", "metric", "primary", "layer", "dim", "precision", "bytes", "score")
+COLUMNS = ("model", "revision", "seed", "task", "metric", "primary", "layer", "dim", "precision", "bytes", "score")
 _REQUIRED = ("model", "task", "metric", "dim", "score")
-_DEFAULTS = {"seed": None, "primary": True, "layer": None, "precision": "float32", "bytes": None}
+_DEFAULTS = {"revision": None, "seed": None, "primary": True, "layer": None, "precision": "float32", "bytes": None}
+_MAY_BE_NONE = ("revision", "seed", "layer", "bytes")
+# Scores of one identity that differ by less are one score: below the last digit that tables show.
+_SAME_SCORE = 5e-5
+_NOT_A_NUMBER = "n/a"
 # Okabe and Ito's colours: told apart by readers with colour blindness and in grey
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -40,12 +52,113 @@ def _pyplot() -> Any:
     return matplotlib.pyplot
 
 
+@dataclass
+class _Cell:
+    """The main score of one row in one column, for each (revision, seed) that was declared."""
+
+    bytes: int | None
+    scores: dict[tuple[Any, Any], float] = field(default_factory=dict)
+
+    def mean(self) -> float:
+        return float(np.mean(list(self.scores.values())))
+
+
+class _Point(NamedTuple):
+    """A point of a plot."""
+
+    row: str
+    run: tuple[Any, ...]
+    precision: str
+    dim: int
+    bytes: int | None
+    score: float
+
+
+def _or_none(value: Any) -> Any:
+    """What frames and CSV files write for "none" (NaN, NA) as None."""
+    value = plain(value)
+    missing = type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
+    return None if missing else value
+
+
+def _run(record: dict[str, Any]) -> tuple[str, Any, Any]:
+    """(model, revision, seed) of a record: what has one score per cell."""
+    return str(record["model"]), record["revision"], record["seed"]
+
+
+def _row_names(records: Iterable[dict[str, Any]]) -> dict[tuple[str, Any, Any], str]:
+    """The row of each run. One row for all seeds of a model if each seed is one revision; else revisions part."""
+    revisions_of: dict[str, dict[Any, list[Any]]] = {}
+    for model, revision, seed in dict.fromkeys(_run(record) for record in records):
+        revisions_of.setdefault(model, {}).setdefault(seed, []).append(revision)
+    names: dict[tuple[str, Any, Any], str] = {}
+    for model, by_seed in revisions_of.items():
+        runs = [(revision, seed) for seed, revisions in by_seed.items() for revision in revisions]
+        seeds = [seed for seed in by_seed if seed is not None]
+        joined = all(len(by_seed[seed]) == 1 for seed in seeds)
+        known = {str(revision) for revision, _ in runs if revision is not None}
+        short = 8 if len({revision[:8] for revision in known}) == len(known) else None
+        rows = {}
+        for revision, seed in runs:
+            at = "" if revision is None else f"@{str(revision)[:short]}"
+            if seed is None:
+                rows[revision, seed] = model + at
+            elif joined:
+                rows[revision, seed] = f"{model} (seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))})"
+            else:
+                rows[revision, seed] = f"{model}{at} (seed {seed})"
+        alone = len(set(rows.values())) == 1
+        names |= {(model, *run): model if alone else row for run, row in rows.items()}
+    return names
+
+
+def _warn_of_missing_seeds(cells: dict[tuple[Any, ...], _Cell]) -> None:
+    """A mean over fewer seeds than the row has elsewhere is shown, but not in silence."""
+    runs_of: dict[str, set[Any]] = {}
+    for (row, *_), cell in cells.items():
+        runs_of.setdefault(row, set()).update(cell.scores)
+    fewer = sorted(
+        {f"{row}, {task}" for (row, _, _, _, task, _), cell in cells.items() if set(cell.scores) != runs_of[row]}
+    )
+    if fewer:
+        logger.warning("means over fewer seeds than the model has elsewhere: %s", "; ".join(fewer))
+
+
+def _column_names(columns: Sequence[tuple[Any, Any]]) -> list[str]:
+    """A task's name, with its metric where its scores are of several."""
+    tasks = [task for task, _ in columns]
+    return [str(task) if tasks.count(task) == 1 else f"{task} {metric}" for task, metric in columns]
+
+
+def _of_task(cells: dict[tuple[Any, ...], _Cell], task: str | None) -> dict[tuple[Any, ...], _Cell]:
+    """The cells of one task, or of all. Scores of several metrics are not drawn as one."""
+    tasks = sorted({str(key[4]) for key in cells})
+    if task is not None:
+        cells = {key: cell for key, cell in cells.items() if key[4] == task}
+        if not cells:
+            raise ValueError(f"task {task!r} is not in the report, which has {tasks}.")
+    metrics: dict[Any, set[str]] = {}
+    for *_, name, metric in cells:
+        metrics.setdefault(name, set()).add(str(metric))
+    mixed = {name: sorted(kinds) for name, kinds in metrics.items() if len(kinds) > 1}
+    if mixed:
+        raise ValueError(
+            f"one line cannot show several metrics, and these tasks have {mixed}; draw their reports apart."
+        )
+    return cells
+
+
 class EvaluationReport:
     """Scores of models by task, metric, dim, layer and precision.
 
+    A row is a model with its name and its revision. Tables and plots average declared seeds and nothing else: two
+    revisions under one name become two rows, ``name@revision``, and two different scores of one and the same row are an
+    error. A score that is not a number stays one in every mean (``n/a`` in text, a gap in plots).
+
     Args:
         records: One dict per score with ``model``, ``task``, ``metric``, ``dim``, ``score`` and, if they apply,
-            ``seed``, ``layer``, ``precision``, ``bytes``, ``primary`` (whether it is the task's main metric).
+            ``revision`` (which state of the model), ``seed`` (of the training run; runs of one model that differ in it
+            are averaged), ``layer``, ``precision``, ``bytes``, ``primary`` (whether it is the task's main metric).
         info: Anything to keep with the scores (peak memory, revision); written to JSON.
 
     Raises:
@@ -65,7 +178,8 @@ class EvaluationReport:
             unknown = sorted(set(record) - set(COLUMNS))
             if missing or unknown:
                 raise ValueError(f"a record lacks {missing} or has unknown keys {unknown}; keys are {list(COLUMNS)}.")
-            self.records.append({key: record.get(key, _DEFAULTS.get(key)) for key in COLUMNS})
+            whole = {key: record.get(key, _DEFAULTS.get(key)) for key in COLUMNS}
+            self.records.append({**whole, **{key: _or_none(whole[key]) for key in _MAY_BE_NONE}})
 
     def __len__(self) -> int:
         return len(self.records)
@@ -81,50 +195,125 @@ class EvaluationReport:
             primary_only: Leave out all but each task's main metric.
 
         Returns:
-            Columns model, seed, task, metric, primary, layer, dim, precision, bytes, score (0 to 1).
+            Columns model, revision, seed, task, metric, primary, layer, dim, precision, bytes, score (0 to 1).
         """
         pandas = _pandas()
         frame = pandas.DataFrame(self.records, columns=list(COLUMNS))
         frame["layer"] = frame["layer"].astype("Int64")
         frame["seed"] = frame["seed"].astype("Int64")
-        return frame[frame["primary"]] if primary_only else frame
+        return frame[frame["primary"].astype(bool)] if primary_only else frame
+
+    def _cells(self) -> dict[tuple[Any, ...], _Cell]:
+        """Main scores by (row's name, layer, precision, dim, task, metric), in the order of the records.
+
+        Raises:
+            ValueError: If there are none, or two different ones of one model, revision and seed.
+        """
+        main = [record for record in self.records if record["primary"]]
+        if not main:
+            raise ValueError("the report holds no main scores.")
+        row_of = _row_names(main)
+        cells: dict[tuple[Any, ...], _Cell] = {}
+        for record in main:
+            run = _run(record)
+            row = row_of[run]
+            layer, dim = record["layer"], plain(record["dim"])
+            key = (row, layer, record["precision"], dim, record["task"], record["metric"])
+            cell = cells.setdefault(key, _Cell(record["bytes"]))
+            score = float(record["score"])
+            known = cell.scores.setdefault(run[1:], score)
+            if not (math.isclose(known, score, rel_tol=0, abs_tol=_SAME_SCORE) or (known != known and score != score)):
+                raise ValueError(
+                    f"two scores, {known:.4f} and {score:.4f}, for model {record['model']!r}, revision "
+                    f"{record['revision']!r}, seed {record['seed']!r}, task {record['task']!r}, dim {dim}"
+                    f"{'' if layer is None else f', layer {layer}'}: only runs of different seeds are averaged. Give "
+                    "models different names, runs their seed, or evaluators different names."
+                )
+        _warn_of_missing_seeds(cells)
+        return cells
 
     def table(self, average: bool = True) -> pd.DataFrame:
         """Main metrics x 100: one row per (model, layer, precision, dim), one column per task; seeds are averaged.
+
+        Revisions of one name have rows of their own, ``name@revision``. A task whose scores are of several metrics has
+        a column for each. A mean over seeds or tasks of which one is not a number is none either.
 
         Args:
             average: Add the mean over tasks as the last column, if there are several tasks.
 
         Returns:
             The wide frame; what all rows share (one precision, no layers) is left out of its index.
-        """
-        frame = self.frame(primary_only=True).copy()
-        if frame.empty:
-            raise ValueError("the report holds no main scores.")
-        frame["score"] *= 100
-        frame["layer"] = frame["layer"].astype(object).where(frame["layer"].notna(), "")
-        keys = ["model", *(["layer"] if (frame["layer"] != "").any() else [])]
-        keys += ["precision"] if frame["precision"].nunique() > 1 else []
-        keys += ["dim"]
-        if frame["precision"].nunique() > 1:
-            keys += ["bytes"]
-        wide = frame.pivot_table(index=keys, columns="task", values="score", aggfunc="mean", sort=False)
-        if average and wide.shape[1] > 1:
-            # a mean over fewer tasks would not compare, so a gap stays a gap
-            wide["mean"] = wide.mean(axis=1, skipna=False)
-        wide.columns.name = None
-        return wide
 
-    def _marked(self, mark_best: bool, bold: str) -> pd.DataFrame:
-        """The table as text; with several models the best one per task and dim is marked."""
-        wide = self.table()
-        models = wide.index.get_level_values("model")
-        text = wide.map(lambda value: "" if value != value else f"{value:.2f}")
-        if mark_best and models.nunique() > 1:
-            others = [name for name in wide.index.names if name != "model"]
-            best = wide.round(2).groupby(level=others).transform("max")
-            text = text.where(~(wide.round(2) == best), text.map(lambda value: bold % value if value else value))
-        return text.reset_index()
+        Raises:
+            ValueError: If the report holds no main scores, or two different ones of one model, revision and seed.
+        """
+        pandas = _pandas()
+        keys, columns, rows, values, _ = self._wide(average)
+        index = pandas.MultiIndex.from_tuples(rows, names=keys)
+        return pandas.DataFrame(values, index=index, columns=columns)
+
+    def _wide(self, average: bool) -> tuple[list[str], list[str], list[tuple[Any, ...]], np.ndarray, np.ndarray]:
+        """The table's parts: names of its keys, its columns and rows, values x 100, and where there is a score."""
+        cells = self._cells()
+        layers = any(layer is not None for _, layer, *_ in cells)
+        precisions = len({key[2] for key in cells}) > 1
+        keys = ["model", *(["layer"] if layers else []), *(["precision"] if precisions else []), "dim"]
+        keys += ["bytes"] if precisions else []
+        columns = list(dict.fromkeys(key[4:] for key in cells))
+        rows = {key[:4]: cell.bytes for key, cell in cells.items()}
+        values = np.full((len(rows), len(columns)), np.nan)
+        there = np.zeros(values.shape, dtype=bool)
+        row_number, column_number = {key: i for i, key in enumerate(rows)}, {key: i for i, key in enumerate(columns)}
+        for key, cell in cells.items():
+            place = row_number[key[:4]], column_number[key[4:]]
+            values[place] = 100 * cell.mean()
+            there[place] = True
+        names = _column_names(columns)
+        if average and len(columns) > 1:
+            # a mean over fewer tasks would not compare, so a gap stays a gap
+            values = np.column_stack([values, values.mean(axis=1)])
+            there = np.column_stack([there, there.all(axis=1)])
+            names.append("mean" if "mean" not in names else "mean of tasks")
+        index = [
+            (
+                model,
+                *(["" if layer is None else layer] if layers else []),
+                *([precision] if precisions else []),
+                dim,
+                *(["" if size is None else size] if precisions else []),
+            )
+            for (model, layer, precision, dim), size in rows.items()
+        ]
+        return keys, names, index, values, there
+
+    def _text(
+        self, mark_best: bool, bold: Callable[[str], str]
+    ) -> tuple[list[str], list[str], list[tuple[list[str], list[str]]]]:
+        """Key names, column names and rows (keys, cells) as text; with several models the best cells are marked.
+
+        Built by hand: a task may be called like a key.
+        """
+        keys, columns, index, values, there = self._wide(average=True)
+        shown = np.round(values, 2)
+        best: dict[tuple[Any, ...], float] = {}
+        several = mark_best and len({row[0] for row in index}) > 1
+        for number, row in enumerate(index):
+            for column in range(len(columns)):
+                if (value := shown[number, column]) == value:
+                    place = (column, *row[1:])
+                    best[place] = max(best.get(place, value), value)
+        rows = []
+        for number, row in enumerate(index):
+            cells = []
+            for column in range(len(columns)):
+                value = shown[number, column]
+                if value != value:
+                    cells.append(_NOT_A_NUMBER if there[number, column] else "")
+                    continue
+                text = f"{value:.2f}"
+                cells.append(bold(text) if several and value == best[(column, *row[1:])] else text)
+            rows.append(([str(part) for part in row], cells))
+        return keys, columns, rows
 
     def to_markdown(self, path: str | Path | None = None, *, mark_best: bool = True) -> str:
         """The table as Markdown; with several models the best per column and dim is bold.
@@ -134,17 +323,17 @@ class EvaluationReport:
             mark_best: Mark the best.
 
         Returns:
-            The table as text.
+            The table as text; ``n/a`` is a score that is not a number, an empty cell one that is not there.
         """
-        frame = self._marked(mark_best, "**%s**")
-        rows = [[str(name) for name in frame.columns], *([str(cell) for cell in row] for row in frame.to_numpy())]
-        keys = sum(1 for name in frame.columns if name in ("model", "layer", "precision", "dim", "bytes"))
+        keys, columns, body = self._text(mark_best, "**{}**".format)
+        rows = [[*keys, *columns], *([*row, *cells] for row, cells in body)]
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
-        rule = ["-" * width if i < keys else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+        rule = ["-" * width if i < len(keys) else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
         lines = [
             "| "
             + " | ".join(
-                cell.replace("|", "\\|").ljust(width) if i < keys else cell.rjust(width)
+                cell.ljust(width) if i < len(keys) else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             )
             + " |"
@@ -201,20 +390,19 @@ class EvaluationReport:
         Returns:
             The LaTeX text.
         """
-        frame = self._marked(mark_best, "\\textbf{%s}")
+        keys, columns, rows = self._text(mark_best, "\\textbf{{{}}}".format)
         escaped = {character: "\\" + character for character in "_&%#${}"}
         escaped |= {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
 
-        def clean(value: Any) -> str:
-            return "".join(escaped.get(character, character) for character in str(value))
+        def clean(value: str) -> str:
+            return "".join(escaped.get(character, character) for character in value)
 
-        keys = sum(1 for name in frame.columns if name in ("model", "layer", "precision", "dim", "bytes"))
         lines = [
-            "\\begin{tabular}{" + "l" * keys + "r" * (len(frame.columns) - keys) + "}",
+            "\\begin{tabular}{" + "l" * len(keys) + "r" * len(columns) + "}",
             "\\toprule",
-            " & ".join(clean(name) for name in frame.columns) + " \\\\",
+            " & ".join(clean(name) for name in [*keys, *columns]) + " \\\\",
             "\\midrule",
-            *(" & ".join([*map(clean, row[:keys]), *row[keys:]]) + " \\\\" for row in frame.to_numpy()),
+            *(" & ".join([*map(clean, row), *cells]) + " \\\\" for row, cells in rows),
             "\\bottomrule",
             "\\end{tabular}",
         ]
@@ -222,28 +410,46 @@ class EvaluationReport:
 
     # Plots ----------------------------------------------------------------------------------------------------------
 
-    def _curves(self, task: str | None, precisions: Sequence[str] = ("float32",)) -> pd.DataFrame:
-        """Score x 100 per (model, seed, precision, dim), averaged over tasks or of one task, deepest layer."""
-        frame = self.frame(primary_only=True)
-        frame = frame[frame["precision"].isin(precisions)]
-        if frame["layer"].notna().any():
-            deepest = frame.groupby("model")["layer"].transform("max")
-            frame = frame[frame["layer"].isna() | (frame["layer"] == deepest)]
-        if task is not None:
-            tasks = sorted(frame["task"].unique())
-            frame = frame[frame["task"] == task]
-            if frame.empty:
-                raise ValueError(f"task {task!r} is not in the report, which has {tasks}.")
-        keys = ["model", "seed", "precision", "dim", "bytes"]
-        curves = frame.groupby(keys, dropna=False, sort=False)["score"].mean().mul(100).reset_index()
-        if curves.empty:
+    def _curves(self, task: str | None, precisions: Sequence[str] = ("float32",)) -> list[_Point]:
+        """Score x 100 per (row, run, precision, dim), of one task or the mean over all, of the final vector.
+
+        A mean that lacks a task, or holds a score that is not a number, is NaN: drawn as a gap.
+        """
+        cells = {key: cell for key, cell in self._cells().items() if key[2] in precisions}
+        if not cells:
             raise ValueError(f"the report holds no scores at precisions {list(precisions)}.")
+        cells = _of_task(cells, task)
+        # the final vector is the one without a layer, or else the deepest
+        final: dict[tuple[Any, ...], int | None] = {}
+        for row, layer, _, _, *column in cells:
+            place = (row, *column)
+            known = final.setdefault(place, layer)
+            final[place] = None if layer is None or known is None else max(known, layer)
+        columns = {place[1:] for place in final}
+        points: dict[tuple[Any, ...], dict[tuple[Any, ...], float]] = {}
+        sizes: dict[tuple[Any, ...], int | None] = {}
+        for (row, layer, precision, dim, *column), cell in cells.items():
+            if layer == final[row, *column]:
+                sizes[precision, dim] = cell.bytes
+                for run, score in cell.scores.items():
+                    points.setdefault((row, run, precision, dim), {})[tuple(column)] = score
+        curves, gaps = [], []
+        for (row, run, precision, dim), scores in points.items():
+            lacking = sorted({str(column[0]) for column in columns - set(scores)})
+            score = float("nan") if lacking else 100 * float(np.mean(list(scores.values())))
+            curves.append(_Point(row, run, precision, dim, sizes[precision, dim], score))
+            if score != score:
+                gaps.append(f"{row} at {dim} ({'lacks ' + ', '.join(lacking) if lacking else 'not a number'})")
+        if len(gaps) == len(curves):
+            raise ValueError(f"nothing to draw, no point has a score for every task: {'; '.join(gaps[:5])}.")
+        if gaps:
+            logger.warning("gaps in the plot, for these have no score for every task: %s", "; ".join(gaps))
         return curves
 
     def _title(self, task: str | None) -> str:
-        tasks = sorted({record["task"] for record in self.records if record["primary"]})
+        tasks = sorted({str(record["task"]) for record in self.records if record["primary"]})
         if task is not None or len(tasks) == 1:
-            return task or str(tasks[0])
+            return task or tasks[0]
         return f"mean of {len(tasks)} tasks"
 
     def plot_score_by_dim(self, path: str | Path | None = None, task: str | None = None) -> Figure:
@@ -256,7 +462,8 @@ class EvaluationReport:
         Returns:
             The figure.
         """
-        return self._line_plot(self._curves(task), "score (x 100)", self._title(task), path)
+        points = [(point.row, point.dim, point.score) for point in self._curves(task)]
+        return self._line_plot(points, "score (x 100)", self._title(task), path)
 
     def plot_retained(self, path: str | Path | None = None, task: str | None = None) -> Figure:
         """Share of the largest dim's score that each dim keeps, in percent.
@@ -269,10 +476,17 @@ class EvaluationReport:
             The figure.
         """
         curves = self._curves(task)
-        widest = curves.loc[curves.groupby(["model", "seed"], dropna=False)["dim"].idxmax()]
-        curves = curves.merge(widest[["model", "seed", "score"]], on=["model", "seed"], suffixes=("", "_full"))
-        curves["score"] = 100 * curves["score"] / curves["score_full"]
-        figure = self._line_plot(curves, "share of full width kept (%)", self._title(task), None)
+        widest: dict[tuple[Any, ...], _Point] = {}
+        for point in curves:
+            known = widest.setdefault((point.row, point.run), point)
+            if point.dim > known.dim:
+                widest[point.row, point.run] = point
+        points = [
+            # a share of zero is none
+            (point.row, point.dim, 100 * point.score / (widest[point.row, point.run].score or float("nan")))
+            for point in curves
+        ]
+        figure = self._line_plot(points, "share of full width kept (%)", self._title(task), None)
         figure.axes[0].axhline(100, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
         return _saved(figure, path)
 
@@ -285,11 +499,19 @@ class EvaluationReport:
 
         Returns:
             The figure.
+
+        Raises:
+            ValueError: If the records do not say their bytes.
         """
         curves = self._curves(task, ("float32", "int8", "binary"))
-        several = curves["model"].nunique() > 1
-        curves["model"] = curves["model"].map(_short) + ", " + curves["precision"] if several else curves["precision"]
-        return self._line_plot(curves, "score (x 100)", self._title(task), path, x="bytes")
+        if any(point.bytes is None for point in curves):
+            raise ValueError("bytes are missing from some records; give each its bytes per vector.")
+        several = len({point.row for point in curves}) > 1
+        points = [
+            (f"{point.row}, {point.precision}" if several else point.precision, point.bytes, point.score)
+            for point in curves
+        ]
+        return self._line_plot(points, "score (x 100)", self._title(task), path, x="bytes")
 
     def plot_layer_dim(
         self, path: str | Path | None = None, task: str | None = None, model: str | None = None
@@ -299,70 +521,89 @@ class EvaluationReport:
         Args:
             path: See `plot_score_by_dim`.
             task: One task; None takes the mean over tasks.
-            model: Which model, if the report holds several.
+            model: Which model, if the report holds several: the name that the table has.
 
         Returns:
             The figure.
         """
         pyplot = _pyplot()
-        frame = self.frame(primary_only=True)
-        frame = frame[frame["layer"].notna() & (frame["precision"] == "float32")]
-        if frame.empty:
+        cells = {key: cell for key, cell in self._cells().items() if key[1] is not None and key[2] == "float32"}
+        if not cells:
             raise ValueError("the report holds no layers; evaluate with layers=[...].")
-        models = list(frame["model"].unique())
+        models = list(dict.fromkeys(key[0] for key in cells))
         if model is None and len(models) > 1:
             raise ValueError(f"model must be one of {models}, got None.")
-        frame = frame[frame["model"] == (model or models[0])]
-        if task is not None:
-            frame = frame[frame["task"] == task]
-        if frame.empty:
-            raise ValueError(f"no scores for model {model!r}, task {task!r}.")
-        grid = frame.pivot_table(index="layer", columns="dim", values="score", aggfunc="mean").mul(100)
-        grid = grid.sort_index(ascending=False)
-        values = grid.to_numpy(dtype=float)
-        figure, axes = pyplot.subplots(
-            figsize=(1.6 + 0.75 * grid.shape[1], 1.4 + 0.45 * grid.shape[0]), layout="constrained"
-        )
+        if model is not None and model not in models:
+            raise ValueError(f"no scores for model {model!r}; model must be one of {models}.")
+        shown = model or models[0]
+        cells = _of_task({key: cell for key, cell in cells.items() if key[0] == shown}, task)
+        layers, dims = sorted({key[1] for key in cells}, reverse=True), sorted({key[3] for key in cells})
+        columns = {key[4:] for key in cells}
+        values = np.full((len(layers), len(dims)), np.nan)
+        for row, layer in enumerate(layers):
+            for column, dim in enumerate(dims):
+                scores = [cells.get((shown, layer, "float32", dim, *task_metric)) for task_metric in columns]
+                if all(cell is not None for cell in scores):
+                    values[row, column] = 100 * np.mean([cell.mean() for cell in scores if cell is not None])
+        figure, axes = pyplot.subplots(figsize=(1.6 + 0.75 * len(dims), 1.4 + 0.45 * len(layers)), layout="constrained")
         image = axes.imshow(values, aspect="auto", cmap="viridis")
-        middle = (values.min() + values.max()) / 2
-        for row in range(grid.shape[0]):
-            for column in range(grid.shape[1]):
+        finite = values[np.isfinite(values)]
+        middle = (finite.min() + finite.max()) / 2 if finite.size else 0.0
+        for row in range(len(layers)):
+            for column in range(len(dims)):
                 value = values[row, column]
                 colour = "white" if value < middle else "black"
-                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=9)
-        axes.set_xticks(range(grid.shape[1]), [str(dim) for dim in grid.columns])
-        axes.set_yticks(range(grid.shape[0]), [str(layer) for layer in grid.index])
+                text = f"{value:.1f}" if value == value else _NOT_A_NUMBER
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+        axes.set_xticks(range(len(dims)), [str(dim) for dim in dims])
+        axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel("dimensions")
         axes.set_ylabel("layer")
-        axes.set_title(f"{_short(model or models[0])}: {self._title(task)}", loc="left", fontsize=11)
+        axes.set_title(f"{_short(shown)}: {self._title(task)}", loc="left", fontsize=11)
         bar = figure.colorbar(image, ax=axes, label="score (x 100)", pad=0.02)
         bar.outline.set_visible(False)
         return _saved(figure, path)
 
     def _line_plot(
-        self, curves: pd.DataFrame, y_label: str, title: str, path: str | Path | None, x: str = "dim"
+        self,
+        points: Sequence[tuple[str, Any, float]],
+        y_label: str,
+        title: str,
+        path: str | Path | None,
+        x: str = "dim",
     ) -> Figure:
+        """One line per name through the means of its (name, x, y), a band from the lowest to the highest."""
         pyplot = _pyplot()
         figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
-        names = list(dict.fromkeys(curves["model"]))
+        lines: dict[str, dict[int, list[float]]] = {}
+        for name, place, y in points:
+            lines.setdefault(name, {}).setdefault(int(place), []).append(y)
+        shorts = _short_names(lines)
         ends = []
-        for number, name in enumerate(names):
-            rows = curves[curves["model"] == name].groupby(x)["score"].agg(["mean", "min", "max"]).sort_index()
+        for number, (name, line) in enumerate(lines.items()):
+            places = sorted(line)
+            # NumPy's mean of a NaN is NaN: a gap in the line, not a mean over fewer seeds
+            means, lows, highs = ([float(f(line[place])) for place in places] for f in (np.mean, np.min, np.max))
             colour = _COLOURS[number % len(_COLOURS)]
             axes.plot(
-                rows.index,
-                rows["mean"],
+                places,
+                means,
                 color=colour,
                 marker=_MARKERS[number % len(_MARKERS)],
                 markersize=5,
                 linewidth=1.8,
             )
-            if (rows["max"] > rows["min"]).any():
-                axes.fill_between(rows.index, rows["min"], rows["max"], color=colour, alpha=0.18, linewidth=0)
-            ends.append((float(rows.index[-1]), float(rows["mean"].iloc[-1]), _short(name), colour))
-        ticks = sorted({int(value) for value in curves[x]})
+            if any(high > low for low, high in zip(lows, highs, strict=True)):
+                axes.fill_between(places, lows, highs, color=colour, alpha=0.18, linewidth=0)
+            drawn = [(place, mean) for place, mean in zip(places, means, strict=True) if mean == mean]
+            if drawn:
+                ends.append((float(drawn[-1][0]), drawn[-1][1], shorts[name], colour))
+        if not ends:
+            pyplot.close(figure)
+            raise ValueError(f"nothing to draw: {y_label} is not a number at any point.")
+        ticks = sorted({place for line in lines.values() for place in line})
         axes.set_xscale("log", base=2)
         if x == "bytes":
             ticks = [2**power for power in range(min(ticks).bit_length() - 1, max(ticks).bit_length() + 1)]
@@ -436,6 +677,13 @@ def _short(name: str) -> str:
     return str(name).rsplit("/", 1)[-1]
 
 
+def _short_names(names: Iterable[str]) -> dict[str, str]:
+    """Short names where these tell the names apart, full ones where not."""
+    names = list(names)
+    shorts = [_short(name) for name in names]
+    return {name: short if shorts.count(short) == 1 else name for name, short in zip(names, shorts, strict=True)}
+
+
 def _none_if_nan(value: float) -> float | None:
     return None if value != value else value
 
@@ -447,9 +695,23 @@ def _jsonable(value: Any) -> Any:
 
 def _written(text: str, path: str | Path | None) -> str:
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
+        _write_whole(Path(path), lambda target: target.write_text(text, encoding="utf-8"))
     return text
+
+
+def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place and move it there: readers see the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a terminal or a pipe has no place beside it
+        write(path)
+        return
+    path = Path(os.path.realpath(path))
+    beside = path.with_name(f".{path.stem}-{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:
@@ -457,12 +719,11 @@ def _saved(figure: Figure, path: str | Path | None) -> Figure:
     if path is None:
         return figure
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix in (".png", ".svg"):
         targets = [path]
     else:
         targets = [path.with_name(path.name + ending) for ending in (".png", ".svg")]
     for target in targets:
-        figure.savefig(target, dpi=200, bbox_inches="tight")
+        _write_whole(target, lambda beside: figure.savefig(beside, dpi=200, bbox_inches="tight"))
     _pyplot().close(figure)
     return figure
