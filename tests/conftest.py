@@ -10,11 +10,19 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    Dense,
+    Dropout,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    Transformer,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -74,6 +82,56 @@ CONFIGS = {
 ARCHITECTURES = list(CONFIGS)
 
 
+class Tail(NamedTuple):
+    """What stands behind the encoder of a public model, made small."""
+
+    pooling: str
+    width: int
+    modules: Callable[[], list]
+
+
+def _dense(*sizes: int, bias: bool = False, activation: Any = None, **options) -> Dense:
+    return Dense(*sizes, bias=bias, activation_function=activation or torch.nn.Identity(), **options)
+
+
+TAILS = {
+    "embeddinggemma": Tail("mean", 32, lambda: [_dense(32, 48), _dense(48, 32), Normalize()]),
+    "sentence-t5": Tail("mean", 24, lambda: [_dense(32, 24), Normalize()]),
+    "labse": Tail("cls", 32, lambda: [_dense(32, 32, bias=True, activation=torch.nn.Tanh()), Normalize()]),
+    "stella": Tail("mean", 40, lambda: [_dense(32, 40, bias=True)]),
+    "distiluse": Tail("mean", 20, lambda: [_dense(32, 20, bias=True, activation=torch.nn.Tanh())]),
+    "residual": Tail(
+        "lasttoken",
+        24,
+        lambda: [
+            _dense(32, 32, bias=True, activation=torch.nn.ReLU(), use_residual=True),
+            Dropout(0.5),
+            LayerNorm(32),
+            _dense(32, 24, activation=torch.nn.GELU(), use_residual=True),
+            Normalize(),
+            Dropout(0.5),
+        ],
+    ),
+    "max, normalized in the middle": Tail("max", 24, lambda: [Normalize(), _dense(32, 24, bias=True)]),
+}
+
+
+def make_tail(name: str) -> list:
+    """Fresh modules of one of the tails, always with the same random weights, far enough from small to matter."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(1)
+        modules = TAILS[name].modules()
+        for module in modules:
+            for parameter in module.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return modules
+
+
+def tail_dims(name: str) -> list[int]:
+    """The tail's width, and prefixes."""
+    return [TAILS[name].width, 16, 8, 4]
+
+
 def make_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
     """One word, one token; [CLS] in front and [SEP] behind."""
     vocab = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
@@ -95,13 +153,17 @@ def make_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerFast:
 
 
 def save_encoder(
-    folder: Path, architecture: str = "bert", padding_side: str = "right", layers: int = DEPTH, **config_overrides
+    folder: Path,
+    architecture: str | Callable[[int], Any] = "bert",
+    padding_side: str = "right",
+    layers: int = DEPTH,
+    **config_overrides,
 ) -> Path:
-    """Write a random encoder of the architecture and its tokenizer, unless it is there."""
+    """Write a random encoder of the architecture (or of a config's maker) and its tokenizer, unless it is there."""
     if folder.exists():
         return folder
     tokenizer = make_tokenizer(padding_side)
-    config = CONFIGS[architecture](layers)
+    config = (CONFIGS[architecture] if isinstance(architecture, str) else architecture)(layers)
     for name, value in {"vocab_size": len(tokenizer), **config_overrides}.items():
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -120,11 +182,18 @@ def save_encoder(
 
 
 def assemble(
-    folder: Path, pooling: str = "mean", normalize: bool = False, include_prompt: bool = True, **options
+    folder: Path,
+    pooling: str = "mean",
+    normalize: bool = False,
+    include_prompt: bool = True,
+    tail: str | None = None,
+    **options,
 ) -> SentenceTransformer:
     """A SentenceTransformer around a saved encoder, in evaluation mode."""
     transformer = Transformer(str(folder))
+    pooling = pooling if tail is None else TAILS[tail].pooling
     modules = [transformer, Pooling(transformer.get_embedding_dimension(), pooling, include_prompt=include_prompt)]
+    modules += [] if tail is None else make_tail(tail)
     if normalize:
         modules.append(Normalize())
     return SentenceTransformer(modules=modules, device="cpu", **options).eval()
@@ -153,10 +222,11 @@ def tiny_model(transformer_folder) -> Callable[..., SentenceTransformer]:
         normalize: bool = False,
         training: bool = False,
         include_prompt: bool = True,
+        tail: str | None = None,
         **config_overrides,
     ) -> SentenceTransformer:
         folder = transformer_folder(architecture, padding_side, **config_overrides)
-        return assemble(folder, pooling, normalize, include_prompt).train(training)
+        return assemble(folder, pooling, normalize, include_prompt, tail).train(training)
 
     return make
 

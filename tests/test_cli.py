@@ -3,26 +3,111 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import BoW
+from transformers import AutoModel, LongformerConfig
 
-from conftest import sentences
+from conftest import assemble, save_encoder, sentences
 from evaluation_fixtures import tiny_model
 from mipic_st import cli
 from mipic_st.cli import main
+from mipic_st.tails import Rotation
 
 
 def test_help_lists_the_commands(capsys):
-    """--help exits with 0 and names eval, export and tasks."""
+    """--help exits with 0 and names its commands."""
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("eval", "export", "tasks"))
+    assert all(word in text for word in ("eval", "export", "rotate", "tasks"))
 
 
 def test_wrong_arguments_exit_with_2(capsys):
     """argparse's code for wrong usage."""
     assert main(["eval"]) == 2
     assert "MODEL" in capsys.readouterr().err
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A tiny model in a folder, and texts and pairs in files."""
+    texts = list(dict.fromkeys(sentences(300, seed=3, shortest=3)))
+    tiny_model(tmp_path).save_pretrained(str(tmp_path / "model"))
+    (tmp_path / "texts.txt").write_text("\n".join([*texts, "", texts[0]]) + "\n")
+    rows = zip(texts[:140], texts[140:280], strict=True)
+    (tmp_path / "pairs.csv").write_text("anchor,positive\n" + "".join(f"{a},{b}\n" for a, b in rows))
+    return tmp_path
+
+
+def test_rotate_saves_a_rotated_model(files, capsys):
+    """On texts: full-width cosines stay, the matrix lies beside the model, the table has a row per dim."""
+    arguments = [
+        "rotate",
+        str(files / "model"),
+        "--texts",
+        str(files / "texts.txt"),
+        "--dims",
+        "4",
+        "8",
+    ]
+    assert main([*arguments, "--output", str(files / "out")]) == 0, capsys.readouterr().err
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["dim", "4", "8"]
+    models = [SentenceTransformer(str(files / name), device="cpu") for name in ("model", "out")]
+    texts = sentences(10, seed=4)
+    plain, turned = (model.encode(texts) for model in models)
+    np.testing.assert_allclose(turned @ turned.T, plain @ plain.T, atol=1e-5)
+    assert np.abs(turned - plain).max() > 0.01
+    np.testing.assert_allclose(Rotation.load(files / "out" / "rotation.safetensors")(plain), turned, atol=1e-5)
+    assert main([*arguments, "--output", str(files / "out")]) == 1, "the folder is not empty any more"
+
+
+def test_rotate_without_gain_saves_nothing(files, capsys):
+    """Pairs of texts that have nothing to do with each other teach nothing; --quiet prints no table."""
+    arguments = [
+        "rotate",
+        str(files / "model"),
+        "--pairs",
+        str(files / "pairs.csv"),
+        "--dims",
+        "31",
+        "--quiet",
+    ]
+    assert main([*arguments, "--output", str(files / "out")]) == 1
+    streams = capsys.readouterr()
+    assert "no dim gained, nothing was saved" in streams.err
+    assert streams.out == ""
+    assert not (files / "out").exists()
+
+
+def test_export_with_texts_fits_the_tail(files, capsys):
+    """The exported Dense maps to the full model's vectors; the cell's figures are printed and written."""
+    arguments = [
+        "export",
+        str(files / "model"),
+        "--layer",
+        "2",
+        "--dim",
+        "8",
+        "--texts",
+        str(files / "texts.txt"),
+    ]
+    assert main([*arguments, "--output", str(files / "out")]) == 0, capsys.readouterr().err
+    assert "fitted" in capsys.readouterr().out
+    statement = json.loads((files / "out" / "export.json").read_text())
+    assert {"similarity_plain", "similarity_fitted", "similarity_full", "speedup"} <= set(statement)
+    small = SentenceTransformer(str(files / "out"), device="cpu")
+    full = SentenceTransformer(str(files / "model"), device="cpu")
+    texts = sentences(20, seed=5, shortest=4)
+    wanted = full.encode(texts, truncate_dim=8, normalize_embeddings=True)
+    assert (small.encode(texts) * wanted).sum(axis=1).mean() > 0.7
+
+
+def test_texts_need_a_layer(files, capsys):
+    """There is nothing to fit behind the last layer."""
+    arguments = ["export", str(files / "model"), "--dim", "8", "--texts", str(files / "texts.txt")]
+    assert main([*arguments, "--output", str(files / "out")]) == 1
+    assert "give --layer too" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -78,6 +163,114 @@ def test_what_cannot_work_is_said_before_loading(tmp_path, capsys, arguments, me
     arguments = [str(tmp_path / "file") if argument == "FILE" else argument for argument in arguments]
     assert main(["eval", *arguments, "--output", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
+
+
+def failure(arguments, capsys):
+    """The one line that a failing command leaves on stderr, progress bars and library warnings apart."""
+    assert main([str(argument) for argument in arguments]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    last = printed.strip().splitlines()[-1]
+    assert last.startswith("mipic-st: ")
+    assert printed.count("mipic-st: ") == 1
+    return last
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a tiny model, and the command that would cut it."""
+    tiny_model(tmp_path).save_pretrained(str(tmp_path / "model"))
+    return tmp_path / "model", ["export", tmp_path / "model", "--dim", "8", "--output", tmp_path / "cut"]
+
+
+DAMAGE = {
+    "weights": ("model.safetensors", b"x" * 100, "SafetensorError: Error while deserializing header"),
+    "half of the weights": ("model.safetensors", None, "SafetensorError"),
+    "config": ("config.json", b"{", "not a valid JSON file"),
+    "architecture": ("config.json", b'{"model_type": "nonsense"}', "model type `nonsense`"),
+    "module class": ("modules.json", b'[{"idx": 0, "name": "0", "path": "", "type": "no.Such"}]', "'no.Such'"),
+    "no modules": ("modules.json", b"{}", "empty modules list"),
+    "pooling": ("1_Pooling/config.json", b'{"nonsense": 1}', "unexpected keyword argument 'nonsense'"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_models_are_named_in_one_line(saved, capsys, kind):
+    """Whatever a broken file makes the libraries raise: which model, and what they said."""
+    folder, command = saved
+    name, content, message = DAMAGE[kind]
+    content = (folder / name).read_bytes()[:2000] if content is None else content
+    (folder / name).write_bytes(content)
+    line = failure(command, capsys)
+    assert f"model '{folder}' cannot be loaded as a folder: " in line
+    assert message in line
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta", ""])
+@pytest.mark.parametrize("command", ["export", "eval"])
+@pytest.mark.usefixtures("no_model")
+def test_devices_that_are_not_there_are_refused_before_loading(tmp_path, capsys, command, device):
+    """With the option's name and what torch says about it."""
+    needed = ["--tasks", "STS13"] if command == "eval" else ["--dim", "8"]
+    line = failure([command, "org/m", *needed, "--output", tmp_path / "out", "--device", device], capsys)
+    assert f"--device {device!r} cannot be used here: " in line
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+@pytest.mark.usefixtures("no_model")
+def test_empty_model_names_are_refused(tmp_path, capsys, name):
+    """An empty name is not the present folder."""
+    for command in (["export", name, "--dim", "8"], ["eval", "org/m", name, "--tasks", "STS13"]):
+        assert "the name is empty" in failure([*command, "--output", tmp_path / "out"], capsys)
+
+
+def test_architectures_that_cannot_be_built_smaller_are_named(tmp_path, capsys):
+    """A Longformer's config has a window per layer, which its own code checks with an assertion."""
+    folder = save_encoder(tmp_path / "encoder")
+    config = LongformerConfig(
+        attention_window=[4] * 3,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=70,
+        vocab_size=64,
+        pad_token_id=0,
+    )
+    AutoModel.from_config(config).save_pretrained(folder)
+    assemble(folder).save_pretrained(str(tmp_path / "model"))
+    code = main(["export", str(tmp_path / "model"), "--layer", "2", "--output", str(tmp_path / "cut")])
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    if code == 1:  # zero where the export can do it
+        assert f"model '{tmp_path / 'model'}' cannot be cut at layer 2: " in printed.splitlines()[-1]
+
+
+def test_models_without_weights_are_refused(tmp_path, capsys):
+    """A bag of words has nothing to cut."""
+    SentenceTransformer(modules=[BoW(["cat", "dog"])], device="cpu").save_pretrained(str(tmp_path / "bow"))
+    command = ["export", tmp_path / "bow", "--dim", "1", "--output", tmp_path / "cut"]
+    assert f"model '{tmp_path / 'bow'}' cannot be cut: its BoW has no weights." in failure(command, capsys)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), AssertionError(), StopIteration(), RuntimeError("two\n  lines")])
+def test_errors_that_nobody_foresaw_are_one_line_and_debug_shows_more(tmp_path, capsys, monkeypatch, error):
+    """With its kind and the way to see more; ``--debug`` before or after the command shows where it happened."""
+
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(cli, "_load", load)
+    command = ["export", "org/m", "--dim", "8", "--output", str(tmp_path / "out")]
+    line = failure(command, capsys)
+    if isinstance(error, RuntimeError):
+        assert line == "mipic-st: two lines"
+    else:
+        assert line.startswith(f"mipic-st: {type(error).__name__}")
+        assert "run again with --debug" in line
+    for place in (0, 1, len(command)):
+        assert main([*command[:place], "--debug", *command[place:]]) == 1
+        assert "Traceback" in capsys.readouterr().err
 
 
 def test_unknown_model_exits_with_1(tmp_path, capsys):

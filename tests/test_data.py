@@ -11,6 +11,7 @@ from mipic_st.data import (
     SUFFIXES,
     is_scored,
     load_sts_file,
+    load_texts_file,
     load_training_file,
     load_training_hub,
 )
@@ -226,3 +227,37 @@ def test_missing_extra_gives_the_command(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=re.escape('pip install "mipic-st[train]"')):
         load_training_file(tmp_path / "data.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "\ufeffone\n\n two \none\n", ["one", "two"]),
+        ("a.csv", "text,label\none,1\ntwo,2\n", ["one", "two"]),
+        ("a.jsonl", '{"sentence": "one"}\n', ["one"]),
+        ("a.csv", "anchor,positive,negative\na,b,c\nd,b,e\n", ["a", "d", "b", "c", "e"]),
+        ("a.csv", "sentence1,sentence2,score\na,b,0.5\n", ["a", "b"]),
+    ],
+)
+def test_texts_of_a_file(tmp_path, name, content, expected):
+    """Lines, a column of texts, or both sides of pairs; each text once."""
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert load_texts_file(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"\n \n", "holds no text"),
+        ("a.txt", b"\xff\xfe\x00", "as UTF-8"),
+        ("a.csv", b"number\n1\n", r"expected \(text\) or \(anchor, positive\)"),
+        ("a.doc", b"text", "Cannot tell the format"),
+    ],
+)
+def test_files_without_texts_are_named(tmp_path, name, content, message):
+    """Empty, not UTF-8, without a column of texts, of an unknown kind."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_texts_file(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        load_texts_file(tmp_path / f"none{name[1:]}") if name.endswith("txt") else load_texts_file(tmp_path / "n.txt")

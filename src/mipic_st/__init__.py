@@ -1,23 +1,70 @@
-"""MIPIC losses and per-dimension evaluation for sentence-transformers."""
+"""MIPIC losses and per-dimension evaluation for sentence-transformers.
 
-from mipic_st.evaluation import ClassificationProbeEvaluator, MatryoshkaEvaluator
-from mipic_st.export import export_truncated, measure_speedup
-from mipic_st.loss import MIPICLoss
-from mipic_st.mteb_tasks import evaluate_mteb
-from mipic_st.report import EvaluationReport
-from mipic_st.training import MIPICCallback, set_matryoshka_config
+Names are imported when they are first used, so that ``import mipic_st`` and ``mipic-st --version`` are instant.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers, editors and the documentation; the same as _HOME says
+    from mipic_st.evaluation import ClassificationProbeEvaluator, MatryoshkaEvaluator
+    from mipic_st.export import export_truncated, measure_speedup
+    from mipic_st.loss import MIPICLoss
+    from mipic_st.mteb_tasks import evaluate_mteb
+    from mipic_st.report import EvaluationReport
+    from mipic_st.tails import LayerCuts, Rotation, fit_layer_cuts, fit_rotation, rotate_model
+    from mipic_st.training import MIPICCallback, set_matryoshka_config
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ClassificationProbeEvaluator",
     "EvaluationReport",
+    "LayerCuts",
     "MIPICCallback",
     "MIPICLoss",
     "MatryoshkaEvaluator",
+    "Rotation",
     "__version__",
     "evaluate_mteb",
     "export_truncated",
+    "fit_layer_cuts",
+    "fit_rotation",
     "measure_speedup",
+    "rotate_model",
     "set_matryoshka_config",
 ]
+
+_HOME = {
+    "ClassificationProbeEvaluator": "evaluation",
+    "EvaluationReport": "report",
+    "LayerCuts": "tails",
+    "MIPICCallback": "training",
+    "MIPICLoss": "loss",
+    "MatryoshkaEvaluator": "evaluation",
+    "Rotation": "tails",
+    "evaluate_mteb": "mteb_tasks",
+    "export_truncated": "export",
+    "fit_layer_cuts": "tails",
+    "fit_rotation": "tails",
+    "measure_speedup": "export",
+    "rotate_model": "tails",
+    "set_matryoshka_config": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a module of the package, at its first use."""
+    if name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The command ``mipic-st``: evaluate models per dimension, export cut models."""
+"""The command ``mipic-st``: rotate models, evaluate them per dimension, export cut ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import json
 import logging
 import sys
+import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     from mipic_st import __version__
 
     parser = argparse.ArgumentParser(
-        prog="mipic-st", description="Matryoshka embeddings: evaluate per dimension, export cut models."
+        prog="mipic-st", description="Matryoshka embeddings: rotate models, evaluate per dimension, export cut models."
     )
     parser.add_argument("--version", action="version", version=f"mipic-st {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -96,24 +98,80 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="no progress bars, no table on the terminal")
     run.set_defaults(function=_eval)
 
+    turn = commands.add_parser(
+        "rotate",
+        help="make an encoder Matryoshka without training it",
+        description="Fit a rotation of the embedding space on texts or pairs, and save the model with it. Full-width "
+        "cosines stay as they are; the saved folder loads without this package.",
+        epilog="examples:\n  mipic-st rotate ./run-a --pairs pairs.csv --dims 16 32 64 128 --output ./run-a-rotated\n"
+        "  mipic-st rotate ./run-a --texts corpus.txt --dims 16 64 --output ./run-a-rotated",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    turn.add_argument("model", metavar="MODEL", help="hub name or local folder")
+    data = turn.add_mutually_exclusive_group(required=True)
+    data.add_argument("--pairs", metavar="FILE", help="csv, tsv, jsonl or parquet: anchor, positive, or STS columns")
+    data.add_argument("--texts", metavar="FILE", help="txt (a text a line), or a table with texts")
+    data.add_argument("--dataset", metavar="NAME", help="pairs from the hub: NAME or NAME:CONFIG")
+    turn.add_argument("--dims", nargs="+", type=_whole, metavar="DIM", help="default: powers of 2 from 8")
+    turn.add_argument("--output", type=_output_folder, required=True, metavar="DIR", help="new or empty folder")
+    turn.add_argument("--batch-size", type=_whole, default=32, metavar="N", help="texts per forward pass (default: 32)")
+    turn.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out part and the batches")
+    turn.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
+    turn.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+    turn.add_argument("--quiet", action="store_true", help="no progress bars, no table on the terminal")
+    turn.set_defaults(function=_rotate)
+
     cut = commands.add_parser(
         "export",
         help="save a model cut to its first layers and dims",
         description="Save a plain SentenceTransformer with fewer layers and dims; it loads without this package.",
-        epilog="example:\n  mipic-st export ./run-a --layer 4 --dim 64 --output ./run-a-small",
+        epilog="example:\n  mipic-st export ./run-a --layer 3 --dim 64 --texts corpus.txt --output ./run-a-small",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cut.add_argument("model", metavar="MODEL", help="hub name or local folder")
     cut.add_argument("--layer", type=_whole, metavar="L", help="last layer to keep (default: all)")
     cut.add_argument("--dim", type=_whole, metavar="D", help="values to keep (default: all)")
+    cut.add_argument(
+        "--texts",
+        metavar="FILE",
+        help="txt (a text a line) or a table: fit what follows the last layer to the full model's vectors",
+    )
     cut.add_argument("--output", type=_output_folder, required=True, metavar="DIR", help="new or empty folder")
     cut.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
     cut.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+    cut.add_argument("--quiet", action="store_true", help="no progress bars, no table on the terminal")
     cut.set_defaults(function=_export)
 
     presets = commands.add_parser("tasks", help="list task presets with their sizes and expected minutes")
     presets.set_defaults(function=_tasks)
+
+    # Before or after the command; without a default in the second place, which would undo the first.
+    text = "show where in the program an error happened"
+    parser.add_argument("--debug", action="store_true", help=text)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=text)
     return parser
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says, on one line; its kind too, where the words alone would not say what is wrong."""
+    words = " ".join(str(error).split())
+    if isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError)) and words:
+        return words
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _check_device(device: str) -> None:
+    """Try the device before anything is loaded."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:
+        raise ValueError(
+            f"--device {device!r} cannot be used here: {str(error).splitlines()[0]}; leave --device out for the best "
+            "one there is."
+        ) from error
 
 
 def _load(name: str, device: str | None, trust_remote_code: bool):  # type: ignore[no-untyped-def]  # noqa: ANN202
@@ -121,14 +179,17 @@ def _load(name: str, device: str | None, trust_remote_code: bool):  # type: igno
 
     try:
         return SentenceTransformer(name, device=device, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file or a module's own code it may be of any kind
         kind = "folder" if Path(name).exists() else "folder or reachable hub model"
-        raise ValueError(f"model {name!r} cannot be loaded as a {kind}: {str(error).splitlines()[0]}") from error
+        fault = textwrap.shorten(_one_line(error), 300, placeholder=" ...")
+        raise ValueError(f"model {name!r} cannot be loaded as a {kind}: {fault}") from error
 
 
 def _check_places(places: Sequence[str]) -> None:
     """Say at once, of all models, which cannot be there; a name such as ``org/model`` may be the hub's."""
     for place in places:
+        if not place.strip():
+            raise ValueError(f"model {place!r} cannot be loaded: the name is empty; name a hub model or a folder.")
         if Path(place).is_file():
             raise ValueError(f"model {place!r} cannot be loaded: it is a file; name the model's folder.")
         local = place.startswith((".", "/", "~")) or "\\" in place or place.count("/") > 1
@@ -143,7 +204,7 @@ def _default_dims(width: int) -> list[int]:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from mipic_st._checks import checked_dims
-    from mipic_st.embedding_store import full_width
+    from mipic_st.backbone import full_width
     from mipic_st.mteb_tasks import evaluate_mteb, resolve_tasks
     from mipic_st.report import EvaluationReport
 
@@ -222,19 +283,84 @@ def _plots(report, output: Path) -> None:  # type: ignore[no-untyped-def]  # noq
         report.plot_quality_by_bytes(output / "quality_by_bytes")
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    from mipic_st.export import export_truncated, measure_speedup
-
-    output: Path = arguments.output
+def _check_empty(output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {str(output)!r} exists and is not an empty folder; name a new one.")
+
+
+def _rotate(arguments: argparse.Namespace) -> int:
+    from mipic_st._checks import checked_dims
+    from mipic_st.backbone import full_width
+    from mipic_st.data import load_texts_file, load_training_file, load_training_hub
+    from mipic_st.tails import rotate_model
+
+    output: Path = arguments.output
+    _check_empty(output)
     _check_places([arguments.model])
+    if arguments.dims:
+        checked_dims("--dims", arguments.dims)
+    if arguments.texts:
+        data = load_texts_file(arguments.texts)
+    else:
+        data = load_training_file(arguments.pairs) if arguments.pairs else load_training_hub(arguments.dataset)
     model = _load(arguments.model, arguments.device, arguments.trust_remote_code)
-    exported = export_truncated(model, arguments.layer, arguments.dim)
+    width = full_width(model)
+    dims = arguments.dims or [2**power for power in range(3, 13) if 2**power < width]
+    rotation = rotate_model(
+        model,
+        data,
+        dims,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        show_progress_bar=not arguments.quiet,
+    )
+    if not rotation.gained:
+        raise ValueError("no dim gained, nothing was saved.")
+    model.save_pretrained(str(output))
+    rotation.save(output / "rotation.safetensors")
+    if not arguments.quiet:
+        print(rotation)
+    print(f"written to {output}", file=sys.stderr)
+    return EXIT_OK
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from mipic_st.backbone import full_width
+    from mipic_st.data import load_texts_file
+    from mipic_st.export import export_truncated, measure_speedup
+    from mipic_st.tails import fit_layer_cuts
+
+    output: Path = arguments.output
+    _check_empty(output)
+    _check_places([arguments.model])
+    if arguments.texts and not arguments.layer:
+        raise ValueError("--texts fits the tail behind an early layer: give --layer too.")
+    texts = load_texts_file(arguments.texts) if arguments.texts else None
+    model = _load(arguments.model, arguments.device, arguments.trust_remote_code)
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"model {arguments.model!r} cannot be cut: its {type(model[0]).__name__} has no weights.")
+    cell: dict[str, float] = {}
+    try:
+        cuts = None
+        if texts is not None:
+            dims = [arguments.dim or full_width(model)]
+            bar = not arguments.quiet
+            cuts = fit_layer_cuts(model, texts, layers=[arguments.layer], dims=dims, show_progress_bar=bar)
+            (cell,) = cuts.report
+        exported = export_truncated(model, arguments.layer, arguments.dim, cuts=cuts)
+    except (ValueError, TypeError, RuntimeError):  # these say what to do
+        raise
+    except Exception as error:  # the architecture's own code, built with fewer layers, may raise anything
+        fault = f"model {arguments.model!r} cannot be cut at layer {arguments.layer}"
+        raise ValueError(f"{fault}: {_one_line(error)}; leave --layer out.") from error
     figures = measure_speedup(model, exported)
     exported.save_pretrained(str(output))
-    statement = {"layer": arguments.layer, "dim": arguments.dim, **figures}
+    statement = {"layer": arguments.layer, "dim": arguments.dim, **cell, **figures}
     (output / "export.json").write_text(json.dumps(statement, indent=1) + "\n", encoding="utf-8")
+    if cell and not arguments.quiet:
+        print("correlation of cosines with those of the full model, on held-out texts")
+        for kind, what in (("plain", "cut as it is"), ("fitted", "fitted"), ("full", "full depth")):
+            print(f"  {what:14} {100 * cell[f'similarity_{kind}']:6.1f}")
     print(
         f"{output}: {figures['speedup']:.2f} times as fast ({figures['seconds_full']:.3f} s to "
         f"{figures['seconds_cut']:.3f} s for 128 sentences on {model.device}), "
@@ -268,10 +394,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
+        if getattr(arguments, "device", None) is not None:
+            _check_device(arguments.device)
         return int(arguments.function(arguments))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"mipic-st: {error}", file=sys.stderr)
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        expected = isinstance(error, (ValueError, TypeError, OSError, ImportError, RuntimeError))
+        hint = "" if expected else " (not foreseen: run again with --debug and report it)"
+        print(f"mipic-st: {_one_line(error)}{hint}", file=sys.stderr)
         return EXIT_FAILED

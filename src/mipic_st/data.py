@@ -31,6 +31,7 @@ SCORED_COLUMNS: dict[str, tuple[str, ...]] = {
     "sentence2": ("sentence2", "sentence_2", "sentence_b", "text2", "question2"),
     "score": ("score", "similarity", "similarity_score", "relatedness_score", "label", "is_duplicate"),
 }
+TEXT_COLUMN: dict[str, tuple[str, ...]] = {"text": ("text", "sentence")}
 SUFFIXES: tuple[str, ...] = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
@@ -57,6 +58,42 @@ def load_training_file(path: str | PathLike[str], *, score_range: tuple[float, f
         ['anchor', 'positive']
     """
     return _select(_read(path), (_PAIRS, _SCORED), str(path), score_range)
+
+
+def load_texts_file(path: str | PathLike[str]) -> list[str]:
+    """Read texts without labels or scores from a file.
+
+    Args:
+        path: A ``.txt`` file with one text a line, UTF-8, or a table as for :func:`load_training_file`: its column
+            ``text`` (or ``sentence``) is taken, or else both sides of its pairs.
+
+    Returns:
+        The texts, each once, in the order of the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read or holds no texts.
+        ImportError: If ``datasets`` is not installed and the file is a table.
+
+    Example:
+        >>> load_texts_file("corpus.txt")[:2]  # doctest: +SKIP
+        ['The first line.', 'The second one.']
+    """
+    file = Path(path)
+    if file.suffix.lower() == ".txt":
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Cannot read {path} as UTF-8: {error}") from error
+        texts = [line.strip() for line in lines if line.strip()]
+        if not texts:
+            raise ValueError(f"{path} holds no text.")
+    else:
+        selected = _select(_read(path), (_TEXTS, _PAIRS, _SCORED), str(path), None)
+        texts = [text for name in selected.column_names if name != "score" for text in selected[name]]
+    return list(dict.fromkeys(texts))
 
 
 def load_sts_file(path: str | PathLike[str], *, score_range: tuple[float, float] | None = None) -> Dataset:
@@ -137,6 +174,7 @@ def is_scored(dataset: Dataset) -> bool:
 
 _PAIRS = PAIR_COLUMNS
 _SCORED = SCORED_COLUMNS
+_TEXTS = TEXT_COLUMN
 
 
 def _datasets() -> Any:

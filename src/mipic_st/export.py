@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Transformer
 
 from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_layers
-from mipic_st.embedding_store import (
-    EmbeddingStore,
-    full_width,
-    model_depth,
-    transformer_of,
-)
+from mipic_st.backbone import full_width, model_depth, tail_of, transformer_of
+from mipic_st.embedding_store import EmbeddingStore, unit_length
+from mipic_st.layers import encode_layers
+from mipic_st.tails import LayerCuts, ends_linearly, fit_layer_cuts
 
 logger = logging.getLogger(__name__)
 
@@ -29,32 +27,44 @@ _PROBES = ("A short probe.", "A second probe sentence with a few more words in i
 
 
 def export_truncated(
-    model: SentenceTransformer, layer: int | None = None, dim: int | None = None, *, normalize: bool = True
+    model: SentenceTransformer,
+    layer: int | None = None,
+    dim: int | None = None,
+    *,
+    texts: Sequence[str] | None = None,
+    cuts: LayerCuts | None = None,
+    normalize: bool = True,
 ) -> SentenceTransformer:
     """A copy of the model that stops after ``layer`` and gives ``dim`` values.
 
-    The backbone is built anew with fewer layers (a pre-norm backbone keeps its final norm); a Dense module without bias
-    whose weight selects the first ``dim`` values follows, then Normalize. All of it is sentence-transformers' own, so
-    the saved folder loads where this package is not installed. The result is checked against the grid cell
-    ``(layer, dim)`` of `MatryoshkaEvaluator` before it is returned. The model that was passed in is left alone.
+    The backbone is built anew with fewer layers (a pre-norm backbone keeps its final norm); adapters are merged. With
+    ``texts`` or ``cuts``, a fitted bias-free Dense follows the pooling, which maps the early states to the full-depth
+    vectors and cuts them to ``dim``: at half depth this is worth many points. Without, the early states go through the
+    model's own tail, and its first ``dim`` values are kept. All of it is sentence-transformers' own, so the saved
+    folder loads where this package is not installed. The result is checked before it is returned, and the model that
+    was passed in is left alone.
 
     Args:
         model: The model to cut.
         layer: Last layer to keep, 1 to L; None keeps all.
         dim: Values to keep, 1 to D; None keeps what the model gives: its ``truncate_dim`` if it was loaded with one,
-            else all, without a tail.
+            else all.
+        texts: Texts to fit the tail of a layer cut on, some thousands, without labels. What is lost at this cell on
+            held-out ones goes to the log.
+        cuts: A grid that :func:`mipic_st.tails.fit_layer_cuts` has fitted, in the place of ``texts``.
         normalize: Put Normalize after the cut.
 
     Returns:
         A SentenceTransformer on the same device, in evaluation mode. `measure_speedup` says how much faster it is.
 
     Raises:
-        TypeError: If ``layer`` is given for a model without layers, or for one with an unmerged adapter.
-        ValueError: If layer or dim is out of range, or neither is given.
-        RuntimeError: If the cut model does not reproduce the grid cell.
+        TypeError: If ``layer`` is given for a model without layers.
+        ValueError: If layer or dim is out of range, neither is given, or ``texts`` or ``cuts`` are given without a
+            layer below the depth, both, or for another layer.
+        RuntimeError: If the cut model does not reproduce what it should.
 
     Example:
-        >>> small = export_truncated(model, layer=4, dim=64)                        # doctest: +SKIP
+        >>> small = export_truncated(model, layer=3, dim=64, texts=texts)           # doctest: +SKIP
         >>> small.save_pretrained("small")                                          # doctest: +SKIP
     """
     if dim is None and model.truncate_dim is not None:
@@ -65,18 +75,26 @@ def export_truncated(
         (dim,) = checked_dims("dim", [dim], full_width(model))
     normalize = checked_flag("normalize", normalize)
     memo: dict[int, Any] = {}
+    auto_models = [module.auto_model for module in model.modules() if isinstance(module, Transformer)]
+    for auto_model in auto_models:
+        if has_adapter(auto_model):
+            memo[id(auto_model)] = _merged(auto_model)
     if layer is not None:
         (layer,) = checked_layers("layer", [layer], model_depth(model))
         auto_model = transformer_of(model).auto_model
-        memo[id(auto_model)] = _cut_backbone(auto_model, layer)
+        memo[id(auto_model)] = _cut_backbone(memo.get(id(auto_model), auto_model), layer)
+    weight = _fitted_weight(model, layer, dim, texts, cuts)
     # deepcopy finds the cut backbone in the memo and so never copies the full one
     modules: list[Any] = [copy.deepcopy(module, memo) for module in model.children()]
-    if dim is not None:
+    if weight is not None:
+        modules = [*modules[: len(modules) - len(tail_of(model))], _dense(weight, modules[0])]
+        if normalize:
+            modules.append(Normalize())
+    elif dim is not None:
         while isinstance(modules[-1], Normalize):
             modules.pop()
-        width = EmbeddingStore(model).width
-        if dim < width:
-            modules.append(_first_values(width, dim, next(model.parameters()).dtype))
+        if dim < full_width(model):
+            modules = _first_values(modules, dim, full_width(model))
         if normalize:
             modules.append(Normalize())
     exported = SentenceTransformer(
@@ -87,14 +105,75 @@ def export_truncated(
         similarity_fn_name=model.similarity_fn_name,
     )
     exported.eval()
-    _check(model, exported, layer, dim, normalize)
+    _check(model, exported, layer, dim, weight, normalize)
+    _restate_config(exported, layer, dim)
     return exported
 
 
+def _fitted_weight(
+    model: SentenceTransformer,
+    layer: int | None,
+    dim: int | None,
+    texts: Sequence[str] | None,
+    cuts: LayerCuts | None,
+) -> torch.Tensor | None:
+    """The tail of a layer cut, (H, d), or None if none is to be fitted."""
+    if texts is None and cuts is None:
+        return None
+    given = "texts" if cuts is None else "cuts"
+    if texts is not None and cuts is not None:
+        raise ValueError("texts and cuts are both given; cuts are fitted already, leave texts out.")
+    if layer is None or layer == model_depth(model):
+        raise ValueError(f"{given} are for the tail behind an early layer; give a layer below {model_depth(model)}.")
+    if cuts is None:
+        assert texts is not None
+        cuts = fit_layer_cuts(model, texts, layers=[layer], dims=[dim or full_width(model)])
+        (cell,) = cuts.report
+        logger.info(
+            "Layer %d at %d dims, correlation of cosines with the full model: cut as it is %.3f, fitted %.3f, full "
+            "depth %.3f.",
+            *(cell[key] for key in ("layer", "dim", "similarity_plain", "similarity_fitted", "similarity_full")),
+        )
+    if layer not in cuts.maps:
+        raise ValueError(
+            f"cuts hold layers {sorted(cuts.maps)}, not {layer}; fit_layer_cuts(model, texts, layers=...)."
+        )
+    return cuts.maps[layer][:, :dim]
+
+
+def has_adapter(auto_model: Any) -> bool:
+    """Whether an encoder carries adapters of PEFT, added by either of its two ways.
+
+    Args:
+        auto_model: The encoder of transformers.
+
+    Returns:
+        True if there are any.
+    """
+    return hasattr(auto_model, "peft_config") or bool(getattr(auto_model, "_hf_peft_config_loaded", False))
+
+
+def _merged(auto_model: Any) -> Any:
+    """A copy of the encoder with its active adapters merged into its weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    merged = copy.deepcopy(auto_model)
+    if hasattr(merged, "merge_and_unload"):
+        return merged.merge_and_unload()
+    # after add_adapter the encoder has no merge_and_unload, but its layers can do the same
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(merged.get_submodule(parent), child, module.get_base_layer())
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        if attribute in vars(merged):
+            delattr(merged, attribute)
+    return merged
+
+
 def _cut_backbone(auto_model: Any, layer: int) -> Any:
-    """A backbone of the same class with ``layer`` layers and the original's weights."""
-    if hasattr(auto_model, "peft_config") or getattr(auto_model, "_hf_peft_config_loaded", False):
-        raise TypeError("the model carries an unmerged adapter; merge it (merge_and_unload) before the export.")
+    """A backbone of the same class with ``layer`` layers and the original's weights, each in its own precision."""
     config = copy.deepcopy(auto_model.config)
     text_config = config.get_text_config()
     depth = text_config.num_hidden_layers
@@ -103,47 +182,107 @@ def _cut_backbone(auto_model: Any, layer: int) -> Any:
     for name, value in list(vars(text_config).items()):
         if name == "layer_types" and isinstance(value, (list, tuple)) and len(value) == depth:
             setattr(text_config, name, list(value[:layer]))
-    parameter = next(auto_model.parameters())
-    cut = type(auto_model)(config).to(device=parameter.device, dtype=parameter.dtype)
-    weights = auto_model.state_dict()
-    wanted = cut.state_dict()
-    missing = [name for name, value in wanted.items() if name not in weights or weights[name].shape != value.shape]
+    cut = type(auto_model)(config)
+    weights = dict(auto_model.named_parameters())
+    missing = [
+        name for name, value in cut.named_parameters() if name not in weights or weights[name].shape != value.shape
+    ]
     if missing:
         raise TypeError(
             f"{type(auto_model).__name__} cannot be cut at layer {layer}: no weights for {missing[:3]}. Leave it out."
         )
-    cut.load_state_dict({name: weights[name] for name in wanted})
+    # not .to(dtype): rotary frequencies, and what transformers keeps in float32, must stay so
+    buffers = dict(auto_model.named_buffers())
+    for name, parameter in cut.named_parameters():
+        parameter.data = weights[name].detach().clone()
+    for name, buffer in cut.named_buffers():
+        source = buffers.get(name, buffer)
+        buffer.data = (source if source.shape == buffer.shape else buffer).detach().clone().to(auto_model.device)
     return cut.eval()
 
 
-def _first_values(width: int, dim: int, dtype: torch.dtype) -> Dense:
-    """A linear map that keeps the first ``dim`` values: sentence-transformers has no module that cuts."""
+def _dense(weight: torch.Tensor, like: torch.nn.Module) -> Dense:
+    """A bias-free identity Dense for a map of rows, (H, d), in the precision and on the device of the model."""
+    reference = next(like.parameters())
     return Dense(
-        in_features=width,
-        out_features=dim,
+        in_features=weight.shape[0],
+        out_features=weight.shape[1],
         bias=False,
         activation_function=torch.nn.Identity(),
-        init_weight=torch.eye(dim, width, dtype=dtype),
+        # a clone: files hold whole storages only, and a slice has a larger one
+        init_weight=weight.T.clone(memory_format=torch.contiguous_format).to(reference.device, reference.dtype),
     )
 
 
+def _first_values(modules: list[Any], dim: int, width: int) -> list[Any]:
+    """The modules, giving their first ``dim`` values: a last linear Dense is cut, any other gets one that selects."""
+    last = modules[-1]
+    if not ends_linearly(last):
+        # sentence-transformers has no module that cuts
+        return [*modules, _dense(torch.eye(width, dim), modules[-1] if any(modules[-1].parameters()) else modules[0])]
+    cut = Dense(
+        in_features=last.in_features,
+        out_features=dim,
+        bias=last.linear.bias is not None,
+        activation_function=torch.nn.Identity(),
+        init_weight=last.linear.weight.detach()[:dim].clone(),
+        init_bias=None if last.linear.bias is None else last.linear.bias.detach()[:dim].clone(),
+    )
+    return [*modules[:-1], cut]
+
+
 def _check(
-    model: SentenceTransformer, exported: SentenceTransformer, layer: int | None, dim: int | None, normalize: bool
+    model: SentenceTransformer,
+    exported: SentenceTransformer,
+    layer: int | None,
+    dim: int | None,
+    weight: torch.Tensor | None,
+    normalize: bool,
 ) -> None:
+    """The cut model must give what the (layer, dim) cell of the grid gives, or the fitted map of its states."""
     texts = list(_PROBES)
-    store = EmbeddingStore(model, None if layer is None else [layer])
-    expected = store.view(dim or store.width, layer=layer, normalize=normalize).encode(texts, show_progress_bar=False)
+    width = full_width(model)
+    amplified = 1.0
+    if weight is not None:
+        assert layer is not None
+        states, columns = encode_layers(model, texts, [layer], tail=False)[:, 0], weight.numpy()
+        expected = states @ columns
+        # what rounding in the states can become in the vectors
+        amplified = float((np.abs(states) @ np.abs(columns)).max() / np.linalg.norm(expected, axis=1).min()) / 100
+    else:
+        store = EmbeddingStore(model, None if layer is None else [layer])
+        expected = store.view(dim or width, layer=layer, normalize=normalize).encode(texts, show_progress_bar=False)
     got = np.asarray(exported.encode(texts, show_progress_bar=False), dtype=np.float32)
-    if dim is not None and normalize:
-        expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    if normalize and (dim is not None or weight is not None):
+        expected = unit_length(expected)
     half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
-    scale = max(1.0, float(np.abs(expected).max()))
-    worst = float(np.abs(got - expected).max())
-    if got.shape != expected.shape or worst > (2e-2 if half else 1e-4) * scale:
+    scale = max(1.0, amplified, float(np.abs(expected).max()))
+    worst = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("inf")
+    if not worst <= (3e-2 if half else 1e-4) * scale:
         raise RuntimeError(
             f"the model cut at layer {layer}, dim {dim} differs from the grid cell by {worst:.1e}; "
             "its architecture does more between layers than this export knows. Leave layer out."
         )
+
+
+def _restate_config(exported: SentenceTransformer, layer: int | None, dim: int | None) -> None:
+    """What the training model's config says of dims and layers, as far as it still holds."""
+    width = dim or full_width(exported)
+    for module in exported.modules():
+        if not isinstance(module, Transformer):
+            continue
+        config = module.auto_model.config
+        dims = [value for value in getattr(config, "matryoshka_dimensions", None) or [] if value < width]
+        for name in ("is_matryoshka", "matryoshka_dimensions"):
+            if hasattr(config, name):
+                delattr(config, name)
+        if dims:
+            config.is_matryoshka, config.matryoshka_dimensions = True, [*sorted(dims), width]
+        pairs = getattr(config, "mipic_checkpoints", None)
+        if pairs is not None:
+            delattr(config, "mipic_checkpoints")
+            if kept := [pair for pair in pairs if pair[0] <= width and (layer is None or pair[1] <= layer)]:
+                config.mipic_checkpoints = kept
 
 
 def measure_speedup(
