@@ -1,4 +1,4 @@
-"""Fine-tune all-MiniLM-L6-v2 with MIPICLoss and print its scores at every dimension, before and after.
+"""Rotate all-MiniLM-L6-v2, fine-tune it with MIPICLoss, and print its scores at every dimension after each step.
 
     python examples/quickstart.py                                            # offline, on synthetic data
     python examples/quickstart.py --train-file pairs.csv --eval-file sts.csv   # on your own
@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--dataset", help="training data from the hub: NAME or NAME:CONFIG")
     parser.add_argument("--eval-file", action="append", default=[], help="STS columns: sentence1, sentence2, score")
     parser.add_argument("--loss", choices=["mipic", "mipic-paper", "matryoshka", "base"], default="mipic")
+    parser.add_argument("--no-rotation", action="store_true", help="train from the model as it is")
     parser.add_argument("--dims", type=int, nargs="+", help="default: the model's width and 256 128 64 32 16")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--steps", type=positive, default=-1, help="stop after so many steps, whatever --epochs says")
@@ -63,7 +64,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.util import pairwise_cos_sim
 
-from mipic_st import MIPICLoss, set_matryoshka_config
+from mipic_st import MIPICLoss, rotate_model, set_matryoshka_config
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
 from mipic_st.synthetic import synthetic_pairs, synthetic_sts
 
@@ -122,19 +123,17 @@ def make_loss(model: SentenceTransformer, data: Dataset, dims: list[int]):
     return base
 
 
-def show(before: dict, after: dict, dims: list[int]) -> None:
-    table = Table(title="Spearman x100 by embedding dimension", caption=f"trained with {args.loss}")
-    table.add_column("dim", justify="right")
-    for name in before:
-        for heading in (name, "after", "gain"):
-            table.add_column(heading if heading != name else f"{name}\nbefore", justify="right")
-    for dim in dims:
-        cells = []
-        for name in before:
-            old, new = before[name][dim], after[name][dim]
-            cells += [f"{old:.2f}", f"{new:.2f}", f"{new - old:+.2f}"]
-        table.add_row(str(dim), *cells)
-    Console().print(table)
+def show(stages: dict[str, dict[str, dict[int, float]]], dims: list[int]) -> None:
+    """One table per evaluation set: a row per dim, a column per stage, and what all of it gained."""
+    first, *_, last = stages.values()
+    for name in first:
+        table = Table(title=f"Spearman x100: {name}", caption=f"trained with {args.loss}")
+        for heading in ("dim", *stages, "gain"):
+            table.add_column(heading, justify="right")
+        for dim in dims:
+            cells = [f"{stage[name][dim]:.2f}" for stage in stages.values()]
+            table.add_row(str(dim), *cells, f"{last[name][dim] - first[name][dim]:+.2f}")
+        Console().print(table)
 
 
 def main() -> None:
@@ -145,14 +144,20 @@ def main() -> None:
     dims = sorted(args.dims or [width, *(dim for dim in (256, 128, 64, 32, 16) if dim < width)], reverse=True)
     if wrong := [dim for dim in dims if not 1 <= dim <= width]:
         raise SystemExit(f"--dims must be from 1 to the model's width of {width}, got {wrong}")
+    rotate_on = train
     if args.smoke:
+        rotate_on = train.select(range(min(300, len(train))))
         train = train.select(range(min(64, len(train))))
         sets = {name: data.select(range(min(100, len(data)))) for name, data in sets.items()}
         args.steps, args.batch_size = 3, 8
 
     print(f"training on {len(train)} rows ({', '.join(train.column_names)}); first, the scores of the untrained model")
+    stages = {"before": score(model, sets, dims)}
+    if not args.no_rotation and dims[-1] < width:
+        steps = {"max_steps": 30} if args.smoke else {}
+        rotate_model(model, rotate_on, dims, batch_size=64, seed=args.seed, show_progress_bar=True, **steps)
+        stages["rotated"] = score(model, sets, dims)
     loss = make_loss(model, train, dims)
-    before = score(model, sets, dims)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=model,
@@ -177,7 +182,8 @@ def main() -> None:
             loss=loss,
         )
         trainer.train()
-    show(before, score(model, sets, dims), dims)
+    stages["trained"] = score(model, sets, dims)
+    show(stages, dims)
     if args.output_dir:
         if args.loss != "base":
             set_matryoshka_config(model, dims)  # what serving engines read

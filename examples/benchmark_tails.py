@@ -1,0 +1,77 @@
+"""Seconds and memory of fitting tails, on random vectors: rotation and least-squares cut.
+
+    python examples/benchmark_tails.py                  # 20,000 x 384 and 50,000 x 1,024, some minutes on two cores
+    python examples/benchmark_tails.py --sizes 20000x384 9490x4096
+    python examples/benchmark_tails.py --smoke
+
+Each fit runs in a process of its own. Memory is the highest resident size during the fit beyond what the process had
+with the vectors in it, in units of the vectors (anchors and positives).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+
+DIMS = [256, 128, 64, 32, 16, 8]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["20000x384", "50000x1024"], metavar="NxD")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--smoke", action="store_true", help="small vectors, to see that all runs")
+    parser.add_argument("--one", nargs=2, metavar=("WHAT", "NxD"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def peak_bytes() -> int:
+    """Highest resident size of this process so far."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def measure(what: str, size: str, threads: int) -> None:
+    import time
+
+    import torch
+
+    from mipic_st.tails import fit_cut, fit_rotation
+
+    torch.set_num_threads(threads)
+    count, width = map(int, size.split("x"))
+    generator = torch.Generator().manual_seed(0)
+    anchors = torch.randn(count, width, generator=generator)
+    positives = torch.randn(count, width, generator=generator).mul_(0.5).add_(anchors)
+    if what == "rotation":  # what it imports should not count
+        fit_rotation(anchors[:600], positives[:600], dims=[8], max_steps=1)
+    before, start = peak_bytes(), time.perf_counter()
+    if what == "rotation":
+        fit_rotation(anchors, positives, dims=[dim for dim in DIMS if dim < width])
+    else:
+        fit_cut(anchors, positives)
+    seconds = time.perf_counter() - start
+    vectors = 2 * anchors.numel() * anchors.element_size()
+    print(json.dumps({"seconds": seconds, "memory": (peak_bytes() - before) / vectors}))
+
+
+def main() -> None:
+    args = parse_args()
+    if args.one:
+        measure(*args.one, args.threads)
+        return
+    print(f"{'':10} {'vectors':>12} {'seconds':>8} {'added memory / vectors':>23}")
+    for size in ["600x64"] if args.smoke else args.sizes:
+        for what in ("rotation", "cut"):
+            command = [sys.executable, __file__, "--threads", str(args.threads), "--one", what, size]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            figures = json.loads(done.stdout.splitlines()[-1])
+            print(f"{what:10} {size:>12} {figures['seconds']:8.1f} {figures['memory']:23.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
