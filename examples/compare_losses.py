@@ -1,14 +1,19 @@
-"""Train the same model on the same batches with MIPICLoss and with what it has to beat, and compare per dimension.
+"""Train the same model on the same batches with every loss, from a plain or a rotated start, and compare per dimension.
 
     python examples/compare_losses.py --smoke                                  # offline, synthetic data, two minutes
     python examples/compare_losses.py --train mix.csv --dev sts13.csv --test sts14.csv sts15.csv \
         --probe banking77_train.csv banking77_test.csv --starts good weak --output results
 
-Every method has the same steps, batches and learning rate grid; its rate is chosen with the first seed on the
-development files alone, and the other seeds are then trained with it. Each run is written to OUTPUT/runs.jsonl when it
-is done, so the same command continues where it stopped, and two processes may share the work (one per start, then one
-with --report-only for both). The report shows the test files: mean and standard deviation over seeds, and paired
-differences with a bootstrap interval that resamples both seeds and test rows.
+A row is named by what is done, in order: "matryoshka", "rotation+matryoshka" (the rotated start),
+"base+rotation" (fitted after training), "base+pca", "rotation+mipic+rotation"; "truncation", "rotation" and "pca" train
+nothing.
+
+Every row has the same steps and batches. Its learning rate is chosen with the first seed on the development files
+alone, from a grid that is widened until the best rate is inside of it; the other seeds are then trained with it. Rows that
+differ only in what follows the training share it. Each run is written to OUTPUT/runs.jsonl when it is done, so the same
+command continues where it stopped, and several processes may share the work by rows. --merge adds the runs of other
+folders to the report: mean and standard deviation over seeds, and paired differences with a bootstrap interval that
+resamples both seeds and test rows.
 """
 
 # ruff: noqa: E402  (the environment is set before the imports that read it)
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 import tomllib
 from collections.abc import Callable
@@ -25,9 +31,18 @@ from dataclasses import dataclass
 from functools import cache
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TURNS = ("rotation", "pca")
+DEFAULT_ROWS = """
+truncation pca rotation
+base base+pca base+rotation
+matryoshka matryoshka-weighted matryoshka-2d specialist-16 specialist-8 mipic mipic-paper mipic-released
+rotation+base rotation+matryoshka rotation+matryoshka-2d rotation+specialist-16 rotation+specialist-8
+rotation+mipic rotation+mipic+rotation
+""".split()
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,39 +51,39 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--train", help="anchor, positive[, negative] or sentence1, sentence2, score")
     data.add_argument("--dev", nargs="+", default=[], help="STS columns; learning rates are chosen on these")
     data.add_argument("--test", nargs="+", default=[], help="STS columns; reported, never used to choose")
-    data.add_argument("--probe", nargs=2, metavar=("TRAIN", "TEST"), help="text, label: logistic regression, reported")
-    data.add_argument("--probe-shots", type=int, default=32, help="training texts per label of the probe")
+    data.add_argument("--probe", nargs=2, metavar=("TRAIN", "TEST"), help="text, label: topics and retrieval, reported")
+    data.add_argument("--probe-shots", type=int, default=32, help="training texts per label of the topic probe")
     what = parser.add_argument_group("what is compared")
     what.add_argument("--model", help="name on the hub or local folder (default: the packaged all-MiniLM-L6-v2)")
-    what.add_argument("--methods", nargs="+", help="default: all but the ablation; see METHODS in this file")
+    what.add_argument("--rows", nargs="+", help="default: DEFAULT_ROWS; the losses are in losses_by_name")
     what.add_argument("--variants", help="TOML file of further MIPICLoss settings: [name] alpha = 0.5 ...")
     what.add_argument("--starts", nargs="+", choices=["good", "weak"], default=["good"])
     what.add_argument("--dims", type=int, nargs="+", default=[384, 256, 128, 64, 32, 16, 8])
-    what.add_argument("--small-dims", type=int, nargs="+", default=[16, 8], help="one specialist for each")
+    what.add_argument("--layers", type=int, nargs="+", default=[], help="score these layers too, cut and fitted")
     how = parser.add_argument_group("training")
     how.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    how.add_argument("--learning-rates", type=float, nargs="+", default=[5e-5, 1e-4, 2e-4])
+    how.add_argument("--learning-rates", type=float, nargs="+", default=[2e-5, 5e-5, 1e-4])
+    how.add_argument("--same-rate", action="store_true", help="one rate for all, the first: no grid")
     how.add_argument("--steps", type=int, default=150)
     how.add_argument("--batch-size", type=int, default=32)
     how.add_argument("--max-seq-length", type=int, default=32, help="in training; scores use the model's own")
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast, in training and scoring")
     how.add_argument("--threads", type=int, help="torch's CPU threads")
+    how.add_argument("--curve", type=int, nargs="+", default=[], metavar="STEP", help="score the test STS there too")
     parser.add_argument("--bootstrap", type=int, default=1000, help="draws for the intervals")
     parser.add_argument("--output", default="comparison", help="folder for runs.jsonl, vectors and report.json")
-    parser.add_argument("--plot", metavar="FILE", help="draw the differences to MatryoshkaLoss (needs matplotlib)")
+    parser.add_argument("--merge", nargs="+", default=[], metavar="FOLDER", help="report the runs of these outputs too")
     parser.add_argument("--report-only", action="store_true", help="no training: report what is there")
     parser.add_argument("--smoke", action="store_true", help="a few steps on few rows, one seed")
     args = parser.parse_args()
-    if any(dim < 1 for dim in (*args.dims, *args.small_dims)):
-        parser.error("--dims and --small-dims must be positive")
+    if any(dim < 1 for dim in args.dims):
+        parser.error("--dims must be positive")
     if args.steps < 1 or args.bootstrap < 1 or args.probe_shots < 1:
         parser.error("--steps, --bootstrap and --probe-shots must be at least 1")
     if bool(args.train) != bool(args.dev) or bool(args.train) != bool(args.test):
         parser.error("--train, --dev and --test come together (or none of them, for synthetic data)")
     if args.probe and not args.train:
         parser.error("--probe needs --train, --dev and --test; the synthetic data have a probe of their own")
-    if args.plot and args.methods and "matryoshka" not in args.methods:
-        parser.error("--plot draws differences to MatryoshkaLoss: add matryoshka to --methods")
     return args
 
 
@@ -83,7 +98,7 @@ import torch
 from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -96,48 +111,99 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 from torch import nn
+from transformers import TrainerCallback
 
-from mipic_st import MIPICLoss
+from mipic_st import MIPICLoss, fit_rotation, rotate_model
+from mipic_st.backbone import push_vectors, tail_of
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
+from mipic_st.layers import encode_layers
 from mipic_st.presets import PAPER_SETTINGS
 from mipic_st.synthetic import synthetic_pairs, synthetic_sts, synthetic_topics
+from mipic_st.tails import fit_cut
 
 Scores = dict[str, dict[int, float]]
+Turn = Callable[[np.ndarray], np.ndarray]
+
+# Texts that fit the tail of a layer cut, and anchors that fit a PCA.
+CUT_TEXTS, PCA_TEXTS = 8000, 4000
 
 
-# ---------------------------------------------------------------------------------------------------- methods
+# ------------------------------------------------------------------------------------------------------- rows
+class Row(NamedTuple):
+    """What is done with the start, in order.
+
+    Attributes:
+        name: As on the command line.
+        rotated: Whether the start is rotated before anything is trained.
+        loss: What it is trained with; empty for nothing.
+        turn: What is fitted on the trained model's vectors: "rotation", "pca" or nothing.
+    """
+
+    name: str
+    rotated: bool
+    loss: str
+    turn: str
+
+    @property
+    def trained(self) -> str:
+        """Rows that agree in this share one training."""
+        return "+".join(part for part in ("rotation" * self.rotated, self.loss) if part) or "truncation"
+
+
+def row_of(name: str) -> Row:
+    if name in ("truncation", "rotation"):
+        return Row(name, name == "rotation", "", "")
+    if name == "pca":
+        return Row(name, False, "", "pca")
+    parts = name.split("+")
+    rotated = parts[0] == "rotation"
+    turn = parts[-1] if len(parts) > rotated + 1 and parts[-1] in TURNS else ""
+    loss = "+".join(parts[rotated : len(parts) - bool(turn)])
+    if loss not in losses_by_name() and not loss.removeprefix("specialist-").isdecimal():
+        raise SystemExit(
+            f"--rows {name}: unknown; a row is [rotation+]LOSS[+rotation|+pca] with LOSS one of "
+            f"{' '.join(losses_by_name())} specialist-DIM, or one of truncation rotation pca."
+        )
+    return Row(name, rotated, loss, turn)
+
+
 def small_dims_first(dims: list[int]) -> list[float]:
     """Weights that double from each dim to the next smaller one below 128."""
     return [2.0 ** sum(dim <= other < 128 for other in dims) for dim in dims]
 
 
-# the default with all but one term off; not in the default comparison
-ABLATION = {"mipic-attention": "attention_weight", "mipic-cka": "cka_weight", "mipic-pic": "pic_weight"}
+# the default with some terms off; not among the default rows
+ABLATION: dict[str, dict[str, Any]] = {
+    "mipic-attention": {"cka_weight": 0, "pic_weight": 0},
+    "mipic-cka": {"attention_weight": 0, "pic_weight": 0},
+    "mipic-pic": {"attention_weight": 0, "cka_weight": 0, "pic_weight": 0.5},
+    "mipic-all": {"lift_init": "identity", "pic_weight": 0.5},
+    "mipic-free": {"lift_init": "frozen", "pic_weight": 0},
+}
 
 
 @cache
 def mipic_settings() -> dict[str, dict[str, Any]]:
     """Name -> arguments that differ from MIPICLoss's defaults: itself, its ablation and the user's variants."""
-    made: dict[str, dict[str, Any]] = {"mipic": {}}
-    for name, kept in ABLATION.items():
-        made[name] = {weight: 0 for weight in ABLATION.values() if weight != kept}
+    made: dict[str, dict[str, Any]] = {"mipic": {}, **ABLATION}
     if args.variants:
         made |= tomllib.loads(Path(args.variants).read_text(encoding="utf-8"))
     return made
 
 
-def all_settings(method: str) -> dict[str, Any]:
+def all_settings(loss: str) -> dict[str, Any]:
     """What a run of MIPICLoss is made with, defaults too, so that runs of other defaults are not taken for it."""
-    if method == "mipic-paper":
+    if loss == "mipic-paper":
         return dict(PAPER_SETTINGS)
-    if method not in mipic_settings():
+    if loss not in mipic_settings():
         return {}
     keywords = (each for each in signature(MIPICLoss).parameters.values() if each.kind is Parameter.KEYWORD_ONLY)
     defaults = {each.name: each.default for each in keywords}
-    return defaults | mipic_settings()[method]
+    return defaults | mipic_settings()[loss]
 
 
-def methods() -> dict[str, Callable[[SentenceTransformer, nn.Module], nn.Module]]:
+@cache
+def losses_by_name() -> dict[str, Callable[[SentenceTransformer, nn.Module], nn.Module]]:
     """Name -> (model, base loss) -> loss."""
     dims = args.dims
     made: dict[str, Callable] = {
@@ -145,17 +211,20 @@ def methods() -> dict[str, Callable[[SentenceTransformer, nn.Module], nn.Module]
         "matryoshka": lambda model, base: losses.MatryoshkaLoss(model, base, dims),
         "matryoshka-weighted": lambda model, base: losses.MatryoshkaLoss(model, base, dims, small_dims_first(dims)),
         "matryoshka-2d": lambda model, base: losses.Matryoshka2dLoss(model, base, dims),
+        "adaptive-layer": lambda model, base: losses.AdaptiveLayerLoss(model, base),
+        "mipic-paper": lambda model, base: MIPICLoss.from_preset(model, base, "paper", dims),
+        "mipic-released": lambda model, base: MIPICLoss.from_preset(model, base, "released", dims),
     }
-    for dim in args.small_dims:
-        made[f"specialist-{dim}"] = lambda model, base, dim=dim: losses.MatryoshkaLoss(model, base, [dim])
-    made["mipic-paper"] = lambda model, base: MIPICLoss.from_preset(model, base, dims, "paper")
     for name, settings in mipic_settings().items():
         made[name] = lambda model, base, settings=settings: MIPICLoss(model, base, dims, **settings)
     return made
 
 
-PLOTTED = ("mipic", "mipic-paper", "matryoshka-weighted", "matryoshka-2d", "base", "specialist-16", "specialist-8")
-CONTROLS = ("untrained", "base", "base-pca", "matryoshka", "matryoshka-weighted", "matryoshka-2d")
+def make_loss(name: str, model: SentenceTransformer, data: Dataset) -> nn.Module:
+    base = losses.CoSENTLoss(model) if is_scored(data) else losses.MultipleNegativesRankingLoss(model)
+    if name.startswith("specialist-"):
+        return losses.MatryoshkaLoss(model, base, [int(name.removeprefix("specialist-"))])
+    return losses_by_name()[name](model, base)
 
 
 # ----------------------------------------------------------------------------------------------------- starts
@@ -182,6 +251,26 @@ def load_model(start: str, seed: int) -> SentenceTransformer:
                 module.reset_parameters()
     width = model.get_embedding_dimension()
     return SentenceTransformer(modules=[model[0].cpu(), Pooling(width, pooling_mode="cls"), Normalize()])
+
+
+def load_start(folder: Path, start: str, seed: int, rotated: bool, data: Data) -> tuple[SentenceTransformer, float]:
+    """The model before training, and the seconds that its rotation took; a rotated one is made once and kept."""
+    if not rotated:
+        return load_model(start, seed), 0.0
+    place, note = folder / "starts" / f"{start}_{seed}", folder / "starts" / f"{start}_{seed}.json"
+    if not note.exists():
+        model = load_model(start, seed)
+        began = time.perf_counter()
+        with autocast():
+            rotate_model(model, data.train, args.dims, batch_size=128, seed=seed, **fit_options())
+        seconds = time.perf_counter() - began
+        model.save_pretrained(str(place))
+        note.write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+    return SentenceTransformer(str(place)), json.loads(note.read_text(encoding="utf-8"))["seconds"]
+
+
+def fit_options() -> dict[str, Any]:
+    return {"max_steps": 20} if args.smoke else {}
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -216,12 +305,16 @@ def load_data() -> Data:
         dev, test = ({Path(name).stem: load_scored(name) for name in names} for names in (args.dev, args.test))
         probe = tuple(map(load_texts, args.probe, ("train", "test"))) if args.probe else None
     if args.smoke:
-        train = train.select(range(min(96, len(train))))
+        train = train.select(range(min(600, len(train))))
         dev, test = (
             {name: part.select(range(min(60, len(part)))) for name, part in sets.items()} for sets in (dev, test)
         )
         probe = probe and tuple(part.shuffle(seed=0).select(range(min(150, len(part)))) for part in probe)
     return Data(train, dev, test, probe)
+
+
+def pair_columns(data: Dataset) -> list[list[str]]:
+    return [list(data[name]) for name in data.column_names if isinstance(data[0][name], str)][:2]
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
@@ -230,72 +323,150 @@ def autocast() -> Any:
     return torch.autocast(device, torch.bfloat16) if args.bf16 else nullcontext()
 
 
-def encode(model: SentenceTransformer, texts: list[str]) -> torch.Tensor:
+def encode(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
     with autocast():
-        return model.encode(texts, batch_size=128, convert_to_tensor=True, show_progress_bar=False).float().cpu()
+        return (
+            model.encode(texts, batch_size=128, convert_to_tensor=True, show_progress_bar=False).float().cpu().numpy()
+        )
+
+
+def turn_of(kind: str, model: SentenceTransformer, data: Data, seed: int) -> Turn:
+    """What follows the trained model: nothing, a rotation fitted on its training pairs, or PCA."""
+    if kind == "rotation":
+        anchors, positives = (encode(model, texts) for texts in pair_columns(data.train))
+        dims = [dim for dim in args.dims if dim < anchors.shape[1]]
+        return fit_rotation(anchors, positives, dims=dims, seed=seed, **fit_options())
+    if kind == "pca":
+        sample = data.train.shuffle(seed=seed).select(range(min(PCA_TEXTS, len(data.train))))
+        return PCA(random_state=0).fit(encode(model, pair_columns(sample)[0])).transform
+    return lambda vectors: vectors
 
 
 class Vectors:
-    """Full-width vectors of every text that is scored: encoded once, cut (and, for PCA, rotated) afterwards."""
+    """Full-width vectors of every text that is scored: encoded once, turned and cut afterwards."""
 
-    def __init__(self, model: SentenceTransformer, data: Data) -> None:
-        self.sts = {
-            name: (encode(model, list(part["sentence1"])), encode(model, list(part["sentence2"])))
-            for name, part in (data.dev | data.test).items()
-        }
-        self.probe = tuple(encode(model, list(part["text"])) for part in data.probe) if data.probe else None
+    def __init__(self, model: SentenceTransformer, data: Data, layers: list[int]) -> None:
+        self.model, self.layers = model, layers
+        self.states: dict[str, list[np.ndarray]] = {}
+        self.final: dict[str, list[np.ndarray]] = {}
+        for name, part in (data.dev | data.test).items():
+            self.add(name, [list(part["sentence1"]), list(part["sentence2"])], layers if name in data.test else [])
+        if layers:
+            texts = list(dict.fromkeys(text for column in pair_columns(data.train) for text in column))
+            order = np.random.default_rng(0).permutation(len(texts))[:CUT_TEXTS]
+            self.add("cut texts", [[texts[row] for row in order]], layers)
+        if data.probe:
+            self.add("topics", [list(part["text"]) for part in data.probe], [])
 
-    def rotated(self, pca: PCA) -> Vectors:
-        """The same vectors in PCA's coordinates, the control that costs no training."""
-        turned = object.__new__(Vectors)
-        turn = lambda part: torch.from_numpy(pca.transform(part.numpy()))  # noqa: E731
-        turned.sts = {name: (turn(first), turn(second)) for name, (first, second) in self.sts.items()}
-        turned.probe = self.probe and tuple(map(turn, self.probe))
-        return turned
+    def add(self, name: str, columns: list[list[str]], layers: list[int]) -> None:
+        if not layers:
+            self.final[name] = [encode(self.model, texts) for texts in columns]
+            return
+        depth = self.model[0].auto_model.config.num_hidden_layers
+        with autocast():
+            states = [
+                encode_layers(self.model, texts, [*layers, depth], batch_size=128, tail=False) for texts in columns
+            ]
+        self.states[name] = [part[:, :-1] for part in states]
+        self.final[name] = [self.push(part[:, -1]) for part in states]
+
+    def push(self, states: np.ndarray) -> np.ndarray:
+        """Pooled states through the model's own tail."""
+        with torch.inference_mode():
+            return push_vectors(tail_of(self.model), torch.from_numpy(np.ascontiguousarray(states))).numpy()
+
+    def sets(self, turn: Turn) -> dict[str, list[np.ndarray]]:
+        """Name -> turned vectors of both columns; layers that are cut have names of their own."""
+        found = {name: [turn(part) for part in parts] for name, parts in self.final.items() if name != "cut texts"}
+        for column, layer in enumerate(self.layers):
+            states = self.states["cut texts"][0][:, column]
+            fit = fit_cut(states, normalize(turn(self.final["cut texts"][0]))).numpy()
+            for name in self.states.keys() - {"cut texts"}:
+                parts = [part[:, column] for part in self.states[name]]
+                found[f"{name}, layer {layer} cut"] = [turn(self.push(part)) for part in parts]
+                found[f"{name}, layer {layer} fitted"] = [part @ fit for part in parts]
+        return found
 
 
-def few_shot(data: Dataset, shots: int) -> list[int]:
+def few_shot(labels: np.ndarray, shots: int) -> list[int]:
     """The first rows of each label, in an order that is drawn once."""
     kept: dict[Any, list[int]] = {}
-    labels = data["label"]
-    for row in np.random.default_rng(0).permutation(len(data)):
-        kept.setdefault(labels[int(row)], [])
-        if len(kept[labels[int(row)]]) < shots:
-            kept[labels[int(row)]].append(int(row))
+    for row in np.random.default_rng(0).permutation(len(labels)):
+        if len(kept.setdefault(labels[row], [])) < shots:
+            kept[labels[row]].append(int(row))
     return sorted(row for rows in kept.values() for row in rows)
 
 
-def score(vectors: Vectors, data: Data) -> tuple[Scores, dict[str, np.ndarray]]:
-    """Spearman and accuracy x100 of every set and dim, and what they rest on, row by row, for the bootstrap."""
+def score(sets: dict[str, list[np.ndarray]], data: Data) -> tuple[Scores, dict[str, np.ndarray]]:
+    """Every measure x100 at every dim, and what it rests on, row by row, for the bootstrap."""
     scores: Scores = {}
     rows: dict[str, np.ndarray] = {}
-    for name, part in (data.dev | data.test).items():
-        first, second = vectors.sts[name]
+    for name, parts in sets.items():
+        if name == "topics":
+            continue
+        # scores of a layer's cut are those of the set itself
+        gold = (data.dev | data.test)[name.split(", layer ")[0]]["score"]
+        first, second = (torch.from_numpy(part) for part in parts)
         cosines = [pairwise_cos_sim(first[:, :dim], second[:, :dim]).numpy() for dim in args.dims]
         scores[name] = {
-            dim: 100 * float(spearmanr(cosine, part["score"]).statistic)
-            for dim, cosine in zip(args.dims, cosines, strict=True)
+            dim: 100 * float(spearmanr(cosine, gold).statistic) for dim, cosine in zip(args.dims, cosines, strict=True)
         }
-        if name in data.test:
+        if name not in data.dev:
             rows[name] = np.stack(cosines).astype(np.float32)
-    if data.probe:
-        shots = few_shot(data.probe[0], args.probe_shots)
-        labels = np.array(data.probe[0]["label"])[shots]
-        right = []
-        for dim in args.dims:
-            # what a user does who serves short vectors: cut, then bring back to unit length
-            train, test = (normalize(part[:, :dim].numpy()) for part in (vectors.probe[0][shots], vectors.probe[1]))
-            fitted = LogisticRegression(max_iter=300).fit(train, labels)
-            right.append(fitted.predict(test) == np.array(data.probe[1]["label"]))
-        rows["probe"] = np.stack(right)
-        scores["probe"] = dict(zip(args.dims, (100 * rows["probe"].mean(axis=1)).tolist(), strict=True))
+    if "topics" in sets:
+        rows |= topic_rows(sets["topics"], data)
+        for name in ("topics", "accuracy@1", "ndcg@10"):
+            scores[name] = dict(zip(args.dims, (100 * rows[name].mean(axis=1)).tolist(), strict=True))
     return scores, rows
 
 
+def topic_rows(parts: list[np.ndarray], data: Data) -> dict[str, np.ndarray]:
+    """Per test text and dim: the topic probe right or wrong; retrieval of training texts of its label."""
+    labels = [np.array(part["label"]) for part in data.probe]
+    shots = few_shot(labels[0], args.probe_shots)
+    discount = 1 / np.log2(np.arange(2, 12))
+    found: dict[str, list[np.ndarray]] = {"topics": [], "accuracy@1": [], "ndcg@10": []}
+    for dim in args.dims:
+        # what a user does who serves short vectors: cut, then bring back to unit length
+        train, test = (normalize(part[:, :dim]) for part in parts)
+        fitted = LogisticRegression(max_iter=300).fit(train[shots], labels[0][shots])
+        found["topics"].append(fitted.predict(test) == labels[1])
+        cosines = test @ train.T
+        nearest = np.argpartition(-cosines, 10, axis=1)[:, :10]
+        order = np.take_along_axis(cosines, nearest, axis=1).argsort(axis=1)[:, ::-1]
+        relevant = labels[0][np.take_along_axis(nearest, order, axis=1)] == labels[1][:, None]
+        found["accuracy@1"].append(relevant[:, 0])
+        # every label has more than ten training texts, so the best list is all relevant
+        found["ndcg@10"].append((relevant @ discount / discount.sum()).astype(np.float32))
+    return {name: np.stack(parts) for name, parts in found.items()}
+
+
 # --------------------------------------------------------------------------------------------------- training
-def train(model: SentenceTransformer, loss: nn.Module, data: Dataset, rate: float, seed: int, scratch: Path) -> dict:
-    """One run. Returns seconds per step and the means of the logged terms over the last tenth."""
+class Curve(TrainerCallback):
+    """Scores of the test sets at some steps, and the training seconds until then."""
+
+    def __init__(self, model: SentenceTransformer, data: Data) -> None:
+        self.model, self.data = model, data
+        self.points: list[dict[str, Any]] = []
+        self.paused = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        if state.global_step not in args.curve:
+            return
+        stopped = time.perf_counter()
+        plain = Data(self.data.train, {}, self.data.test, None)
+        scores = score(Vectors(self.model, plain, []).sets(lambda vectors: vectors), plain)[0]
+        self.points.append({"step": state.global_step, "seconds": stopped - self.began - self.paused, "scores": scores})
+        self.paused += time.perf_counter() - stopped
+
+
+def train(model: SentenceTransformer, loss: nn.Module, data: Data, rate: float, seed: int, scratch: Path) -> dict:
+    """One training. Returns its seconds, the first and last log of each term, and the curve."""
     own_length, model.max_seq_length = model.max_seq_length, args.max_seq_length
+    curve = Curve(model, data)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
@@ -304,7 +475,7 @@ def train(model: SentenceTransformer, loss: nn.Module, data: Dataset, rate: floa
             per_device_train_batch_size=args.batch_size,
             learning_rate=rate,
             warmup_steps=0.1,
-            batch_sampler="batch_sampler" if is_scored(data) else "no_duplicates",
+            batch_sampler="batch_sampler" if is_scored(data.train) else "no_duplicates",
             bf16=args.bf16,
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
@@ -314,8 +485,9 @@ def train(model: SentenceTransformer, loss: nn.Module, data: Dataset, rate: floa
             disable_tqdm=True,
             dataloader_pin_memory=False,
         ),
-        train_dataset=data,
+        train_dataset=data.train,
         loss=loss,
+        callbacks=[curve],
     )
     trainer.train()
     model.max_seq_length = own_length
@@ -323,134 +495,194 @@ def train(model: SentenceTransformer, loss: nn.Module, data: Dataset, rate: floa
     terms = ("loss", "matryoshka", "sia_attention", "sia_cka", "pic")
     runtime = next(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
     return {
-        "seconds_per_step": runtime / args.steps,
+        "train_seconds": runtime - curve.paused,
         "terms": [{key: round(log[key], 4) for key in terms if key in log} for log in (logs[0], logs[-1])],
+        "curve": curve.points,
     }
 
 
-class Runs:
-    """Finished runs, one JSON line each, their rows beside them. Reading it again is all that resuming takes."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file = folder / "runs.jsonl"
-        (folder / "rows").mkdir(parents=True, exist_ok=True)
-        settings = {key: value for key, value in vars(args).items() if key in SETTINGS}
-        kept = folder / "settings.json"
-        if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != settings:
-            raise SystemExit(
-                f"{kept} has other settings than this command: name another --output or use the same ones."
-            )
-        kept.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-
-    def read(self) -> dict[tuple, dict]:
-        if not self.file.exists():
-            return {}
-        lines = self.file.read_text(encoding="utf-8").splitlines()
-        return {key_of(run): run for run in map(json.loads, lines)}
-
-    def add(self, run: dict, rows: dict[str, np.ndarray]) -> None:
-        np.savez_compressed(self.rows_file(run), **rows)
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(run) + "\n")
-
-    def require_settings(self, names: list[str]) -> None:
-        """Refuse finished runs of these methods if the loss had other arguments than this command gives it."""
-        for run in self.read().values():
-            made, wanted = run.get("settings", {}), all_settings(run["method"])
-            other = {name: value for name, value in made.items() if value != wanted.get(name)}
-            if other and run["method"] in names:
-                raise SystemExit(f"{self.file} holds runs of {run['method']} with {other}: name another --output.")
-
-    def rows_file(self, run: dict) -> Path:
-        return self.folder / "rows" / ("_".join(map(str, key_of(run))) + ".npz")
-
-
+# ------------------------------------------------------------------------------------------------ what is done
 SETTINGS = ("train", "dev", "test", "probe", "probe_shots", "model", "dims", "steps", "batch_size")
 SETTINGS += ("max_seq_length", "bf16", "smoke")
 
 
-def key_of(run: dict) -> tuple:
-    return run["start"], run["method"], run["learning_rate"], run["seed"]
+class Runs:
+    """Finished trainings and rows, one JSON line each; what the rows rest on lies beside them."""
+
+    def __init__(self, folder: Path, others: list[Path]) -> None:
+        self.folder, self.folders = folder, [folder, *others]
+        for name in ("rows", "models", "starts"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        settings = {key: value for key, value in vars(args).items() if key in SETTINGS}
+        kept = folder / "settings.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        for kept in (each / "settings.json" for each in self.folders):
+            if not kept.exists():
+                raise SystemExit(f"{kept} is missing: {kept.parent} is no --output of this script.")
+            if json.loads(kept.read_text(encoding="utf-8")) != settings:
+                raise SystemExit(
+                    f"{kept} has other settings than this command: name another --output or use the same ones."
+                )
+
+    def read(self, kind: str, **wanted: Any) -> list[dict]:
+        """Lines of all folders, the newest last, that agree with what is wanted."""
+        files = [file for folder in self.folders if (file := folder / f"{kind}.jsonl").exists()]
+        lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+        return [line for line in lines if all(line[key] == value for key, value in wanted.items())]
+
+    def write(self, kind: str, line: dict) -> None:
+        with (self.folder / f"{kind}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def require_settings(self, rows: list[Row]) -> None:
+        """Refuse finished trainings of these rows if the loss had other arguments than this command gives it."""
+        for made in self.read("trainings"):
+            wanted = all_settings(made["loss"])
+            other = {name: value for name, value in made["settings"].items() if value != wanted.get(name)}
+            if other and made["trained"] in {row.trained for row in rows}:
+                raise SystemExit(f"{self.folder} holds runs of {made['trained']} with {other}: name another --output.")
+
+    def rows_file(self, run: dict) -> Path:
+        name = "_".join(str(run[key]) for key in ("start", "row", "learning_rate", "seed")) + ".npz"
+        return next(
+            (file for folder in self.folders if (file := folder / "rows" / name).exists()), self.folder / "rows" / name
+        )
+
+    def model_folder(self, start: str, trained: str, rate: float, seed: int) -> Path:
+        return self.folder / "models" / f"{start}_{trained}_{rate}_{seed}"
 
 
-def one_run(runs: Runs, data: Data, start: str, method: str, rate: float, seed: int) -> None:
-    if (start, method, rate, seed) in runs.read():
-        return
-    began = time.perf_counter()
+def trained_model(runs: Runs, data: Data, start: str, row: Row, rate: float, seed: int) -> dict:
+    """The line of a training; it is done if there is none yet. Its model stays in OUTPUT/models."""
+    key = {"start": start, "trained": row.trained, "learning_rate": rate, "seed": seed}
+    if done := runs.read("trainings", **key):
+        return done[-1]
     torch.manual_seed(seed)
-    model = load_model(start, seed)
-    about: dict[str, Any] = {"start": start, "method": method, "learning_rate": rate, "seed": seed}
-    about |= {"settings": all_settings(method)}
-    if method != "untrained":
-        base = losses.CoSENTLoss(model) if is_scored(data.train) else losses.MultipleNegativesRankingLoss(model)
-        about |= train(model, methods()[method](model, base), data.train, rate, seed, runs.folder / "scratch")
-    vectors = Vectors(model, data)
-    scores, rows = score(vectors, data)
-    runs.add(about | {"scores": scores}, rows)
-    if method == "base":  # whose vectors the other control turns
-        texts = next(column for column in data.train.column_names if isinstance(data.train[0][column], str))
-        sample = data.train.shuffle(seed=seed).select(range(min(4000, len(data.train))))[texts]
-        pca = PCA(random_state=0).fit(encode(model, list(sample)).numpy())
-        scores, rows = score(vectors.rotated(pca), data)
-        runs.add(about | {"method": "base-pca", "scores": scores}, rows)
-    means = {dim: round(float(np.mean([scores[name][dim] for name in data.dev])), 2) for dim in args.dims}
-    print(f"{start} {method} lr {rate:g} seed {seed}: dev {means}, {time.perf_counter() - began:.0f} s", flush=True)
+    model, seconds = load_start(runs.folder, start, seed, row.rotated, data)
+    line: dict[str, Any] = {**key, "loss": row.loss, "settings": all_settings(row.loss), "rotation_seconds": seconds}
+    loss = make_loss(row.loss, model, data.train)
+    line |= train(model, loss, data, rate, seed, runs.folder / "scratch")
+    line["dev"] = score(Vectors(model, Data(data.train, data.dev, {}, None), []).sets(lambda vectors: vectors), data)[0]
+    model.save_pretrained(str(runs.model_folder(start, row.trained, rate, seed)), create_model_card=False)
+    runs.write("trainings", line)
+    means = {dim: round(float(np.mean([line["dev"][name][dim] for name in data.dev])), 2) for dim in args.dims}
+    print(f"{start} {row.trained} lr {rate:g} seed {seed}: dev {means}, {line['train_seconds']:.0f} s", flush=True)
+    return json.loads(json.dumps(line))
 
 
-def dev_score(run: dict, data: Data) -> float:
+def dev_score(line: dict) -> float:
     """What a learning rate is chosen by: development Spearman over all dims, for a specialist at its own."""
-    own = [int(run["method"].split("-")[1])] if run["method"].startswith("specialist-") else args.dims
-    return float(np.mean([run["scores"][name][str(dim)] for name in data.dev for dim in own]))
+    own = [int(line["loss"].split("-")[1])] if line["loss"].startswith("specialist-") else args.dims
+    return float(np.mean([by_dim[str(dim)] for by_dim in line["dev"].values() for dim in own]))
 
 
-def best_rate(runs: Runs, data: Data, start: str, method: str) -> float:
-    tried = [run for run in runs.read().values() if (run["start"], run["method"]) == (start, method)]
-    tried = [run for run in tried if run["seed"] == args.seeds[0] and run["learning_rate"] in args.learning_rates]
-    return max(tried, key=lambda run: dev_score(run, data))["learning_rate"]
+def chosen_rate(runs: Runs, data: Data, start: str, row: Row) -> float:
+    """The best rate of a grid that is widened until it lies inside."""
+    if not row.loss:
+        return 0.0
+    rates = sorted(args.learning_rates)
+    if args.same_rate:
+        return args.learning_rates[0]
+    while True:
+        lines = [trained_model(runs, data, start, row, rate, args.seeds[0]) for rate in rates]
+        best = max(lines, key=dev_score)["learning_rate"]
+        inside = rates[0] < best < rates[-1]
+        if inside or args.smoke or len(rates) > 8:
+            for rate in rates:
+                if rate != best:
+                    shutil.rmtree(runs.model_folder(start, row.trained, rate, args.seeds[0]), ignore_errors=True)
+            return best
+        rates = sorted([*rates, float(f"{best / 2 if best == rates[0] else best * 2:.1e}")])
+
+
+def finish_rows(runs: Runs, data: Data, start: str, rows: list[Row]) -> None:
+    """Train and score rows that share one training."""
+    first = rows[0]
+    rate = chosen_rate(runs, data, start, first)
+    drawn = bool(first.loss) or first.rotated or start == "weak" or any(row.turn for row in rows)
+    for seed in args.seeds if drawn else args.seeds[:1]:
+        missing = [
+            row for row in rows if not runs.read("runs", start=start, row=row.name, learning_rate=rate, seed=seed)
+        ]
+        if not missing:
+            continue
+        began = time.perf_counter()
+        if first.loss:
+            line = trained_model(runs, data, start, first, rate, seed)
+            folder = runs.model_folder(start, first.trained, rate, seed)
+            if not folder.exists():
+                raise SystemExit(f"{folder} is gone; name another --output to train it again.")
+            model = SentenceTransformer(str(folder))
+        else:
+            model, seconds = load_start(runs.folder, start, seed, first.rotated, data)
+            line = {"train_seconds": 0.0, "rotation_seconds": seconds}
+        vectors = Vectors(model, data, args.layers)
+        for row in missing:
+            turned = time.perf_counter()
+            turn = turn_of(row.turn, model, data, seed)
+            turned = time.perf_counter() - turned
+            scores, rests_on = score(vectors.sets(turn), data)
+            run = {"start": start, "row": row.name, "learning_rate": rate, "seed": seed}
+            run |= {"seconds": line["train_seconds"] + line["rotation_seconds"] + turned, "scores": scores}
+            run |= {"curve": line.get("curve", []), "terms": line.get("terms", [])}
+            np.savez_compressed(runs.rows_file(run), **rests_on)
+            runs.write("runs", run)
+        names = " ".join(row.name for row in missing)
+        print(f"{start} {names} seed {seed}: scored in {time.perf_counter() - began:.0f} s", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------- report
-def statistic(rows: np.ndarray, gold: np.ndarray | None, chosen: np.ndarray) -> float:
-    """Spearman of cosines or accuracy, x100, on the chosen rows."""
+# What every row is compared with, where both are there; "specialist" is the one of the dim.
+RIVALS = ("truncation", "base", "matryoshka", "matryoshka-2d", "specialist", "rotation", "rotation+matryoshka")
+
+
+def resampled(rows: np.ndarray, gold: np.ndarray | None, counts: np.ndarray) -> np.ndarray:
+    """Spearman of cosines, or means, x100, on rows drawn ``counts`` times each; ranks are those of all rows.
+
+    Args:
+        rows: (..., n).
+        gold: (n,) scores, or None for a mean.
+        counts: (draws, n).
+
+    Returns:
+        (draws, ...).
+    """
+    flat = rows.reshape(-1, rows.shape[-1]).astype(np.float64)
+    share = counts / counts.sum(axis=1, keepdims=True)
     if gold is None:
-        return 100 * float(rows[chosen].mean())
-    return 100 * float(spearmanr(rows[chosen], gold[chosen]).statistic)
+        return 100 * (share @ flat.T).reshape(len(counts), *rows.shape[:-1])
+    x, y = rankdata(flat, axis=1), rankdata(gold)
+    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean()
+    mean_x, mean_y = share @ x.T, (share @ y)[:, None]
+    spread = (share @ (x * x).T - mean_x**2) * ((share @ (y * y))[:, None] - mean_y**2)
+    return 100 * ((share @ (x * y).T - mean_x * mean_y) / np.sqrt(spread)).reshape(len(counts), *rows.shape[:-1])
 
 
-def paired(runs: Runs, data: Data, ours: list[dict], theirs: list[dict], names: list[str], dim: int) -> dict:
-    """Mean difference ours - theirs over seeds, and its 95% bootstrap interval over seeds and test rows."""
-    place = args.dims.index(dim)
-    loaded = [
-        [[np.load(runs.rows_file(run))[name][place] for name in names] for run in side] for side in (ours, theirs)
-    ]
-    golds = [None if name == "probe" else np.array(data.test[name]["score"]) for name in names]
+def paired(runs: Runs, data: Data, ours: list[dict], theirs: list[dict], names: list[str]) -> list[dict]:
+    """Per dim: mean difference ours - theirs over seeds, and its 95% bootstrap interval over seeds and test rows."""
     draw = np.random.default_rng(0)
+    picks = draw.integers(len(ours), size=(args.bootstrap, len(ours)))
+    differences, whole = [], []
+    for name in names:
+        # (sides, seeds, dims, n)
+        rows = np.stack([[np.load(runs.rows_file(run))[name] for run in side] for side in (ours, theirs)])
+        gold = np.array(data.test[name.split(", layer ")[0]]["score"]) if name.split(", ")[0] in data.test else None
+        size = rows.shape[-1]
+        counts = draw.multinomial(size, np.full(size, 1 / size), size=args.bootstrap)
+        by_seed = np.subtract(*np.moveaxis(resampled(rows, gold, counts), 1, 0))
+        differences.append(np.take_along_axis(by_seed, picks[:, :, None], axis=1).mean(axis=1))
+        one = resampled(rows, gold, np.ones((1, size), dtype=int))[0]
+        whole.append((one[0] - one[1]).mean(axis=0))
+    low, high = np.percentile(np.mean(differences, axis=0), [2.5, 97.5], axis=0)
+    made = zip(np.mean(whole, axis=0), low, high, strict=True)
+    return [dict(zip(("difference", "low", "high"), (round(float(v), 2) for v in each), strict=True)) for each in made]
 
-    def difference(seeds: np.ndarray, chosen: list[np.ndarray]) -> float:
-        means = [
-            np.mean([statistic(side[s][n], golds[n], chosen[n]) for s in seeds for n in range(len(names))])
-            for side in loaded
-        ]
-        return float(means[0] - means[1])
 
-    sizes = [len(rows) for rows in loaded[0][0]]
-    whole = difference(np.arange(len(ours)), [np.arange(size) for size in sizes])
-    drawn = [
-        difference(draw.integers(len(ours), size=len(ours)), [draw.integers(size, size=size) for size in sizes])
-        for _ in range(args.bootstrap)
-    ]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"difference": round(whole, 2), "low": round(float(low), 2), "high": round(float(high), 2)}
-
-
-def chosen_runs(runs: Runs, data: Data, start: str, method: str) -> list[dict]:
-    """The method's runs at its best learning rate, one per seed."""
-    mine = [run for run in runs.read().values() if (run["start"], run["method"]) == (start, method)]
-    if not mine:
-        return []
-    rate = 0.0 if method == "untrained" else best_rate(runs, data, start, method.removesuffix("-pca"))
-    by_seed = {run["seed"]: run for run in mine if run["learning_rate"] == rate}
+def chosen_runs(runs: Runs, start: str, row: Row) -> list[dict]:
+    """The row's runs at the rate that was chosen, one per seed."""
+    mine = runs.read("runs", start=start, row=row.name)
+    by_seed = {run["seed"]: run for run in mine}
     return [by_seed[seed] for seed in args.seeds if seed in by_seed]
 
 
@@ -464,90 +696,71 @@ def summary(chosen: list[dict], sets: list[str]) -> dict[str, dict[str, float]]:
     return table
 
 
-def differences(runs: Runs, data: Data, picked: dict[str, list[dict]], ours: str, sets: list[str]) -> dict[str, Any]:
-    """What the method has to beat: both MatryoshkaLoss forms at every dim, the specialist at its own."""
-    found: dict[str, Any] = {}
-    seeds = [run["seed"] for run in picked[ours]]
-    for dim in args.dims:
-        for rival, label in {
-            "matryoshka": "matryoshka",
-            "matryoshka-weighted": "matryoshka-weighted",
-            f"specialist-{dim}": "specialist",
-        }.items():
-            theirs = picked.get(rival, [])
-            if rival != ours and theirs and [run["seed"] for run in theirs] == seeds:
-                found.setdefault(label, {})[str(dim)] = paired(runs, data, picked[ours], theirs, sets, dim)
+def measures(data: Data, chosen: list[dict]) -> dict[str, list[str]]:
+    """Name -> the sets whose mean it is, as far as the runs have them."""
+    found = {"sts": list(data.test)}
+    found |= {name: [name] for name in ("topics", "accuracy@1", "ndcg@10")}
+    layers = sorted({name.split(", ", 1)[1] for name in chosen[0]["scores"] if ", layer " in name})
+    found |= {f"sts, {layer}": [f"{name}, {layer}" for name in data.test] for layer in layers}
+    return {name: sets for name, sets in found.items() if all(each in run["scores"] for run in chosen for each in sets)}
+
+
+def differences(
+    runs: Runs, data: Data, picked: dict[str, list[dict]], name: str, measure: str, sets: list[str]
+) -> dict[str, dict]:
+    """Rival -> dim -> difference and interval, where both have the same seeds (or nothing is drawn in the rival)."""
+    found: dict[str, dict] = {}
+    ours = picked[name]
+    for rival in RIVALS:
+        prefix = "specialist-" if rival == "specialist" else rival
+        for other in (each for each in picked if each == rival or (each.startswith(prefix) and prefix[-1] == "-")):
+            theirs = picked[other] * (len(ours) if len(picked[other]) == 1 else 1)
+            same = len(picked[other]) == 1 or [run["seed"] for run in theirs] == [run["seed"] for run in ours]
+            if other == name or not same or measure not in measures(data, theirs):
+                continue
+            by_dim = dict(zip(map(str, args.dims), paired(runs, data, ours, theirs, sets), strict=True))
+            if rival == "specialist":
+                own = other.removeprefix(prefix)
+                by_dim = {own: by_dim[own]} if own in by_dim else {}
+            found.setdefault(rival, {}).update(by_dim)
     return found
 
 
-def report(runs: Runs, data: Data, names: list[str]) -> dict[str, Any]:
-    console = Console(width=160)
+def report(runs: Runs, data: Data, rows: list[Row]) -> dict[str, Any]:
+    console = Console(width=180)
     made: dict[str, Any] = {"settings": json.loads((runs.folder / "settings.json").read_text(encoding="utf-8"))}
-    measures = {"sts": list(data.test)} | ({"probe": ["probe"]} if data.probe else {})
     for start in args.starts:
-        picked = {name: chosen for name in names if (chosen := chosen_runs(runs, data, start, name))}
+        picked = {row.name: chosen for row in rows if (chosen := chosen_runs(runs, start, row))}
         entry: dict[str, Any] = {}
-        plain = [run["seconds_per_step"] for run in picked.get("matryoshka", [])]
         for name, chosen in picked.items():
-            entry[name] = {"learning_rate": chosen[0]["learning_rate"], "seeds": len(chosen)}
-            if plain and "seconds_per_step" in chosen[0]:
-                pace = np.median([run["seconds_per_step"] for run in chosen])
-                entry[name]["step_time_ratio"] = round(float(pace / np.median(plain)), 2)
-        for measure, sets in measures.items():
-            title = f"{start} start, {' and '.join(sets)}: x100, mean ± standard deviation over seeds"
-            table = Table("method", "lr", "seeds", *map(str, args.dims), "step time", title=title)
-            for name, chosen in picked.items():
+            seconds = float(np.mean([run["seconds"] for run in chosen]))
+            entry[name] = {"learning_rate": chosen[0]["learning_rate"], "seeds": len(chosen), "seconds": round(seconds)}
+            if chosen[0]["curve"]:
+                entry[name]["curve"] = [run["curve"] for run in chosen]
+            for measure, sets in measures(data, chosen).items():
                 entry[name][measure] = summary(chosen, sets)
-                cells = [f"{cell['mean']:.2f} ±{cell['std']:.2f}" for cell in entry[name][measure].values()]
-                pace = entry[name].get("step_time_ratio", "")
-                table.add_row(name, f"{chosen[0]['learning_rate']:g}", str(len(chosen)), *cells, str(pace))
+                entry[name][f"{measure} differences"] = differences(runs, data, picked, name, measure, sets)
+        for measure in dict.fromkeys(each for name in picked for each in measures(data, picked[name])):
+            title = f"{start} start, {measure}: x100, mean ± standard deviation over seeds"
+            table = Table("row", "lr", "seeds", *map(str, args.dims), "seconds", title=title)
+            for name, about in entry.items():
+                if measure in about:
+                    cells = [f"{cell['mean']:.2f} ±{cell['std']:.2f}" for cell in about[measure].values()]
+                    table.add_row(
+                        name, f"{about['learning_rate']:g}", str(about["seeds"]), *cells, str(about["seconds"])
+                    )
             console.print(table)
-            for name in (name for name in picked if name not in CONTROLS and not name.startswith("specialist-")):
-                entry[name][f"{measure} differences"] = differences(runs, data, picked, name, sets)
-                for rival, by_dim in entry[name][f"{measure} differences"].items():
-                    shown = (
+            for name, about in entry.items():
+                for rival, by_dim in about.get(f"{measure} differences", {}).items():
+                    cells = (
                         f"{dim}: {d['difference']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
                         for dim, d in by_dim.items()
                     )
-                    console.print(f"{name} minus {rival}:", "; ".join(shown), soft_wrap=True, highlight=False)
+                    console.print(f"{name} minus {rival}:", "; ".join(cells), soft_wrap=True, highlight=False)
         made[start] = entry
-    (runs.folder / "report.json").write_text(json.dumps(made, indent=1), encoding="utf-8")
+    (runs.folder / "report.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     console.print(f"written: {runs.folder / 'report.json'}")
     return made
-
-
-def plot(made: dict[str, Any], file: Path) -> None:
-    """Each method's mean minus MatryoshkaLoss's, per dim, for every start and measure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    measures = [measure for measure in ("sts", "probe") if measure in made[args.starts[0]].get("matryoshka", {})]
-    panels = [(start, measure) for start in args.starts for measure in measures]
-    rows, columns = len(args.starts), len(measures)
-    size = (4 * columns, 3.1 * rows + 0.8)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    places = range(len(args.dims))
-    for axis, (start, measure) in zip(axes.flat, panels, strict=True):
-        plain = made[start]["matryoshka"][measure]
-        axis.axhline(0, color="0.3", linewidth=1)
-        for colour, name in enumerate(name for name in PLOTTED if name in made[start]):
-            gaps = [made[start][name][measure][str(dim)]["mean"] - plain[str(dim)]["mean"] for dim in args.dims]
-            marker = "o" if name == "mipic" else "."
-            axis.plot(
-                places, gaps, label=name, marker=marker, color=f"C{colour}", linewidth=2.4 if name == "mipic" else 1.2
-            )
-        axis.set_xticks(places, map(str, args.dims))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(
-            f"{start} start: {'STS Spearman' if measure == 'sts' else 'probe accuracy'} x100", fontsize=11, loc="left"
-        )
-        axis.grid(axis="y", color="0.9")
-    figure.supylabel("difference to MatryoshkaLoss", fontsize=11)
-    figure.supxlabel("truncation dimension", fontsize=11)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    figure.savefig(file, dpi=100)
 
 
 def main() -> None:
@@ -555,27 +768,15 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.smoke:
         args.steps, args.batch_size, args.seeds, args.learning_rates, args.bootstrap = 2, 8, [0], [1e-4], 20
-    known = ["untrained", "base", "base-pca", *(name for name in methods() if name != "base")]
-    names = args.methods or [name for name in known if name not in ABLATION]
-    if unknown := [name for name in names if name not in known]:
-        raise SystemExit(f"--methods {' '.join(unknown)}: unknown; known are {' '.join(known)}")
+    rows = [row_of(name) for name in args.rows or DEFAULT_ROWS]
     data = load_data()
-    runs = Runs(Path(args.output))
-    runs.require_settings(names)
+    runs = Runs(Path(args.output), [Path(each) for each in args.merge])
+    runs.require_settings(rows)
     if not args.report_only:
         for start in args.starts:
-            for method in dict.fromkeys("base" if name == "base-pca" else name for name in names):
-                if method == "untrained":
-                    for seed in args.seeds if start == "weak" else args.seeds[:1]:
-                        one_run(runs, data, start, method, 0.0, seed)
-                    continue
-                for rate in args.learning_rates:
-                    one_run(runs, data, start, method, rate, args.seeds[0])
-                for seed in args.seeds[1:]:
-                    one_run(runs, data, start, method, best_rate(runs, data, start, method), seed)
-    made = report(runs, data, names)
-    if args.plot:
-        plot(made, Path(args.plot))
+            for trained in dict.fromkeys(row.trained for row in rows):
+                finish_rows(runs, data, start, [row for row in rows if row.trained == trained])
+    report(runs, data, rows)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class MIPICLoss(nn.Module):
         detach_teacher: Whether all of SIA's full-width side (query, distribution, Gram matrix) is a constant. Without,
             the full width can meet the prefix half-way by becoming simpler itself.
         lift_init: First value of the lifts P (Eq. 5): ``"identity"`` starts at ordinary truncation, ``"orthogonal"``
-            and ``"random"`` do not.
+            and ``"random"`` do not. ``"frozen"`` stays at ordinary truncation: the lifts are then no parameters.
         token_importance: ``"similarity"`` ranks tokens by the full-width query (Eq. 4). ``"attention"`` takes the
             model's own attention maps of that layer, pooled like its tokens, heads averaged, before dropout; the model
             is then switched to eager attention, with a warning in the log.
@@ -223,7 +223,7 @@ class MIPICLoss(nn.Module):
         aggregation: Aggregation = "sum",
         kl_direction: sia.KLDirection = "student_teacher",
         detach_teacher: bool = True,
-        lift_init: sia.LiftInit = "identity",
+        lift_init: sia.LiftInit | Literal["frozen"] = "identity",
         token_importance: TokenImportance = "similarity",
         gather_across_devices: bool = False,
         seed: int = 0,
@@ -264,7 +264,7 @@ class MIPICLoss(nn.Module):
         self.aggregation = checked_choice("aggregation", aggregation, ("sum", "mean"))
         self.kl_direction = checked_choice("kl_direction", kl_direction, ("student_teacher", "teacher_student"))
         self.detach_teacher = checked_flag("detach_teacher", detach_teacher)
-        self.lift_init = checked_choice("lift_init", lift_init, ("identity", "orthogonal", "random"))
+        self.lift_init = checked_choice("lift_init", lift_init, ("identity", "orthogonal", "random", "frozen"))
         self.token_importance = checked_choice("token_importance", token_importance, ("similarity", "attention"))
         self.gather_across_devices = checked_flag("gather_across_devices", gather_across_devices)
         self.seed = checked_count("seed", seed, least=0)
@@ -368,7 +368,7 @@ class MIPICLoss(nn.Module):
                 )
             if (self.attention_weight or self.cka_weight) and self.prefixes:
                 self.sia_layers = layers
-                if self.attention_weight:
+                if self.attention_weight and self.lift_init != "frozen":
                     self.mipic_heads["sia"] = nn.ModuleDict(
                         {
                             str(layer): nn.ParameterDict(
@@ -841,7 +841,7 @@ class MIPICLoss(nn.Module):
             self._vector(recorded, layer, has_text),
             recorded.mask & has_text[:, None],
             self.prefixes,
-            self._lifts(layer),
+            self._lifts(layer, hidden.device),
             self.gammas,
             min_k=self.min_k,
             temperature=self.attention_temperature,
@@ -878,17 +878,21 @@ class MIPICLoss(nn.Module):
             links.append(pic.chain_info_nce(predicted, target, self.chain_temperature, offset, valid))
         return self.pic_weight * self._aggregate(torch.stack(links))
 
-    def _lifts(self, layer: int) -> list[Tensor] | None:
+    def _lifts(self, layer: int, device: torch.device) -> list[Tensor] | None:
         """The lifts P of one layer in ascending order of their prefix, or None if the attention term is off.
 
         Args:
             layer: One of ``sia_layers``.
+            device: Where the token states are.
 
         Returns:
-            One (d, D) parameter per prefix.
+            One (d, D) parameter per prefix; constants where they are frozen.
         """
-        if "sia" not in self.mipic_heads:
+        if not self.attention_weight:
             return None
+        if self.lift_init == "frozen":
+            assert self._backbone is not None
+            return [sia.initial_lift(dim, self._backbone.width).to(device) for dim in self.prefixes]
         return [self.mipic_heads.get_parameter(f"sia.{layer}.{dim}") for dim in self.prefixes]
 
     def _chain_heads(self) -> list[nn.Module]:
