@@ -117,7 +117,7 @@ class Trainee:
             "Matryoshka2dLoss": lambda: losses.Matryoshka2dLoss(model, base, dims),
             "MIPICLoss": lambda: MIPICLoss(model, base, dims),
             WITH_TAIL: lambda: MIPICLoss(model, base, dims),
-            "MIPICLoss (paper)": lambda: MIPICLoss.from_preset(model, base, dims, "paper"),
+            "MIPICLoss (paper)": lambda: MIPICLoss.from_preset(model, base, "paper", dims),
         }[method]().to(model.device)
         # the loss holds the model, so these are the parameters of both
         self.optimizer = torch.optim.AdamW(self.loss.parameters(), lr=2e-5, weight_decay=0.01)

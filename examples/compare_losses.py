@@ -9,11 +9,11 @@ A row is named by what is done, in order: "matryoshka", "rotation+matryoshka" (t
 nothing.
 
 Every row has the same steps and batches. Its learning rate is chosen with the first seed on the development files
-alone, from a grid that is widened until the best rate is inside of it; the other seeds are then trained with it. Rows that
-differ only in what follows the training share it. Each run is written to OUTPUT/runs.jsonl when it is done, so the same
-command continues where it stopped, and several processes may share the work by rows. --merge adds the runs of other
-folders to the report: mean and standard deviation over seeds, and paired differences with a bootstrap interval that
-resamples both seeds and test rows.
+alone, from a grid that is widened until the best rate is inside of it; the other seeds are then trained with it. Rows
+that differ only in what follows the training share it. Each run is written to OUTPUT/runs.jsonl when it is done, so the
+same command continues where it stopped, and several processes may share the work by rows. --merge adds the runs of
+other folders to the report: mean and standard deviation over seeds, and paired differences with a bootstrap interval
+that resamples both seeds and test rows.
 """
 
 # ruff: noqa: E402  (the environment is set before the imports that read it)
@@ -36,13 +36,12 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 TURNS = ("rotation", "pca")
-DEFAULT_ROWS = """
-truncation pca rotation
-base base+pca base+rotation
-matryoshka matryoshka-weighted matryoshka-2d specialist-16 specialist-8 mipic mipic-paper mipic-released
-rotation+base rotation+matryoshka rotation+matryoshka-2d rotation+specialist-16 rotation+specialist-8
-rotation+mipic rotation+mipic+rotation
-""".split()
+DEFAULT_ROWS = [
+    *("truncation", "pca", "rotation", "base", "base+pca", "base+rotation", "matryoshka", "matryoshka-weighted"),
+    *("matryoshka-2d", "specialist-16", "specialist-8", "mipic", "mipic-paper", "mipic-released", "rotation+base"),
+    *("rotation+matryoshka", "rotation+matryoshka-2d", "rotation+specialist-16", "rotation+specialist-8"),
+    *("rotation+mipic", "rotation+mipic+rotation"),
+]
 
 
 def parse_args() -> argparse.Namespace:
@@ -116,9 +115,9 @@ from transformers import TrainerCallback
 from mipic_st import MIPICLoss, fit_rotation, rotate_model
 from mipic_st.backbone import push_vectors, tail_of
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
+from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
 from mipic_st.layers import encode_layers
 from mipic_st.presets import PAPER_SETTINGS
-from mipic_st.synthetic import synthetic_pairs, synthetic_sts, synthetic_topics
 from mipic_st.tails import fit_cut
 
 Scores = dict[str, dict[int, float]]

@@ -36,8 +36,8 @@ from scipy.stats import spearmanr
 from common import load_model
 from mipic_st import fit_layer_cuts, fit_rotation
 from mipic_st.data import load_sts_file, load_training_file
+from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
 from mipic_st.embedding_store import unit_length
-from mipic_st.synthetic import synthetic_pairs, synthetic_sts, synthetic_topics
 from mipic_st.tails import rotation_objective
 
 

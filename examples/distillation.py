@@ -33,7 +33,7 @@ from common import (
 )
 from mipic_st import MIPICCallback, MIPICLoss, export_truncated
 from mipic_st.data import is_scored
-from mipic_st.synthetic import synthetic_pairs
+from mipic_st.demo import synthetic_pairs
 
 
 def labelled_by(teacher: SentenceTransformer, data: Dataset, seed: int) -> Dataset:

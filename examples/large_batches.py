@@ -28,7 +28,7 @@ from common import (
 )
 from mipic_st import MIPICCallback, MIPICLoss
 from mipic_st.data import is_scored
-from mipic_st.synthetic import synthetic_pairs
+from mipic_st.demo import synthetic_pairs
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
     python examples/lora_decoder.py                                              # offline, a tiny random Qwen3
     python examples/lora_decoder.py --model Qwen/Qwen3-Embedding-0.6B --dataset sentence-transformers/all-nli:pair
 
-Only the adapters and MIPIC's heads are trained. The tiny default has random weights: it shows that all parts fit
+Only the adapters and MIPIC's projections are trained. The tiny default has random weights: it shows that all parts fit
 together, its scores say nothing. Needs peft.
 """
 
@@ -33,7 +33,7 @@ from common import (
 )
 from mipic_st import MIPICCallback, MIPICLoss, set_matryoshka_config
 from mipic_st.data import is_scored
-from mipic_st.synthetic import synthetic_pairs
+from mipic_st.demo import synthetic_pairs
 
 QUERY_PROMPT = "Instruct: Find a sentence that says the same\nQuery: "
 
@@ -98,7 +98,7 @@ def main() -> None:
         query = train[0]["anchor"]
         expected = model.encode_query(query)
         model[0].model = model[0].model.merge_and_unload()
-        set_matryoshka_config(model, dims, loss.pic_checkpoints)
+        set_matryoshka_config(model, dims, loss.pic_chain)
         folder = args.output_dir or f"{scratch}/merged"
         model.save_pretrained(folder)
         loaded = SentenceTransformer(folder)

@@ -66,7 +66,7 @@ from sentence_transformers.util import pairwise_cos_sim
 
 from mipic_st import MIPICLoss, rotate_model, set_matryoshka_config
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
-from mipic_st.synthetic import synthetic_pairs, synthetic_sts
+from mipic_st.demo import synthetic_pairs, synthetic_sts
 
 
 def load_model(name: str | None) -> SentenceTransformer:
@@ -117,7 +117,7 @@ def make_loss(model: SentenceTransformer, data: Dataset, dims: list[int]):
     if args.loss == "mipic":
         return MIPICLoss(model, base, matryoshka_dims=dims)
     if args.loss == "mipic-paper":
-        return MIPICLoss.from_preset(model, base, dims, "paper")
+        return MIPICLoss.from_preset(model, base, "paper", dims)
     if args.loss == "matryoshka":
         return losses.MatryoshkaLoss(model, base, matryoshka_dims=dims)
     return base

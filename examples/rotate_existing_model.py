@@ -19,7 +19,7 @@ from datasets import Dataset
 from common import choose_dims, load_model, load_train, make_evaluator, make_parser, save, score, show
 from mipic_st import rotate_model
 from mipic_st.data import load_texts_file
-from mipic_st.synthetic import synthetic_pairs
+from mipic_st.demo import synthetic_pairs
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from common import (
 )
 from mipic_st import MIPICCallback, MIPICLoss
 from mipic_st.data import is_scored
-from mipic_st.synthetic import synthetic_sts
+from mipic_st.demo import synthetic_sts
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from common import (
     training_arguments,
 )
 from mipic_st import MIPICCallback, MIPICLoss
-from mipic_st.synthetic import synthetic_pairs
+from mipic_st.demo import synthetic_pairs
 
 
 def main() -> None:

@@ -34,12 +34,12 @@ from common import (
     word_tokenizer,
 )
 from mipic_st import MIPICCallback, MIPICLoss
-from mipic_st.synthetic import synthetic_pairs
+from mipic_st.demo import synthetic_pairs
 
 # Every key that a recipe has, and its type.
 KEYS: dict[str, dict[str, type]] = {
     "model": {"name": str, "pooling": str, "layers": int, "width": int, "max_length": int},
-    "loss": {"dims": list, "alpha": float, "sia_layers": list, "pic_checkpoints": list, "temperature": float},
+    "loss": {"dims": list, "alpha": float, "sia_layers": list, "pic_chain": list, "temperature": float},
     "training": {
         "epochs": int,
         "batch_size": int,
@@ -96,7 +96,7 @@ def scaled_down(recipe: dict[str, dict[str, Any]], sentences: list[str], folder:
         "loss": {
             **loss,
             "dims": [dim // SMOKE_SCALE for dim in loss["dims"]],
-            "pic_checkpoints": [[dim // SMOKE_SCALE, layer] for dim, layer in loss["pic_checkpoints"]],
+            "pic_chain": [[dim // SMOKE_SCALE, layer] for dim, layer in loss["pic_chain"]],
         },
         "training": recipe["training"],
     }
@@ -123,17 +123,17 @@ def main() -> None:
             recipe = scaled_down(recipe, sentences, f"{scratch}/model")
         model = make_model(recipe["model"])
 
-        # The three terms of Eq. 18: SimCSE at every dim, SIA at its layers, PIC along its checkpoints
+        # The three terms of Eq. 18: SimCSE at every dim, SIA at its layers, PIC along its chain
         settings = recipe["loss"]
         base = MultipleNegativesRankingLoss(model, scale=1 / settings["temperature"])
         loss = MIPICLoss.from_preset(
             model,
             base,
-            settings["dims"],
             "paper",
+            settings["dims"],
             alpha=settings["alpha"],
             sia_layers=settings["sia_layers"],
-            pic_checkpoints=[tuple(pair) for pair in settings["pic_checkpoints"]],
+            pic_chain=[tuple(pair) for pair in settings["pic_chain"]],
             attention_temperature=settings["temperature"],
             chain_temperature=settings["temperature"],
         )

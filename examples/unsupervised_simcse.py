@@ -29,7 +29,7 @@ from common import (
     training_arguments,
 )
 from mipic_st import MIPICCallback, MIPICLoss
-from mipic_st.synthetic import synthetic_pairs
+from mipic_st.demo import synthetic_pairs
 
 
 def main() -> None:
@@ -45,9 +45,9 @@ def main() -> None:
     train = Dataset.from_dict({"anchor": sentences, "positive": sentences})
     print(f"{len(train)} sentences, the first one: {sentences[0]}")
 
-    # 3. In-batch contrast at temperature 0.05 (scale 20), with the published weights, layers and checkpoints
+    # 3. In-batch contrast at temperature 0.05 (scale 20), with the published weights, layers and chain
     base = MultipleNegativesRankingLoss(model, scale=20.0)
-    loss = MIPICLoss.from_preset(model, base, dims, "paper")
+    loss = MIPICLoss.from_preset(model, base, "paper", dims)
 
     # 4. Train, and score at each dim before and after
     evaluator = make_evaluator(args, dims)

@@ -277,3 +277,14 @@ def data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the data folder; set MIPIC_DATA")
     return folder
+
+
+def add_lora(model: SentenceTransformer, **config: Any) -> None:
+    """Adapters as sentence-transformers adds them; skipped where transformers wants a newer PEFT than is installed."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    try:
+        model.add_adapter(peft.LoraConfig(r=4, **config))
+    except ValueError as error:  # transformers 5.24 wants PEFT 0.22 before that was released
+        if "version of PEFT" not in str(error):
+            raise
+        pytest.skip(str(error))

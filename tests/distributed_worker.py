@@ -85,7 +85,7 @@ def run_equal(name, model_folder, folder, processes):
 
 
 def run_drift(model_folder, folder, rank):
-    """Heads that differ at the start, batches that differ all along, Adam, nothing gathered."""
+    """Projections that differ at the start, batches that differ all along, Adam, nothing gathered."""
     model = SentenceTransformer(str(model_folder), device="cpu")
     loss = make_loss(model, lift_init="random", seed=rank)
     make_trainer(model, loss, folder, max_steps=5, gradient_accumulation_steps=2).train()
@@ -93,7 +93,7 @@ def run_drift(model_folder, folder, rank):
 
 
 def run_data_sets(model_folder, folder):
-    """A dict of losses: in one step the ranks may be at different data sets, hence at different heads.
+    """A dict of losses: in one step the ranks may be at different data sets, hence at different projections.
 
     Both have the same terms: the trainer gathers what it logs by position.
     """
@@ -131,8 +131,8 @@ def run_resumed(model_folder, folder, stop):
     return loss
 
 
-# What has no heads and so must run where the model is sharded.
-WITHOUT_HEADS = {"CKA alone": {"attention_weight": 0, "pic_weight": 0}, "alpha=1": {"alpha": 1}}
+# What has no projections and so must run where the model is sharded.
+WITHOUT_PROJECTIONS = {"CKA alone": {"attention_weight": 0, "pic_weight": 0}, "alpha=1": {"alpha": 1}}
 
 
 def sharded(model):
@@ -150,7 +150,7 @@ def run_by_hand(name, model_folder, batches, shard):
     model = SentenceTransformer(str(model_folder), device="cpu").train()
     if shard:
         sharded(model)
-    loss = make_loss(model, **WITHOUT_HEADS[name])
+    loss = make_loss(model, **WITHOUT_PROJECTIONS[name])
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.05)
     for step in range(3):
         for batch in batches:
@@ -162,7 +162,7 @@ def run_by_hand(name, model_folder, batches, shard):
 
 
 def refusals(model_folder):
-    """What MIPICLoss with heads says about a sharded model: when made for it, given it, and when run on it."""
+    """What MIPICLoss with projections says about a sharded model: when made for it, given it, and when run on it."""
 
     def words(function, *arguments):
         try:
@@ -196,7 +196,7 @@ def main(model_folder, output):
         if "don't know how to restore data location" not in str(error):
             raise
     states = {name: parameters(loss) for name, loss in results.items()}
-    for name in WITHOUT_HEADS:
+    for name in WITHOUT_PROJECTIONS:
         loss = run_by_hand(name, model_folder, [rank], shard=True)
         assert isinstance(next(loss.parameters()), DTensor)
         states[f"sharded, {name}"] = {key: value.full_tensor() for key, value in parameters(loss).items()}

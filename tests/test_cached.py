@@ -63,13 +63,13 @@ def step(loss, features, divisors=(1,)):
 
 
 def assert_same_gradients(got, expected):
-    """Equal up to 1e-4 of each parameter's largest gradient, model and heads, none missing.
+    """Equal up to 1e-4 of each parameter's largest gradient, model and projections, none missing.
 
     The floor is for key biases, whose gradient is zero but for rounding.
     """
     assert got.keys() == expected.keys()
-    assert any("mipic_heads.sia" in name for name in got)
-    assert any("mipic_heads.pic" in name for name in got)
+    assert any("mipic_projections.sia" in name for name in got)
+    assert any("mipic_projections.pic" in name for name in got)
     for name, gradient in expected.items():
         difference = (got[name] - gradient).abs().max().item()
         assert difference <= 1e-4 * gradient.abs().max().item() + 1e-7, name
@@ -78,7 +78,7 @@ def assert_same_gradients(got, expected):
 @pytest.mark.parametrize("size", [1, 5, 100])
 @pytest.mark.parametrize("base", list(PAIRS))
 def test_same_terms_and_gradients_as_uncached(tiny_model, base, size):
-    """For every cached loss and any mini-batch size: values to 1e-5, gradients of model and heads to 1e-4."""
+    """For every cached loss and any mini-batch size: values to 1e-5, gradients of model and projections to 1e-4."""
     make_cached, make_plain, columns = PAIRS[base]
     model = tiny_model()
     features = [column_features(model, columns, rows=12)]
@@ -92,7 +92,7 @@ def test_same_terms_and_gradients_as_uncached(tiny_model, base, size):
 
 @pytest.mark.parametrize("base", list(PAIRS))
 def test_gradient_accumulation(tiny_model, base):
-    """Several batches with divided losses add up to the same gradients, heads included."""
+    """Several batches with divided losses add up to the same gradients, projections included."""
     make_cached, make_plain, columns = PAIRS[base]
     model = tiny_model()
     features = [column_features(model, columns, rows=8, seed=10 * batch) for batch in range(3)]
@@ -102,7 +102,7 @@ def test_gradient_accumulation(tiny_model, base):
     assert_same_gradients(got, expected)
 
 
-def test_a_scale_on_the_loss_reaches_model_and_heads(tiny_model):
+def test_a_scale_on_the_loss_reaches_model_and_projections(tiny_model):
     """As a gradient scaler does it: gradients of the scaled loss are the scaled gradients."""
     model = tiny_model()
     features = [column_features(model, 2, rows=8)]

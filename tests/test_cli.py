@@ -316,7 +316,7 @@ def test_eval_compares_models_side_by_side(tmp_path, capsys, monkeypatch):
     from mteb.abstasks.task_metadata import TaskMetadata
 
     monkeypatch.setattr(TaskMetadata, "descriptive_stats", None)
-    assert mteb_tasks.PRESETS
+    assert mteb_tasks.TASK_GROUPS
     code = main(
         [
             "eval",

@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from conftest import DEPTH, column_features, total
-from distributed_worker import EQUAL, WITHOUT_HEADS, run_by_hand, run_drift, run_equal
+from distributed_worker import EQUAL, WITHOUT_PROJECTIONS, run_by_hand, run_drift, run_equal
 from mipic_st import MIPICLoss, pic
 from training_fixtures import make_loss, make_trainer, parameters
 
@@ -51,7 +51,7 @@ def ranks(start, tmp_path_factory):
 
 @pytest.mark.parametrize("name", list(EQUAL))
 def test_two_processes_equal_one(start, ranks, tmp_path, name):
-    """After several steps model and heads are, to 1e-5, those of one process with the whole batch."""
+    """After several steps model and projections are, to 1e-5, those of one process with the whole batch."""
     make, options, _ = EQUAL[name]
     initial = parameters(
         make(SentenceTransformer(str(start), device="cpu"), **{k: v for k, v in options.items() if k != "callback"})
@@ -62,7 +62,7 @@ def test_two_processes_equal_one(start, ranks, tmp_path, name):
     for key, value in got.items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=f"{name}: {key}")
     tail = ("model.2.",) if "tail" in name else ()
-    for part in ("model.0.", *tail, "mipic_heads.sia.", "mipic_heads.pic."):
+    for part in ("model.0.", *tail, "mipic_projections.sia.", "mipic_projections.pic."):
         keys = [key for key in got if key.startswith(part)]
         moved = sum((expected[key] - initial[key]).square().sum() for key in keys).sqrt()
         apart = sum((got[key] - expected[key]).square().sum() for key in keys).sqrt()
@@ -72,10 +72,10 @@ def test_two_processes_equal_one(start, ranks, tmp_path, name):
 
 @pytest.mark.parametrize("name", [*EQUAL, "drift", "data sets", "whole", "resumed"])
 def test_ranks_agree(ranks, name):
-    """Model and heads are the same on both ranks to the last bit."""
+    """Model and projections are the same on both ranks to the last bit."""
     if name not in ranks[0]:
         pytest.skip("this transformers cannot resume on CPU in several processes")
-    assert any("mipic_heads" in key for key in ranks[0][name])
+    assert any("mipic_projections" in key for key in ranks[0][name])
     different = [key for key, value in ranks[0][name].items() if not torch.equal(value, ranks[1][name][key])]
     assert different == []
 
@@ -83,8 +83,8 @@ def test_ranks_agree(ranks, name):
 def test_the_ranks_had_something_to_agree_on(start, ranks, tmp_path):
     """Alone, each rank's seed and data lead elsewhere: agreement is no accident."""
     alone = dict(run_drift(start, tmp_path, 0).named_parameters())
-    heads = [key for key in ranks[0]["drift"] if "mipic_heads" in key]
-    assert not any(torch.equal(ranks[0]["drift"][key], alone[key]) for key in heads if "sia" in key)
+    projections = [key for key in ranks[0]["drift"] if "mipic_projections" in key]
+    assert not any(torch.equal(ranks[0]["drift"][key], alone[key]) for key in projections if "sia" in key)
 
 
 def test_resuming_in_two_processes(ranks):
@@ -95,8 +95,8 @@ def test_resuming_in_two_processes(ranks):
         assert all(torch.equal(value, rank["resumed"][key]) for key, value in rank["whole"].items())
 
 
-@pytest.mark.parametrize("name", list(WITHOUT_HEADS))
-def test_without_heads_a_sharded_model_trains(start, ranks, name):
+@pytest.mark.parametrize("name", list(WITHOUT_PROJECTIONS))
+def test_without_projections_a_sharded_model_trains(start, ranks, name):
     """Under fully_shard, two processes with a batch each end where one process with both batches ends."""
     initial = parameters(SentenceTransformer(str(start), device="cpu"))
     expected = parameters(run_by_hand(name, start, [0, 1], shard=False))
@@ -109,7 +109,7 @@ def test_without_heads_a_sharded_model_trains(start, ranks, name):
     assert moved > 1e-3
 
 
-def test_heads_beside_a_sharded_model_are_refused(ranks):
+def test_projections_beside_a_sharded_model_are_refused(ranks):
     """By name and with what to do: for a model sharded before, one put in later, and one sharded in place."""
     for rank in ranks:
         assert rank["refusals"].keys() == {"made", "given", "run", "moved"}
@@ -136,10 +136,10 @@ def wrapped_by(name):
     [("DeepSpeedEngine", "DeepSpeed"), ("FullyShardedDataParallel", "FSDP"), ("DistributedDataParallel", None)],
 )
 def test_wrappers_that_shard_are_known_by_name(tiny_model, wrapper, framework):
-    """With heads they are refused, without they train as the model alone does; other wrappers are let through."""
+    """With projections they are refused, without they train as the model alone does; other wrappers are let through."""
     model = tiny_model()
     features = column_features(model)
-    for options in ({}, *WITHOUT_HEADS.values()):
+    for options in ({}, *WITHOUT_PROJECTIONS.values()):
         loss = make_loss(model, **options)
         expected = total(loss(features, None))
         if framework and not options:
@@ -151,12 +151,12 @@ def test_wrappers_that_shard_are_known_by_name(tiny_model, wrapper, framework):
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MULTI_CPU"])
-def test_the_trainer_refuses_heads_at_its_construction(tiny_model, tmp_path, monkeypatch, kind):
+def test_the_trainer_refuses_projections_at_its_construction(tiny_model, tmp_path, monkeypatch, kind):
     """An accelerator that is going to shard is asked before anything was sharded; the message, not a KeyError later."""
     from accelerate.state import DistributedType, PartialState
 
     make_trainer(tiny_model(), make_loss(tiny_model()), tmp_path)
-    loss, bare = make_loss(tiny_model()), make_loss(tiny_model(), **WITHOUT_HEADS["CKA alone"])
+    loss, bare = make_loss(tiny_model()), make_loss(tiny_model(), **WITHOUT_PROJECTIONS["CKA alone"])
     # accelerate shards on GPUs only, so its answer is given by hand
     monkeypatch.setattr(PartialState(), "distributed_type", DistributedType[kind])
     bare.to("cpu")

@@ -65,7 +65,7 @@ def readers_own():
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainingArguments
 
-    from mipic_st.synthetic import synthetic_pairs, synthetic_sts
+    from mipic_st.demo import synthetic_pairs, synthetic_sts
 
     rows = synthetic_sts(30)
     return {

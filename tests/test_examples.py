@@ -245,7 +245,7 @@ def test_recipe_is_the_published_one(load_recipe, path):
     assert tuple(loss["dims"]) == published.dims
     assert loss["alpha"] == published.alpha
     assert tuple(loss["sia_layers"]) == published.sia_layers
-    assert tuple(map(tuple, loss["pic_checkpoints"])) == published.pic_checkpoints
+    assert tuple(map(tuple, loss["pic_chain"])) == published.pic_chain
     assert loss["temperature"] == 0.05
     assert recipe["training"] == {
         "epochs": 5,

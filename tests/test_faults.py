@@ -43,7 +43,7 @@ def assert_clean(model):
 
 @pytest.mark.parametrize("error", [ValueError("bad base"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_training_goes_on_in_the_same_process_after_an_exception(tiny_model, tmp_path, error):
-    """Interrupted within a step, between two dims; then train() again runs, with heads, and all is clean between."""
+    """Interrupted within a step, between two dims; then train() runs again, and all is clean between."""
     model = tiny_model(training=True)
     loss = make_loss(model, Failing(model, error, 2 * len(DIMS) + 2))
     trainer = make_trainer(model, loss, tmp_path, max_steps=4, callbacks=[MIPICCallback(loss)])
@@ -55,7 +55,7 @@ def test_training_goes_on_in_the_same_process_after_an_exception(tiny_model, tmp
     trainer.train()
     assert trainer.state.global_step == 4
     after = parameters(loss)
-    assert [n for n in before if "mipic_heads" in n and torch.equal(before[n], after[n])] == []
+    assert [n for n in before if "mipic_projections" in n and torch.equal(before[n], after[n])] == []
     assert_clean(model)
 
 
@@ -152,8 +152,8 @@ def test_a_bad_label_names_term_and_step(tiny_model, tmp_path, value):
 @pytest.mark.parametrize(
     ("spoil", "term"),
     [
-        (lambda loss: loss.mipic_heads.get_parameter("sia.1.8"), "sia_attention"),
-        (lambda loss: loss.mipic_heads.get_parameter("pic.0.0.weight"), "pic"),
+        (lambda loss: loss.mipic_projections.get_parameter("sia.1.8"), "sia_attention"),
+        (lambda loss: loss.mipic_projections.get_parameter("pic.0.0.weight"), "pic"),
     ],
 )
 @pytest.mark.parametrize("cached", [False, True])

@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer, WeightedLayerPooling
 from torch import nn
 
-from conftest import DEPTH, TAILS, WIDTH, assemble, make_tokenizer, save_encoder, sentences
+from conftest import DEPTH, TAILS, WIDTH, add_lora, assemble, make_tokenizer, save_encoder, sentences
 from mipic_st.backbone import final_norm, push_vectors, tail_of
 from mipic_st.layers import encode_layers
 
@@ -204,10 +204,9 @@ def test_the_check_is_made_once_and_changes_nothing(tiny_model):
 @pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiled_encoders_and_adapters(tiny_model, whole):
     """The final norm is found in an encoder that was compiled as a whole or layer by layer, and with LoRA in it."""
-    peft = pytest.importorskip("peft", reason="needs peft")
     model = tiny_model("qwen3", "lasttoken", "left")
     expected = encode_layers(model, TEXTS, [1, 2])
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    add_lora(model, target_modules=["q_proj", "v_proj"])
     encoder = model[0].auto_model
     for module in [encoder] if whole else encoder.layers:
         module.compile(backend="eager")

@@ -130,7 +130,7 @@ def test_softmax_loss_keeps_its_classifier(tiny_model):
     base = losses.SoftmaxLoss(model, WIDTH, num_labels=3)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     expected, _ = run(losses.MatryoshkaLoss(model, base, [WIDTH]), model, 2, labels)
-    ours, _ = run(all_terms(model, base, [WIDTH], pic_checkpoints=[(8, 1), (WIDTH, 3)]), model, 2, labels)
+    ours, _ = run(all_terms(model, base, [WIDTH], pic_chain=[(8, 1), (WIDTH, 3)]), model, 2, labels)
     assert ours["matryoshka"] == pytest.approx(0.8 * expected)
     assert set(ours) == {"matryoshka", "pic"}
     model = tiny_model()
@@ -222,12 +222,12 @@ def test_merged_columns_give_the_same_terms(tiny_model, base):
     base_loss, columns, labels = make_base(base, model)
     loss = all_terms(model, base_loss, DIMS, alpha=0.5)
     merged, merged_gradients = run(loss, model, columns, labels)
-    heads = gradients(loss.mipic_heads)
+    projections = gradients(loss.mipic_projections)
     with column_merging_disabled():
         separate, separate_gradients = run(loss, model, columns, labels)
     assert merged == pytest.approx(separate, rel=1e-5)
-    for name, gradient in gradients(loss.mipic_heads).items():
-        torch.testing.assert_close(heads[name], gradient, rtol=1e-4, atol=1e-6)
+    for name, gradient in gradients(loss.mipic_projections).items():
+        torch.testing.assert_close(projections[name], gradient, rtol=1e-4, atol=1e-6)
     for name, gradient in separate_gradients.items():
         torch.testing.assert_close(merged_gradients[name], gradient, rtol=1e-4, atol=1e-5)
 
@@ -286,7 +286,7 @@ def test_every_architecture_and_pooling_trains(tiny_model, architecture, pooling
         assert term.dtype == torch.float32
         assert torch.isfinite(term)
         assert term > 0
-    for name, parameter in loss.mipic_heads.named_parameters():
+    for name, parameter in loss.mipic_projections.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
         assert name.startswith("pic") or parameter.grad.abs().max() > 0, name
@@ -329,7 +329,9 @@ def test_degenerate_batches_are_finite(tiny_model, texts):
     terms = loss([model.preprocess(texts), model.preprocess(texts)], None)
     total(terms).backward()
     assert all(torch.isfinite(term) for term in terms.values())
-    assert all(torch.isfinite(g).all() for g in (*gradients(model).values(), *gradients(loss.mipic_heads).values()))
+    assert all(
+        torch.isfinite(g).all() for g in (*gradients(model).values(), *gradients(loss.mipic_projections).values())
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -389,7 +391,7 @@ def test_evaluation_builds_no_graph(tiny_model):
         ({"cka_weight": 3.0}, ["sia_cka"]),
         ({"pic_weight": 3.0}, ["pic"]),
         ({"sia_layers": [1, 2]}, ["sia_attention", "sia_cka"]),
-        ({"pic_checkpoints": [(4, 1), (32, 3)]}, ["pic"]),
+        ({"pic_chain": [(4, 1), (32, 3)]}, ["pic"]),
         ({"gammas": [0.1, 0.2, 0.9]}, ["sia_cka"]),
         ({"min_k": 7}, ["sia_cka"]),
         ({"attention_temperature": 0.2}, ["sia_attention"]),
@@ -467,9 +469,9 @@ def test_terms_that_are_off_are_absent(tiny_model):
     for off, term in (("attention_weight", "sia_attention"), ("cka_weight", "sia_cka"), ("pic_weight", "pic")):
         loss = all_terms(model, base, DIMS, **{off: 0})
         assert list(run(loss, model)[0]) == [name for name in TERMS if name != term]
-        for name, parameter in loss.mipic_heads.named_parameters():
+        for name, parameter in loss.mipic_projections.named_parameters():
             assert parameter.grad is not None, f"{name} is not used"
-    assert not list(all_terms(model, base, DIMS, alpha=1).mipic_heads.parameters())
+    assert not list(all_terms(model, base, DIMS, alpha=1).mipic_projections.parameters())
 
 
 def test_order_of_dims_has_no_effect(tiny_model):
@@ -481,8 +483,8 @@ def test_order_of_dims_has_no_effect(tiny_model):
     assert sorted_terms == shuffled
 
 
-def test_heads_are_seeded_and_the_global_generator_is_left_alone(tiny_model):
-    """Same seed, same heads on every rank; constructing the loss does not change the user's random numbers."""
+def test_projections_are_seeded_and_the_global_generator_is_left_alone(tiny_model):
+    """Same seed, same projections on every rank; constructing the loss does not change the user's random numbers."""
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
     torch.manual_seed(0)
@@ -492,20 +494,23 @@ def test_heads_are_seeded_and_the_global_generator_is_left_alone(tiny_model):
     assert torch.equal(torch.rand(3), expected)
     two, other = (all_terms(model, base, DIMS, lift_init="random", seed=seed) for seed in (0, 1))
     for (name, a), b, c in zip(
-        one.mipic_heads.named_parameters(), two.mipic_heads.parameters(), other.mipic_heads.parameters(), strict=True
+        one.mipic_projections.named_parameters(),
+        two.mipic_projections.parameters(),
+        other.mipic_projections.parameters(),
+        strict=True,
     ):
         assert torch.equal(a, b), name
         assert not torch.equal(a, c), name
 
 
 def test_own_parameters_share_one_prefix(tiny_model):
-    """learning_rate_mapping can name them: everything of ours, and nothing else, begins with mipic_heads."""
+    """learning_rate_mapping can name them: everything of ours, and nothing else, begins with mipic_projections."""
     model = tiny_model()
     loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS, sia_layers=[2, 3])
     own = {name for name, _ in loss.named_parameters() if not name.startswith(("model.", "loss."))}
     assert own
-    assert all(name.startswith("mipic_heads.") for name in own)
-    assert "mipic_heads.sia.3.16" in own
+    assert all(name.startswith("mipic_projections.") for name in own)
+    assert "mipic_projections.sia.3.16" in own
 
 
 def test_lifts_start_at_plain_truncation(tiny_model):
@@ -525,7 +530,7 @@ def test_config_and_citation(tiny_model):
     assert set(config) == set(inspect.signature(MIPICLoss).parameters) - {"model"}
     assert config["loss"] == "MultipleNegativesRankingLoss"
     assert config["sia_layers"] == (3,)
-    assert config["pic_checkpoints"] == ((4, 1), (16, 2), (32, 3))
+    assert config["pic_chain"] == ((4, 1), (16, 2), (32, 3))
     assert "2604.24374" in loss.citation
 
 
@@ -554,7 +559,7 @@ def test_published_backbones_get_the_published_tables(tiny_model, monkeypatch, r
     assert loss.matryoshka_dims == (recipe.width, 512, 256, 128, 64, 32, 16)
     assert loss.alpha == recipe.alpha
     assert loss.sia_layers == recipe.sia_layers
-    assert loss.pic_checkpoints == recipe.pic_checkpoints
+    assert loss.pic_chain == recipe.pic_chain
     assert loss.gammas == (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     assert loss.attention_temperature == loss.chain_temperature == 0.05
     assert (loss.aggregation, loss.detach_teacher, loss.lift_init) == ("sum", False, "random")
@@ -564,21 +569,52 @@ def test_presets_can_be_overridden_and_are_checked(tiny_model):
     """Overrides win; unknown presets and arguments, and a backbone of another shape, are refused."""
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
-    loss = MIPICLoss.from_preset(model, base, DIMS, "paper", alpha=0.9, sia_layers=[2])
+    loss = MIPICLoss.from_preset(model, base, "paper", DIMS, alpha=0.9, sia_layers=[2])
     assert (loss.alpha, loss.sia_layers, loss.lift_init) == (0.9, (2,), "random")
     assert (
-        MIPICLoss.from_preset(model, base, DIMS, "default").get_config_dict()
+        MIPICLoss.from_preset(model, base, "default", DIMS).get_config_dict()
         == MIPICLoss(model, base, DIMS).get_config_dict()
     )
     with pytest.raises(ValueError, match=r"preset must be one of .*got 'best'"):
-        MIPICLoss.from_preset(model, base, DIMS, "best")
+        MIPICLoss.from_preset(model, base, "best", DIMS)
     with pytest.raises(ValueError, match="published for 12 layers of width 768, the model has 3 of width 32"):
-        MIPICLoss.from_preset(model, base, DIMS, "bert-base")
+        MIPICLoss.from_preset(model, base, "bert-base", DIMS)
     with pytest.raises(TypeError, match="tau"):
-        MIPICLoss.from_preset(model, base, DIMS, tau=1)
+        MIPICLoss.from_preset(model, base, "paper", DIMS, tau=1)
 
 
-@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_the_released_run_is_a_preset(tiny_model, monkeypatch):
+    """The authors' own settings on BERT-base; thirds of the depth and three of the dims elsewhere."""
+    model = tiny_model()
+    base = losses.MultipleNegativesRankingLoss(model)
+    loss = MIPICLoss.from_preset(model, base, "released", DIMS)
+    assert (loss.alpha, loss.attention_weight, loss.chain_temperature, loss.detach_teacher) == (0.6, 0, 0.07, False)
+    assert loss.pic_chain == ((4, 1), (16, 2), (32, 3))
+    backbone = Backbone(12, 768, Pooling(768))
+    monkeypatch.setattr(loss_module, "backbone_of", lambda _: backbone)
+    monkeypatch.setattr(loss_module, "embedding_width", lambda _: 768)
+    assert MIPICLoss.from_preset(model, base, "released").pic_chain == ((16, 4), (128, 8), (768, 12))
+
+
+@pytest.mark.parametrize("detach_teacher", [True, False])
+def test_frozen_lifts_are_identity_lifts_without_parameters(tiny_model, detach_teacher):
+    """Value and gradients of the model are those of the first step with trained identity lifts."""
+    grads = []
+    for lift_init in ("identity", "frozen"):
+        model = tiny_model()
+        base = losses.MultipleNegativesRankingLoss(model)
+        loss = MIPICLoss(model, base, DIMS, pic_weight=0, lift_init=lift_init, detach_teacher=detach_teacher)
+        terms = loss(column_features(model), None)
+        total(terms).backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        grads[-1]["terms"] = torch.stack([terms["sia_attention"], terms["sia_cka"]])
+        assert bool(list(loss.mipic_projections.parameters())) == (lift_init == "identity")
+    assert grads[0].keys() == grads[1].keys()
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(gradient, grads[1][name], msg=name)
+
+
+@pytest.mark.parametrize("preset", ["paper", "released", "default"])
 def test_presets_without_alignment_take_any_model(tiny_model, preset):
     """alpha=1 trains a model of several pooling modes, whose tail gives the dims; with alignment it is refused."""
     model = tiny_model()
@@ -627,13 +663,13 @@ BAD = [
     ({"sia_layers": [0]}, ValueError, r"from 1 to the model's depth of 3, got \[0\]"),
     ({"sia_layers": [4]}, ValueError, r"from 1 to the model's depth of 3, got \[4\]"),
     ({"sia_layers": [2, 2]}, ValueError, "sia_layers has duplicates"),
-    ({"pic_checkpoints": [(8, 1)]}, ValueError, "at least two"),
-    ({"pic_checkpoints": [8, 16]}, TypeError, r"must be \(dim, layer\) pairs"),
-    ({"pic_checkpoints": [(8, 1), (32, 4)]}, ValueError, "layer 4 of .* from 1 to the model's depth of 3"),
-    ({"pic_checkpoints": [(8, 1), (64, 3)]}, ValueError, "dim 64 of .* from 1 to the model's width of 32"),
-    ({"pic_checkpoints": [(8, 2), (32, 1)]}, ValueError, r"\(32, 1\) follows \(8, 2\)"),
-    ({"pic_checkpoints": [(16, 1), (8, 3)]}, ValueError, r"\(8, 3\) follows \(16, 1\)"),
-    ({"pic_checkpoints": [(8, 1), (8, 1)]}, ValueError, "follows"),
+    ({"pic_chain": [(8, 1)]}, ValueError, "at least two"),
+    ({"pic_chain": [8, 16]}, TypeError, r"must be \(dim, layer\) pairs"),
+    ({"pic_chain": [(8, 1), (32, 4)]}, ValueError, "layer 4 of .* from 1 to the model's depth of 3"),
+    ({"pic_chain": [(8, 1), (64, 3)]}, ValueError, "dim 64 of .* from 1 to the model's width of 32"),
+    ({"pic_chain": [(8, 2), (32, 1)]}, ValueError, r"\(32, 1\) follows \(8, 2\)"),
+    ({"pic_chain": [(16, 1), (8, 3)]}, ValueError, r"\(8, 3\) follows \(16, 1\)"),
+    ({"pic_chain": [(8, 1), (8, 1)]}, ValueError, "follows"),
     ({"gammas": [0.5]}, ValueError, "3 prefixes, 1 gammas"),
     ({"gammas": [0.5, 0.6, 1.5]}, ValueError, r"in \(0, 1\], got \[1.5\]"),
     ({"gammas": [0.5, 0.4, 0.6]}, ValueError, "gammas must ascend"),
@@ -680,17 +716,17 @@ def test_numpy_and_tensor_arguments_are_numbers(tiny_model):
     base = losses.MultipleNegativesRankingLoss(model)
     plain = all_terms(
         model, base, [32, 8, 4], [1.0, 2.0, 0.5], alpha=0.5, sia_layers=[1, 3], gammas=[0.25, 0.5],
-        pic_checkpoints=[(8, 1), (32, 3)], min_k=2,
+        pic_chain=[(8, 1), (32, 3)], min_k=2,
     )  # fmt: skip
     arrays = all_terms(
         model, base, np.array([32, 8, 4]), torch.tensor([1.0, 2.0, 0.5]), alpha=np.float32(0.5),
-        sia_layers=np.array([1, 3]), gammas=np.array([0.25, 0.5]), pic_checkpoints=np.array([(8, 1), (32, 3)]),
+        sia_layers=np.array([1, 3]), gammas=np.array([0.25, 0.5]), pic_chain=np.array([(8, 1), (32, 3)]),
         min_k=np.int64(2), seed=np.int64(0), n_dims_per_step=np.int64(-1), detach_teacher=np.bool_(False),
     )  # fmt: skip
     tensors = all_terms(
         model, base, [torch.tensor(32), np.int32(8), 4], torch.tensor([1.0, 2.0, 0.5]), alpha=torch.tensor(0.5),
         sia_layers=torch.tensor([1, 3]), gammas=torch.tensor([0.25, 0.5]),
-        pic_checkpoints=torch.tensor([(8, 1), (32, 3)]), min_k=torch.tensor(2), n_dims_per_step=torch.tensor(-1),
+        pic_chain=torch.tensor([(8, 1), (32, 3)]), min_k=torch.tensor(2), n_dims_per_step=torch.tensor(-1),
     )  # fmt: skip
     assert json.dumps(tensors.get_config_dict()) == json.dumps(plain.get_config_dict())
     assert json.dumps(arrays.get_config_dict()) == json.dumps(plain.get_config_dict())

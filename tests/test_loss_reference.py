@@ -35,7 +35,7 @@ SETTINGS = [
     {"sia_layers": [1, 3], "aggregation": "mean", "kl_direction": "teacher_student"},
     {"sia_layers": [2], "token_importance": "attention", "gammas": [0.3, 0.5, 1.0], "min_k": 2},
     {"lift_init": "random", "attention_temperature": 0.5, "chain_temperature": 0.2, "seed": 4, "min_k": 4},
-    {"pic_checkpoints": [(3, 1), (12, 1), (20, 3)]},
+    {"pic_chain": [(3, 1), (12, 1), (20, 3)]},
 ]
 
 
@@ -88,7 +88,7 @@ def test_terms_equal_the_reference(tiny_model, architecture, pooling, side, sett
             np.stack([pool(states[layer][row][mask[row]], pooling) for row in range(len(mask))])[:, :dim]
             for states, _, mask in outputs
         ]
-        for dim, layer in config["pic_checkpoints"]
+        for dim, layer in config["pic_chain"]
     ]
     for index, head in enumerate(loss._chain_heads()):
         parameters = [parameter.detach().double().numpy() for parameter in head.parameters()]

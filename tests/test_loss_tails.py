@@ -12,6 +12,7 @@ from conftest import (
     DEPTH,
     TAILS,
     WIDTH,
+    add_lora,
     all_terms,
     column_features,
     gradients,
@@ -70,7 +71,7 @@ def reference_terms(model: SentenceTransformer, loss: MIPICLoss, columns: list[d
 
     attention, distance = [], []
     for layer in config["sia_layers"]:
-        lifts = [loss.mipic_heads.get_parameter(f"sia.{layer}.{dim}") for dim in prefixes]
+        lifts = [loss.mipic_projections.get_parameter(f"sia.{layer}.{dim}") for dim in prefixes]
         per_sentence = []
         for states in outputs:
             for tokens in states[layer]:
@@ -99,10 +100,10 @@ def reference_terms(model: SentenceTransformer, loss: MIPICLoss, columns: list[d
             torch.stack([push_tensor(pool(tokens, pooling), steps)[:dim] for tokens in states[layer]])
             for states in outputs
         ]
-        for dim, layer in config["pic_checkpoints"]
+        for dim, layer in config["pic_chain"]
     ]
     links = []
-    for index, head in enumerate(loss.mipic_heads["pic"].children()):
+    for index, head in enumerate(loss.mipic_projections["pic"].children()):
         pairs = zip(vectors[index], vectors[index + 1], strict=True)
         values = [
             info_nce_tensor(head_tensor(vector, *head.parameters()), target, config["chain_temperature"])
@@ -271,7 +272,7 @@ def test_bf16_autocast_and_gradient_checkpointing(tiny_model, tmp_path, name, ba
 
 
 def test_a_model_in_bf16(tiny_model, tmp_path):
-    """Encoder and tail in bf16, heads in float32; the tail trains."""
+    """Encoder and tail in bf16, projections in float32; the tail trains."""
     model = tiny_model(tail="embeddinggemma").to(torch.bfloat16)
     loss = tail_loss(model, "embeddinggemma")
     before = parameters(loss)
@@ -279,26 +280,25 @@ def test_a_model_in_bf16(tiny_model, tmp_path):
     trainer.train()
     after = parameters(loss)
     assert {after[key].dtype for key in after if key.startswith("model.")} == {torch.bfloat16}
-    for key in ("model.2.linear.weight", "model.3.linear.weight", "mipic_heads.pic.0.0.weight"):
+    for key in ("model.2.linear.weight", "model.3.linear.weight", "mipic_projections.pic.0.0.weight"):
         assert not torch.equal(before[key], after[key])
     assert all(len(logs(trainer, term)) == 2 for term in TERMS)
 
 
 def test_lora(tiny_model, tmp_path):
-    """With adapters on a frozen encoder, adapters, heads and the tail train."""
-    peft = pytest.importorskip("peft", reason="needs peft")
+    """With adapters on a frozen encoder, adapters, projections and the tail train."""
     model = tiny_model(tail="sentence-t5", training=True)
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights="gaussian"))
+    add_lora(model, target_modules=["query", "value"], init_lora_weights="gaussian")
     loss = tail_loss(model, "sentence-t5")
     before = parameters(loss)
     make_trainer(model, loss, tmp_path, max_steps=2).train()
     after = parameters(loss)
     moved = {key for key in before if not torch.equal(before[key], after[key])}
-    assert moved == {key for key in before if "mipic_heads" in key or "lora" in key or key.startswith("model.2.")}
+    assert moved == {key for key in before if "mipic_projections" in key or "lora" in key or key.startswith("model.2.")}
 
 
 def test_resuming(tiny_model, tmp_path):
-    """Stopped, loaded and resumed, model, tail and heads end where the uninterrupted run ends, bit for bit."""
+    """Stopped, loaded and resumed, model, tail and projections end where the uninterrupted run ends, bit for bit."""
 
     def run(folder, steps, **kwargs):
         model = tiny_model(tail="distiluse", training=True)
@@ -326,7 +326,7 @@ def test_saved_and_loaded(tiny_model, tmp_path):
         loaded.encode(texts, convert_to_tensor=True), model.encode(texts, convert_to_tensor=True)
     )
     again = tail_loss(loaded, "residual")
-    again.mipic_heads.load_state_dict(loss.mipic_heads.state_dict())
+    again.mipic_projections.load_state_dict(loss.mipic_projections.state_dict())
     one, other = (each(column_features(model), None) for each in (loss, again))
     assert {key: term.item() for key, term in one.items()} == {key: term.item() for key, term in other.items()}
 
@@ -374,9 +374,9 @@ def test_everything_follows_the_tails_width(tiny_model, name):
     loss = all_terms(model, base, tail_dims(name))
     assert loss.prefixes == (4, 8, 16)
     assert [tuple(lift.shape) for lift in loss._lifts(DEPTH)] == [(dim, width) for dim in loss.prefixes]
-    assert loss.pic_checkpoints[-1] == (width, DEPTH)
+    assert loss.pic_chain[-1] == (width, DEPTH)
     with pytest.raises(ValueError, match=f"exceed the model's width of {width}"):
         MIPICLoss(model, base, [width + 1, 8])
-    paper = MIPICLoss.from_preset(model, base)
+    paper = MIPICLoss.from_preset(model, base, "paper")
     assert paper.matryoshka_dims[0] == width
     total(paper(column_features(model), None)).backward()

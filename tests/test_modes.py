@@ -9,7 +9,7 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling, Router, Transformer
 from transformers import TrainerCallback
 
-from conftest import DIMS, column_features, gradients, sentences, total
+from conftest import DIMS, add_lora, column_features, gradients, sentences, total
 from mipic_st import MIPICCallback, MIPICLoss
 from training_fixtures import (
     EVERY_TERM,
@@ -66,7 +66,7 @@ def test_bf16_autocast(tiny_model, tmp_path, base):
 
 @pytest.mark.parametrize("base", list(BASES))
 def test_model_loaded_in_bf16(tiny_model, transformer_folder, tmp_path, base):
-    """The model is bf16, the heads stay float32, and both train."""
+    """The model is bf16, the projections stay float32, and both train."""
     folder = transformer_folder("bert")
     transformer = Transformer(str(folder), model_kwargs={"dtype": torch.bfloat16})
     model = SentenceTransformer(modules=[transformer, Pooling(32, "mean")], device="cpu")
@@ -76,10 +76,10 @@ def test_model_loaded_in_bf16(tiny_model, transformer_folder, tmp_path, base):
     trainer = make_trainer(model, loss, tmp_path, max_steps=3, learning_rate=2e-2)
     trainer.train()
     assert all(len(logs(trainer, term)) == 3 for term in TERMS)
-    heads = {name for name in before if "mipic_heads" in name}
-    assert heads
-    assert not heads & set(unmoved(loss, before))
-    assert {parameter.dtype for parameter in loss.mipic_heads.parameters()} == {torch.float32}
+    projections = {name for name in before if "mipic_projections" in name}
+    assert projections
+    assert not projections & set(unmoved(loss, before))
+    assert {parameter.dtype for parameter in loss.mipic_projections.parameters()} == {torch.float32}
     assert len(unmoved(loss, before)) < len(before) / 4
 
 
@@ -166,10 +166,9 @@ def test_torch_compile_without_a_recompilation_storm(tiny_model, tmp_path, base)
 
 @pytest.mark.parametrize("base", list(BASES))
 def test_lora(tiny_model, tmp_path, base):
-    """With adapters, heads and adapters train, the base stays frozen, and the adapter is saved without the heads."""
-    peft = pytest.importorskip("peft", reason="needs peft")
+    """Projections and adapters train, the base stays frozen, and the adapter is saved without the projections."""
     model = tiny_model(training=True)
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights="gaussian"))
+    add_lora(model, target_modules=["query", "value"], init_lora_weights="gaussian")
     loss = make_loss(model, BASES[base](model))
     before = parameters(loss)
     trainer = make_trainer(
@@ -183,8 +182,8 @@ def test_lora(tiny_model, tmp_path, base):
     )
     trainer.train()
     moved = set(before) - set(unmoved(loss, before)) - {name for name in before if "pooler" in name}
-    assert {name for name in before if "mipic_heads" in name or "lora" in name} == moved
-    assert (tmp_path / "run" / "checkpoint-3" / "mipic_heads.safetensors").is_file()
+    assert {name for name in before if "mipic_projections" in name or "lora" in name} == moved
+    assert (tmp_path / "run" / "checkpoint-3" / "mipic_projections.safetensors").is_file()
     model.save(str(tmp_path / "saved"))
     assert not [path for path in (tmp_path / "saved").rglob("*") if "mipic" in path.name]
 
@@ -243,7 +242,7 @@ def test_truncation(tiny_model, tmp_path):
 
 
 def test_several_data_sets_with_a_dict_of_losses(tiny_model, tmp_path):
-    """Each data set trains its own heads."""
+    """Each data set trains its own projections."""
     model = tiny_model(training=True)
     by_name = {
         "pairs": make_loss(model),

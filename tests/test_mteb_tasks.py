@@ -16,7 +16,7 @@ import torch
 from conftest import sentences
 from evaluation_fixtures import CountingModel, tiny_model
 from mipic_st import mteb_data, mteb_tasks
-from mipic_st.mteb_tasks import PRESETS, evaluate_mteb
+from mipic_st.mteb_tasks import TASK_GROUPS, evaluate_mteb
 
 mteb = pytest.importorskip("mteb")
 
@@ -189,7 +189,7 @@ def test_a_flag_is_no_string(model, tmp_path, flag):
     ("tasks", "message"),
     [
         ([], "tasks is empty"),
-        (["NoSuchTask"], "'NoSuchTask' is neither a preset"),
+        (["NoSuchTask"], "'NoSuchTask' is neither a group"),
         ([3], "tasks: 3 is neither a name nor a task object"),
     ],
 )
@@ -403,17 +403,17 @@ def test_retrieval_per_dim(tmp_path, monkeypatch):
 
 def test_presets_are_tasks_of_mteb():
     """Every preset's names exist, and the size of nano-retrieval is that of mteb's statistics."""
-    tasks = {name: mteb.get_task(name) for preset in PRESETS.values() for name in preset.tasks}
-    nano = [tasks[name] for name in PRESETS["nano-retrieval"].tasks]
+    tasks = {name: mteb.get_task(name) for preset in TASK_GROUPS.values() for name in preset.tasks}
+    nano = [tasks[name] for name in TASK_GROUPS["nano-retrieval"].tasks]
     assert all(task.metadata.type == "Retrieval" for task in nano)
     texts = sum(part["num_samples"] for task in nano for part in task.metadata.descriptive_stats.values())
-    assert PRESETS["nano-retrieval"].texts == texts
+    assert TASK_GROUPS["nano-retrieval"].texts == texts
 
 
 @pytest.mark.slow
 def test_nano_retrieval_is_mtebs_nano_beir():
     """The preset has what the benchmark has."""
-    assert set(PRESETS["nano-retrieval"].tasks) == {t.metadata.name for t in mteb.get_benchmark("NanoBEIR").tasks}
+    assert set(TASK_GROUPS["nano-retrieval"].tasks) == {t.metadata.name for t in mteb.get_benchmark("NanoBEIR").tasks}
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 
 from mipic_st import presets
 
-# Table 7 and App. A.5, as printed in the paper: name, depth, width, dims, alpha, layers, checkpoints (dim@layer)
+# Table 7 and App. A.5, as printed in the paper: name, depth, width, dims, alpha, layers, chain (dim@layer)
 TABLE = [
     ("tinybert-6l", 6, 768, "16 32 64 128 256 512 768", 0.4, "1 2 3 4 5 6", "16@1 32@2 64@3 256@4 512@5 768@6"),
     (
@@ -61,25 +61,25 @@ def test_recipes_are_the_four_published():
     assert all(recipe.name == name for name, recipe in presets.RECIPES.items())
 
 
-@pytest.mark.parametrize(("name", "depth", "width", "dims", "alpha", "layers", "checkpoints"), TABLE)
-def test_published_tables_by_name(name, depth, width, dims, alpha, layers, checkpoints):
+@pytest.mark.parametrize(("name", "depth", "width", "dims", "alpha", "layers", "chain"), TABLE)
+def test_published_tables_by_name(name, depth, width, dims, alpha, layers, chain):
     """Every number of the table."""
     recipe = presets.RECIPES[name]
     assert (recipe.depth, recipe.width, recipe.alpha) == (depth, width, alpha)
     assert recipe.dims == numbers(dims)
     assert recipe.sia_layers == numbers(layers)
-    assert recipe.pic_checkpoints == pairs(checkpoints)
+    assert recipe.pic_chain == pairs(chain)
 
 
-@pytest.mark.parametrize(("name", "depth", "width", "dims", "alpha", "layers", "checkpoints"), TABLE)
-def test_published_tables_by_shape(name, depth, width, dims, alpha, layers, checkpoints):
+@pytest.mark.parametrize(("name", "depth", "width", "dims", "alpha", "layers", "chain"), TABLE)
+def test_published_tables_by_shape(name, depth, width, dims, alpha, layers, chain):
     """Depth and width alone lead to the same table, for dims in any order."""
     assert presets.find_recipe(depth, width).name == name
     assert presets.paper_dims(width) == numbers(dims)
     assert presets.paper_alpha(depth, width) == alpha
     assert presets.paper_layers(depth, width) == numbers(layers)
-    assert presets.default_checkpoints(numbers(dims), depth, width) == pairs(checkpoints)
-    assert presets.default_checkpoints(numbers(dims)[::-1], depth, width) == pairs(checkpoints)
+    assert presets.default_chain(numbers(dims), depth, width) == pairs(chain)
+    assert presets.default_chain(numbers(dims)[::-1], depth, width) == pairs(chain)
 
 
 def test_published_gammas():
@@ -107,46 +107,46 @@ def test_other_shapes_have_no_recipe(depth, width):
 
 @pytest.mark.parametrize("depth", range(2, 41))
 @pytest.mark.parametrize("dims", DIMS)
-def test_checkpoints_of_any_shape(dims, depth):
+def test_chain_of_any_shape(dims, depth):
     """Dims and layers rise strictly, within bounds; the last pair is the largest dim at the last layer."""
-    checkpoints = presets.default_checkpoints(dims, depth, width=max(dims))
-    chosen, layers = zip(*checkpoints, strict=True)
+    chain = presets.default_chain(dims, depth, width=max(dims))
+    chosen, layers = zip(*chain, strict=True)
     assert list(chosen) == sorted(set(chosen))
     assert list(layers) == sorted(set(layers))
     assert set(chosen) <= set(dims)
     assert layers[0] >= 1
-    assert checkpoints[-1] == (max(dims), depth)
+    assert chain[-1] == (max(dims), depth)
     assert chosen[0] == min(dims)
-    assert len(checkpoints) == min(len(dims), depth)
+    assert len(chain) == min(len(dims), depth)
 
 
 @pytest.mark.parametrize("depth", [5, 6, 12, 23])
 @pytest.mark.parametrize("dims", DIMS)
-def test_checkpoints_are_evenly_spaced(dims, depth):
+def test_chain_are_evenly_spaced(dims, depth):
     """Outside the published shapes, gaps between layers, and between thinned dims, differ by one at the most."""
-    checkpoints = presets.default_checkpoints(dims, depth, width=4096)
-    layers = [0, *(layer for _, layer in checkpoints)]
+    chain = presets.default_chain(dims, depth, width=4096)
+    layers = [0, *(layer for _, layer in chain)]
     gaps = np.diff(layers)
     assert gaps.max() - gaps.min() <= 1
-    ranks = np.diff([sorted(dims).index(dim) for dim, _ in checkpoints])
+    ranks = np.diff([sorted(dims).index(dim) for dim, _ in chain])
     assert len(ranks) == 0 or ranks.max() - ranks.min() <= 1
 
 
 def test_thinning_gives_the_published_tinybert_dims():
     """Seven dims on six layers leave out the same dim as the published table, by rule and not by look-up."""
     published = pairs(TABLE[0][-1])
-    assert presets.default_checkpoints((16, 32, 64, 128, 256, 512, 800), 6, 800) == (*published[:-1], (800, 6))
+    assert presets.default_chain((16, 32, 64, 128, 256, 512, 800), 6, 800) == (*published[:-1], (800, 6))
 
 
-@pytest.mark.parametrize(("name", "depth", "width", "dims", "alpha", "layers", "checkpoints"), TABLE)
-def test_checkpoints_of_a_published_shape_with_fewer_dims(name, depth, width, dims, alpha, layers, checkpoints):
+@pytest.mark.parametrize(("name", "depth", "width", "dims", "alpha", "layers", "chain"), TABLE)
+def test_chain_of_a_published_shape_with_fewer_dims(name, depth, width, dims, alpha, layers, chain):
     """Any two or more of the paper's dims give a rising chain that ends with the largest at the last layer."""
     dims = numbers(dims)
     for leave_out in range(1, 2 ** len(dims) - 1):
         some = [dim for i, dim in enumerate(dims) if not leave_out >> i & 1]
         if len(some) < 2:
             continue
-        chain = presets.default_checkpoints(some, depth, width)
+        chain = presets.default_chain(some, depth, width)
         assert len(chain) >= 2, some
         assert chain[-1] == (max(some), depth), some
         assert list(chain) == sorted(chain), some
@@ -155,8 +155,8 @@ def test_checkpoints_of_a_published_shape_with_fewer_dims(name, depth, width, di
 
 @pytest.mark.parametrize("dims", DIMS)
 def test_one_layer_has_no_chain(dims):
-    """A chain needs two layers: with one, fewer than two checkpoints come back."""
-    assert len(presets.default_checkpoints(dims, 1, max(dims))) < 2
+    """A chain needs two layers: with one, fewer than two chain come back."""
+    assert len(presets.default_chain(dims, 1, max(dims))) < 2
 
 
 @pytest.mark.parametrize("count", range(2, 31))

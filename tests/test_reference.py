@@ -82,19 +82,19 @@ def test_versions_agree(direction):
 
 
 def test_chain_versions_agree():
-    """Heads and InfoNCE in NumPy and in torch give the same numbers."""
+    """Projections and InfoNCE in NumPy and in torch give the same numbers."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     vectors = [draw(6, 3), draw(6, 5), draw(6, 4)]
-    heads = [(draw(2, 3), draw(2), draw(5, 2), draw(5)), (draw(2, 5), draw(2), draw(4, 2), draw(4))]
+    projections = [(draw(2, 3), draw(2), draw(5, 2), draw(5)), (draw(2, 5), draw(2), draw(4, 2), draw(4))]
     expected = sum(
         reference.info_nce_value(
-            reference.head_value(vectors[c].numpy(), *(parameter.numpy() for parameter in heads[c])),
+            reference.head_value(vectors[c].numpy(), *(parameter.numpy() for parameter in projections[c])),
             vectors[c + 1].numpy(),
         )
         for c in range(2)
     )
-    assert float(reference.straightforward_chain(vectors, heads)) == pytest.approx(expected)
+    assert float(reference.straightforward_chain(vectors, projections)) == pytest.approx(expected)

@@ -26,9 +26,9 @@ class Terms:
         self.lifts = [
             [sia.initial_lift(dim, WIDTH, "random").requires_grad_() for dim in PREFIXES] for _ in range(LAYERS)
         ]
-        self.heads = [pic.chain_head(dim, next_dim) for dim, next_dim in pairwise([*PREFIXES, WIDTH])]
+        self.projections = [pic.chain_head(dim, next_dim) for dim, next_dim in pairwise([*PREFIXES, WIDTH])]
         self.leaves = [*self.layers, *(lift for lifts in self.lifts for lift in lifts)]
-        self.leaves += [parameter for head in self.heads for parameter in head.parameters()]
+        self.leaves += [parameter for head in self.projections for parameter in head.parameters()]
 
     def vectors(self):
         """Masked mean of each layer, and for the chain one of them per dim, cut to it."""
@@ -42,7 +42,7 @@ class Terms:
         queries, chain = self.vectors()
         total = sum(
             pic.chain_info_nce(pic.predict_next(head, vector), target)
-            for head, (vector, target) in zip(self.heads, pairwise(chain), strict=True)
+            for head, (vector, target) in zip(self.projections, pairwise(chain), strict=True)
         )
         for hidden, query, lifts in zip(self.layers, queries, self.lifts, strict=True):
             terms = sia.sia_terms(hidden, query, self.mask, PREFIXES, lifts, self.gammas)
@@ -54,7 +54,7 @@ class Terms:
         """The same by the reference."""
         queries, chain = self.vectors()
         total = reference.straightforward_chain(
-            chain, [[head[0].weight, head[0].bias, head[2].weight, head[2].bias] for head in self.heads]
+            chain, [[head[0].weight, head[0].bias, head[2].weight, head[2].bias] for head in self.projections]
         )
         for hidden, query, lifts in zip(self.layers, queries, self.lifts, strict=True):
             total = total + sum(reference.straightforward_layer(hidden, query, self.mask, PREFIXES, lifts, self.gammas))

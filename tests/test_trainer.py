@@ -38,7 +38,7 @@ def pairs():
 
 
 def test_training_the_real_model(minilm, tmp_path):
-    """A few steps lower every component, log each, move model and heads, and save a plain SentenceTransformer."""
+    """A few steps lower every component, log each, move model and projections, and save a plain SentenceTransformer."""
     loss = all_terms(minilm, MultipleNegativesRankingLoss(minilm), [384, 128, 64, 32, 16, 8], alpha=0.5)
     before = {name: parameter.detach().clone() for name, parameter in loss.named_parameters()}
     trainer = make_trainer(
@@ -50,7 +50,7 @@ def test_training_the_real_model(minilm, tmp_path):
         max_steps=24,
         per_device_train_batch_size=20,
         learning_rate=5e-5,
-        learning_rate_mapping={r"^mipic_heads\.": 3e-4},
+        learning_rate_mapping={r"^mipic_projections\.": 3e-4},
         warmup_steps=2,
         eval_strategy="steps",
         eval_steps=24,
@@ -77,7 +77,7 @@ def test_training_the_real_model(minilm, tmp_path):
     saved = {path.name: path for path in folder.rglob("*") if path.is_file()}
     for name, path in saved.items():
         if path.suffix in {".json", ".txt"}:
-            assert "mipic_heads" not in path.read_text(), name
+            assert "mipic_projections" not in path.read_text(), name
     assert json.loads(saved["config.json"].read_text()).get("output_hidden_states", False) is False
 
     loaded = SentenceTransformer(str(folder), device="cpu")

@@ -62,7 +62,7 @@ def make_trainer(model, loss, folder, train=None, **arguments):
 
 
 def parameters(loss):
-    """Copies of all parameters, model and heads, under the names that they have without any wrapper."""
+    """Copies of all parameters, model and projections, under the names that they have without any wrapper."""
     return {
         name.replace("module.", "").replace("_orig_mod.", ""): parameter.detach().clone()
         for name, parameter in loss.named_parameters()

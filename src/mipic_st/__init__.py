@@ -8,13 +8,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers, editors and the documentation; the same as _HOME says
+    from mipic_st.callback import MIPICCallback
     from mipic_st.evaluation import ClassificationProbeEvaluator, MatryoshkaEvaluator
     from mipic_st.export import export_truncated, measure_speedup
     from mipic_st.loss import MIPICLoss
+    from mipic_st.model_config import set_matryoshka_config
     from mipic_st.mteb_tasks import evaluate_mteb
     from mipic_st.report import EvaluationReport
     from mipic_st.tails import LayerCuts, Rotation, fit_layer_cuts, fit_rotation, rotate_model
-    from mipic_st.training import MIPICCallback, set_matryoshka_config
 
 __version__ = "0.1.0"
 
@@ -40,7 +41,7 @@ _HOME = {
     "ClassificationProbeEvaluator": "evaluation",
     "EvaluationReport": "report",
     "LayerCuts": "tails",
-    "MIPICCallback": "training",
+    "MIPICCallback": "callback",
     "MIPICLoss": "loss",
     "MatryoshkaEvaluator": "evaluation",
     "Rotation": "tails",
@@ -50,7 +51,7 @@ _HOME = {
     "fit_rotation": "tails",
     "measure_speedup": "export",
     "rotate_model": "tails",
-    "set_matryoshka_config": "training",
+    "set_matryoshka_config": "model_config",
 }
 
 

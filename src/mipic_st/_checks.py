@@ -1,4 +1,4 @@
-"""Checks of arguments, one for each kind that several modules take: numbers, flags, dims, layers, checkpoints.
+"""Checks of arguments, one for each kind that several modules take: numbers, flags, dims, layers, pairs.
 
 NumPy and tensor values count as what they hold. An error names the argument, what is allowed and what was given; a
 wrong kind is a TypeError, a wrong value a ValueError.
@@ -108,16 +108,14 @@ def checked_layers(
     return tuple(sorted(int(layer) for layer in layers))
 
 
-def checked_checkpoints(
-    name: str, checkpoints: Any, depth: int | None, width: int | None
-) -> tuple[tuple[int, int], ...]:
+def checked_pairs(name: str, pairs_given: Any, depth: int | None, width: int | None) -> tuple[tuple[int, int], ...]:
     """(dim, layer) pairs up to width and depth (if these are known), in the given order."""
     try:
-        pairs = [tuple(plain(value) for value in pair) for pair in plain(checkpoints)]
+        pairs = [tuple(plain(value) for value in pair) for pair in plain(pairs_given)]
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be (dim, layer) pairs, e.g. [(16, 2), (64, 4)], got {checkpoints!r}.") from None
+        raise TypeError(f"{name} must be (dim, layer) pairs, e.g. [(16, 2), (64, 4)], got {pairs_given!r}.") from None
     for pair in pairs:
         for kind, value, most, limit in (("dim", pair[0], width, "width"), ("layer", pair[1], depth, "depth")):
             if not is_whole(value) or value < 1 or (most is not None and value > most):
@@ -127,7 +125,7 @@ def checked_checkpoints(
 
 
 def checked_chain(name: str, pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """Pairs of :func:`checked_checkpoints` that can be chained: at least two, none narrower or lower than before."""
+    """Pairs of :func:`checked_pairs` that can be chained: at least two, none narrower or lower than before."""
     if len(pairs) < 2:
         raise ValueError(
             f"{name} needs at least two (dim, layer) pairs, got {list(pairs)}. pic_weight=0 switches PIC off."

@@ -8,8 +8,8 @@ travels as further columns of its "embedding":
     packed = [ sentence embedding | SIA values per layer and prefix | phi_c(z_c) and z_{c+1} per PIC link | has text ]
 
 Stage 2 splits them again; the gradient at the packed vector then runs, in stage 3, through the model and through the
-heads. Heads are used in stages 1 and 3 only: a parameter used in stage 2 would miss the scale that the outer backward
-pass applies (gradient accumulation, fp16).
+projections. Projections are used in stages 1 and 3 only: a parameter used in stage 2 would miss the scale that the
+outer backward pass applies (gradient accumulation, fp16).
 
 The base loss is never touched: all this happens on a stand-in that shares its parameters and dies with the graph.
 """

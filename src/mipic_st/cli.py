@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="TASK",
-        help="presets (`mipic-st tasks` lists them), MTEB task names, or one benchmark",
+        help="a group (`mipic-st tasks` lists them), MTEB task names, or one benchmark",
     )
     run.add_argument(
         "--dims", nargs="+", type=_whole, metavar="DIM", help="default: powers of 2 from 16, and full width"
@@ -142,8 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     cut.add_argument("--quiet", action="store_true", help="no progress bars, no table on the terminal")
     cut.set_defaults(function=_export)
 
-    presets = commands.add_parser("tasks", help="list task presets with their sizes and expected minutes")
-    presets.set_defaults(function=_tasks)
+    groups = commands.add_parser("tasks", help="list groups of tasks with their sizes and expected minutes")
+    groups.set_defaults(function=_tasks)
 
     # Before or after the command; without a default in the second place, which would undo the first.
     text = "show where in the program an error happened"
@@ -370,11 +370,11 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _tasks(arguments: argparse.Namespace) -> int:
-    from mipic_st.mteb_tasks import PRESETS
+    from mipic_st.mteb_tasks import TASK_GROUPS
 
-    for name, preset in PRESETS.items():
-        print(f"{name:15} {preset.texts:7,} texts, about {preset.minutes:g} min on two CPU cores (22M parameters)")
-        print(f"{'':15} {', '.join(preset.tasks)}")
+    for name, group in TASK_GROUPS.items():
+        print(f"{name:15} {group.texts:7,} texts, about {group.minutes:g} min on two CPU cores (22M parameters)")
+        print(f"{'':15} {', '.join(group.tasks)}")
     return EXIT_OK
 
 

@@ -17,6 +17,7 @@ from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_
 from mipic_st.backbone import full_width, model_depth, tail_of, transformer_of
 from mipic_st.embedding_store import EmbeddingStore, unit_length
 from mipic_st.layers import encode_layers
+from mipic_st.model_config import restate_config
 from mipic_st.tails import LayerCuts, ends_linearly, fit_layer_cuts
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def export_truncated(
     )
     exported.eval()
     _check(model, exported, layer, dim, weight, normalize)
-    _restate_config(exported, layer, dim)
+    restate_config(exported, layer, dim)
     return exported
 
 
@@ -263,26 +264,6 @@ def _check(
             f"the model cut at layer {layer}, dim {dim} differs from the grid cell by {worst:.1e}; "
             "its architecture does more between layers than this export knows. Leave layer out."
         )
-
-
-def _restate_config(exported: SentenceTransformer, layer: int | None, dim: int | None) -> None:
-    """What the training model's config says of dims and layers, as far as it still holds."""
-    width = dim or full_width(exported)
-    for module in exported.modules():
-        if not isinstance(module, Transformer):
-            continue
-        config = module.auto_model.config
-        dims = [value for value in getattr(config, "matryoshka_dimensions", None) or [] if value < width]
-        for name in ("is_matryoshka", "matryoshka_dimensions"):
-            if hasattr(config, name):
-                delattr(config, name)
-        if dims:
-            config.is_matryoshka, config.matryoshka_dimensions = True, [*sorted(dims), width]
-        pairs = getattr(config, "mipic_checkpoints", None)
-        if pairs is not None:
-            delattr(config, "mipic_checkpoints")
-            if kept := [pair for pair in pairs if pair[0] <= width and (layer is None or pair[1] <= layer)]:
-                config.mipic_checkpoints = kept
 
 
 def measure_speedup(

@@ -46,7 +46,7 @@ _NOT_ABOUT_VECTORS = (
     "name_or_path",
     "is_matryoshka",
     "matryoshka_dimensions",
-    "mipic_checkpoints",
+    "mipic_chain",
     "output_hidden_states",
     "output_attentions",
     "return_dict",

@@ -18,13 +18,13 @@ from mipic_st import pic, presets, sia
 from mipic_st._checks import (
     as_list,
     checked_chain,
-    checked_checkpoints,
     checked_choice,
     checked_count,
     checked_dims,
     checked_flag,
     checked_layers,
     checked_number,
+    checked_pairs,
     is_number,
     is_whole,
     plain,
@@ -39,7 +39,7 @@ from mipic_st.backbone import (
     unwrap,
 )
 from mipic_st.cached import cached_terms, require_supported
-from mipic_st.heads import HeadKeeper, Heads, check_not_sharded
+from mipic_st.optimizer_hooks import ProjectionKeeper, Projections, check_not_sharded
 from mipic_st.recording import (
     RecordedPass,
     Recorder,
@@ -110,9 +110,9 @@ class MIPICLoss(nn.Module):
         cka_weight: Weight of SIA's CKA term (Eq. 11), >= 0. Zero switches it off.
         pic_weight: Weight of PIC (Eq. 17), >= 0. Zero switches it off.
         sia_layers: Layers that carry SIA, 1 to the model's depth. Default: the last one.
-        pic_checkpoints: Ordered (dim, layer) pairs for PIC, both ascending, at least two. Default: the
-            published pairs for the backbones of the paper; for others one per dim on evenly spaced layers, an even
-            choice of dims if there are more than layers (:func:`mipic_st.presets.default_checkpoints`).
+        pic_chain: Ordered (dim, layer) pairs for PIC (the paper's checkpoints), both ascending, at least two. Default:
+            the published pairs for the backbones of the paper; for others one per dim on evenly spaced layers, an even
+            choice of dims if there are more than layers (:func:`mipic_st.presets.default_chain`).
         gammas: Share of a sentence's tokens in the top-k set of each prefix, ascending with the prefix (App. A.5), in
             (0, 1]. Default: .2 to .7, interpolated to the number of prefixes.
         min_k: Smallest top-k set, in tokens, >= 1 (App. A.5).
@@ -145,7 +145,7 @@ class MIPICLoss(nn.Module):
     Tails:
         Modules behind the pooling (EmbeddingGemma, sentence-t5, LaBSE and others have Dense layers there) change the
         space that is served, so the terms are taken in it: SIA sees token states pushed through the tail, PIC pooled
-        states pushed through it, and D, the dims, lifts and checkpoints are those of the tail's own width. The tail's
+        states pushed through it, and D, the dims, lifts and the chain are those of the tail's own width. The tail's
         parameters get gradients from all terms. The pooled vector always goes through exactly. For tokens that is
         exact too, in the sense that pooling the pushed tokens gives the pushed vector, where the tail is linear (a
         Dense without bias or activation) and the pooling is not ``max``; with a bias, where the pooling is ``mean``,
@@ -156,7 +156,7 @@ class MIPICLoss(nn.Module):
 
     Shapes:
         B sentences per column, L padded tokens, D full width, K dims: hidden states are (B, L, D), the parameters are
-        one (d, D) lift per SIA layer and prefix, and one two-layer head per PIC link, all under ``mipic_heads``.
+        one (d, D) lift per SIA layer and prefix, and one two-layer head per PIC link, all under ``mipic_projections``.
 
     Returns:
         dict[str, Tensor]: Scalars, already weighted, whose sum is the loss. Names are ``matryoshka``
@@ -186,7 +186,7 @@ class MIPICLoss(nn.Module):
         query instead of separate 64-d attention spaces. Top-k sizes come from each sentence's own length, where the
         released code takes the padded length. SIA's full width is a constant by default, as a teacher is; the released
         notebooks, and so the paper preset, let gradients through both sides. Defaults differ from the paper's settings;
-        ``MIPICLoss.from_preset(model, loss, dims, "paper")`` has those.
+        ``MIPICLoss.from_preset(model, loss, "paper", dims)`` has those.
 
     Relations:
         - Does what ``MatryoshkaLoss`` does, and stands in its place: outermost, around the base loss.
@@ -215,7 +215,7 @@ class MIPICLoss(nn.Module):
         cka_weight: float = 1.0,
         pic_weight: float = 0.5,
         sia_layers: Sequence[int] | None = None,
-        pic_checkpoints: Sequence[tuple[int, int]] | None = None,
+        pic_chain: Sequence[tuple[int, int]] | None = None,
         gammas: Sequence[float] | None = None,
         min_k: int = 8,
         attention_temperature: float = 1.0,
@@ -276,9 +276,9 @@ class MIPICLoss(nn.Module):
 
         self.prefixes: tuple[int, ...] = ()
         self.sia_layers: tuple[int, ...] = ()
-        self.pic_checkpoints: tuple[tuple[int, int], ...] = ()
+        self.pic_chain: tuple[tuple[int, int], ...] = ()
         self.gammas: tuple[float, ...] = ()
-        self.mipic_heads = Heads()
+        self.mipic_projections = Projections()
         wanted = self.attention_weight or self.cka_weight or self.pic_weight
         self._backbone: Backbone | None = backbone_of(model) if wanted and self.alpha < 1 else None
         # Found out in the first batch, which asks for hidden states anyway: transformers then leaves hooks in a model
@@ -286,20 +286,20 @@ class MIPICLoss(nn.Module):
         self._model_checked = False
         self._first_shown: int | None = None
         if self._backbone is not None:
-            self._set_up_alignment(self._backbone, sia_layers, pic_checkpoints, gammas)
-        check_not_sharded(model, self.mipic_heads)
-        self.keeper = HeadKeeper(self.mipic_heads)
+            self._set_up_alignment(self._backbone, sia_layers, pic_chain, gammas)
+        check_not_sharded(model, self.mipic_projections)
+        self.keeper = ProjectionKeeper(self.mipic_projections)
         self.register_load_state_dict_post_hook(_allow_missing_draws)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """The trainer puts wrapped models here, and with ``model_init`` a new one for each run."""
-        if name == "model" and "mipic_heads" in self.__dict__.get("_modules", {}):
+        if name == "model" and "mipic_projections" in self.__dict__.get("_modules", {}):
             self._follow(value)
         super().__setattr__(name, value)
 
     def _follow(self, model: nn.Module) -> None:
-        """Begin anew with another model: heads and draws as at the start, so that no trial inherits from the last."""
-        check_not_sharded(model, self.mipic_heads)
+        """Begin anew with another model, everything as at the start, so that no trial inherits from the last."""
+        check_not_sharded(model, self.mipic_projections)
         if unwrap(model) is unwrap(self.model):
             return
         settings: dict[str, Any] = {
@@ -316,30 +316,30 @@ class MIPICLoss(nn.Module):
                 f"This MIPICLoss was made for a model of (depth, width) {shapes[0]}, and model_init made one of "
                 f"{shapes[1]}. Make a trainer and a loss for each shape."
             )
-        if not self.mipic_heads.loaded:
-            self.mipic_heads.restart(fresh.mipic_heads)
+        if not self.mipic_projections.loaded:
+            self.mipic_projections.restart(fresh.mipic_projections)
         self._backbone, self._dim_generator, self._batches = fresh._backbone, fresh._dim_generator, 0
         self._model_checked, self._first_shown = False, None
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move, as the trainer does at its construction: what it is going to shard is known from then on."""
-        check_not_sharded(self.model, self.mipic_heads)
+        check_not_sharded(self.model, self.mipic_projections)
         return super().to(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: all but the keeper, which belongs to these very heads."""
+        """For copies and pickles: all but the keeper, which belongs to these very projections."""
         return {name: value for name, value in self.__dict__.items() if name != "keeper"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy a keeper of its own."""
         super().__setstate__(state)
-        self.keeper = HeadKeeper(self.mipic_heads)
+        self.keeper = ProjectionKeeper(self.mipic_projections)
 
     def _set_up_alignment(
         self,
         backbone: Backbone,
         sia_layers: Sequence[int] | None,
-        pic_checkpoints: Sequence[tuple[int, int]] | None,
+        pic_chain: Sequence[tuple[int, int]] | None,
         gammas: Sequence[float] | None,
     ) -> None:
         depth, width = backbone.depth, backbone.width
@@ -349,27 +349,27 @@ class MIPICLoss(nn.Module):
             given = [sia_layers] if is_whole(plain(sia_layers)) else sia_layers
             fix = ", or switch SIA off with attention_weight=cka_weight=0"
             layers = checked_layers("sia_layers", given, depth, otherwise=fix)
-        if pic_checkpoints is None:
-            checkpoints = presets.default_checkpoints(self.matryoshka_dims, depth, width)
+        if pic_chain is None:
+            chain = presets.default_chain(self.matryoshka_dims, depth, width)
         else:
-            checkpoints = checked_checkpoints("pic_checkpoints", pic_checkpoints, depth, width)
-            checkpoints = checked_chain("pic_checkpoints", checkpoints)
+            chain = checked_pairs("pic_chain", pic_chain, depth, width)
+            chain = checked_chain("pic_chain", chain)
         if self.prefixes:
             self.gammas = _checked_gammas(gammas, len(self.prefixes))
 
-        # Seeded on the side: the same heads on every rank, and the caller's random stream stays as it was.
+        # Seeded on the side: the same projections on every rank, and the caller's random stream stays as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             # PIC first, so that options of SIA do not change its heads.
-            if self.pic_weight and len(checkpoints) > 1:
-                self.pic_checkpoints = checkpoints
-                self.mipic_heads["pic"] = nn.ModuleList(
-                    pic.chain_head(dim, next_dim) for (dim, _), (next_dim, _) in pairwise(checkpoints)
+            if self.pic_weight and len(chain) > 1:
+                self.pic_chain = chain
+                self.mipic_projections["pic"] = nn.ModuleList(
+                    pic.chain_head(dim, next_dim) for (dim, _), (next_dim, _) in pairwise(chain)
                 )
             if (self.attention_weight or self.cka_weight) and self.prefixes:
                 self.sia_layers = layers
                 if self.attention_weight and self.lift_init != "frozen":
-                    self.mipic_heads["sia"] = nn.ModuleDict(
+                    self.mipic_projections["sia"] = nn.ModuleDict(
                         {
                             str(layer): nn.ParameterDict(
                                 {str(dim): sia.initial_lift(dim, width, self.lift_init) for dim in self.prefixes}
@@ -377,7 +377,7 @@ class MIPICLoss(nn.Module):
                             for layer in layers
                         }
                     )
-        if not self.sia_layers and not self.pic_checkpoints:
+        if not self.sia_layers and not self.pic_chain:
             logger.warning(
                 "matryoshka_dims=%s has no prefix below the width of %d to align: MIPICLoss trains as MatryoshkaLoss.",
                 list(self.matryoshka_dims),
@@ -392,8 +392,8 @@ class MIPICLoss(nn.Module):
         cls,
         model: nn.Module,
         loss: nn.Module,
+        preset: str,
         matryoshka_dims: Sequence[int] | None = None,
-        preset: str = "paper",
         **overrides: Any,
     ) -> Self:
         """Make the loss with a named configuration.
@@ -401,11 +401,13 @@ class MIPICLoss(nn.Module):
         Args:
             model: SentenceTransformer model.
             loss: The base loss.
-            matryoshka_dims: Embedding dimensions. Default: the paper's, 16 to 512 and the full width.
             preset: ``"paper"`` is the published formulation: plain sums, tau 0.05, random lifts, gradients through the
-                teacher, layers, checkpoints and alpha of Table 7 for a backbone of a published shape and by the same
-                rule for others. ``"tinybert-6l"``, ``"bert-base"``, ``"bge-m3"`` and ``"qwen3-0.6b"`` are the same
-                and refuse a backbone of another shape. ``"default"`` is the constructor's defaults.
+                teacher, layers, chain and alpha of Table 7 for a backbone of a published shape and by the same rule
+                for others. ``"released"`` is what the authors' own BERT-base run used: no attention term, a chain of
+                three pairs, tau 0.07, alpha 0.6. ``"tinybert-6l"``, ``"bert-base"``, ``"bge-m3"`` and
+                ``"qwen3-0.6b"`` are the paper's and refuse a backbone of another shape. ``"default"`` is the
+                constructor's defaults.
+            matryoshka_dims: Embedding dimensions. Default: the paper's, 16 to 512 and the full width.
             **overrides: Any keyword argument of :class:`MIPICLoss`, which then wins over the preset.
 
         Returns:
@@ -416,9 +418,9 @@ class MIPICLoss(nn.Module):
             TypeError: If an override is no argument of :class:`MIPICLoss`.
 
         Example:
-            >>> loss = MIPICLoss.from_preset(model, loss, [384, 64, 16], "paper")  # doctest: +SKIP
+            >>> loss = MIPICLoss.from_preset(model, loss, "paper", [384, 64, 16])  # doctest: +SKIP
         """
-        names = ("default", "paper", *presets.RECIPES)
+        names = ("default", "paper", "released", *presets.RECIPES)
         if preset not in names:
             raise ValueError(f"preset must be one of {names}, got {preset!r}.")
         recipe = presets.RECIPES.get(preset)
@@ -436,14 +438,18 @@ class MIPICLoss(nn.Module):
                 f"preset={preset!r} was published for {recipe.depth} layers of width {recipe.width}, the model has "
                 f"{shape[0]} of width {shape[1]}. Use preset='paper', which fits any shape."
             )
+        if matryoshka_dims is None:
+            assert width is not None
+            matryoshka_dims = presets.paper_dims(width)
         settings: dict[str, Any] = {}
         if preset != "default":
             settings |= presets.PAPER_SETTINGS
             if shape is not None:
                 settings |= {"alpha": presets.paper_alpha(*shape), "sia_layers": presets.paper_layers(*shape)}
-        if matryoshka_dims is None:
-            assert width is not None
-            matryoshka_dims = presets.paper_dims(width)
+        if preset == "released":
+            settings |= presets.RELEASED_SETTINGS
+            if shape is not None:
+                settings["pic_chain"] = presets.released_chain(matryoshka_dims, *shape) or None
         return cls(model, loss, matryoshka_dims, **{**settings, **overrides})
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
@@ -469,7 +475,7 @@ class MIPICLoss(nn.Module):
             )
         self._batches += self.model.training
         if self._batches < 2:
-            check_not_sharded(self.model, self.mipic_heads)
+            check_not_sharded(self.model, self.mipic_projections)
         if self._uses_cache:
             return self._forward_cached(features, labels)
         if self._backbone is None:
@@ -731,8 +737,8 @@ class MIPICLoss(nn.Module):
         has_text = recorded.has_text(self._backbone.pooling)
         layers = [self._sia_layer(recorded, layer, has_text) for layer in self.sia_layers]
         links = []
-        if self.pic_checkpoints:
-            vectors = [self._vector(recorded, layer, has_text)[:, :dim] for dim, layer in self.pic_checkpoints]
+        if self.pic_chain:
+            vectors = [self._vector(recorded, layer, has_text)[:, :dim] for dim, layer in self.pic_chain]
             links = [
                 (pic.predict_next(head, vector), target.detach().to(torch.promote_types(target.dtype, torch.float32)))
                 for head, (vector, target) in zip(self._chain_heads(), pairwise(vectors), strict=True)
@@ -774,11 +780,11 @@ class MIPICLoss(nn.Module):
         """Undo :meth:`Observation.pack`."""
         count = len(self.prefixes)
         sizes = [size for _ in self.sia_layers for size in (count, count, count)]
-        sizes += [size for _, (dim, _) in pairwise(self.pic_checkpoints) for size in (dim, dim)]
+        sizes += [size for _, (dim, _) in pairwise(self.pic_chain) for size in (dim, dim)]
         sizes.append(1)
         parts = iter(packed.split(sizes, dim=-1))
         layers = [sia.SIATerms(next(parts), next(parts), next(parts).detach() > 0) for _ in self.sia_layers]
-        links = [(next(parts), next(parts).detach()) for _ in self.pic_checkpoints[1:]]
+        links = [(next(parts), next(parts).detach()) for _ in self.pic_chain[1:]]
         return Observation(layers, links, next(parts)[:, 0].detach() > 0)
 
     def _alignment_terms(self, observations: list[Observation], size: int) -> dict[str, Tensor]:
@@ -794,7 +800,7 @@ class MIPICLoss(nn.Module):
         terms: dict[str, Tensor] = {}
         if self.sia_layers:
             terms |= self._sia_terms([observation.layers for observation in observations])
-        if self.pic_checkpoints:
+        if self.pic_chain:
             has_text = torch.cat([observation.has_text for observation in observations])
             terms["pic"] = self._pic_term([observation.links for observation in observations], has_text, size)
         return {name: (1 - self.alpha) * term for name, term in terms.items()}
@@ -841,7 +847,7 @@ class MIPICLoss(nn.Module):
             self._vector(recorded, layer, has_text),
             recorded.mask & has_text[:, None],
             self.prefixes,
-            self._lifts(layer, hidden.device),
+            self._lifts(layer),
             self.gammas,
             min_k=self.min_k,
             temperature=self.attention_temperature,
@@ -878,12 +884,11 @@ class MIPICLoss(nn.Module):
             links.append(pic.chain_info_nce(predicted, target, self.chain_temperature, offset, valid))
         return self.pic_weight * self._aggregate(torch.stack(links))
 
-    def _lifts(self, layer: int, device: torch.device) -> list[Tensor] | None:
+    def _lifts(self, layer: int) -> list[Tensor] | None:
         """The lifts P of one layer in ascending order of their prefix, or None if the attention term is off.
 
         Args:
             layer: One of ``sia_layers``.
-            device: Where the token states are.
 
         Returns:
             One (d, D) parameter per prefix; constants where they are frozen.
@@ -892,12 +897,12 @@ class MIPICLoss(nn.Module):
             return None
         if self.lift_init == "frozen":
             assert self._backbone is not None
-            return [sia.initial_lift(dim, self._backbone.width).to(device) for dim in self.prefixes]
-        return [self.mipic_heads.get_parameter(f"sia.{layer}.{dim}") for dim in self.prefixes]
+            return [sia.initial_lift(dim, self._backbone.width) for dim in self.prefixes]
+        return [self.mipic_projections.get_parameter(f"sia.{layer}.{dim}") for dim in self.prefixes]
 
     def _chain_heads(self) -> list[nn.Module]:
         """The heads phi, one per PIC link."""
-        return list(self.mipic_heads["pic"].children())
+        return list(self.mipic_projections["pic"].children())
 
     def _aggregate(self, values: Tensor) -> Tensor:
         """Add or average over layers, prefixes and links (Eq. 13, 14 and 17).
@@ -922,7 +927,7 @@ class MIPICLoss(nn.Module):
             "cka_weight": self.cka_weight,
             "pic_weight": self.pic_weight,
             "sia_layers": self.sia_layers,
-            "pic_checkpoints": self.pic_checkpoints,
+            "pic_chain": self.pic_chain,
             "gammas": self.gammas,
         }
         settings = (

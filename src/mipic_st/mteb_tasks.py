@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["PRESETS", "TaskPreset", "evaluate_mteb"]
+__all__ = ["TASK_GROUPS", "TaskGroup", "evaluate_mteb"]
 
 _HUB_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class TaskPreset:
+class TaskGroup:
     """A named set of MTEB tasks.
 
     Attributes:
@@ -62,14 +62,14 @@ class TaskPreset:
     minutes: float
 
 
-PRESETS: dict[str, TaskPreset] = {
-    "sts": TaskPreset(("STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark"), 27_846, 2.0),
-    "sts-local": TaskPreset(("STS13", "STS14", "STS15"), 16_500, 1.0),
-    "classification": TaskPreset(
+TASK_GROUPS: dict[str, TaskGroup] = {
+    "sts": TaskGroup(("STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark"), 27_846, 2.0),
+    "sts-local": TaskGroup(("STS13", "STS14", "STS15"), 16_500, 1.0),
+    "classification": TaskGroup(
         ("Banking77Classification", "EmotionClassification", "TweetSentimentExtractionClassification"), 16_500, 2.0
     ),
-    "pair": TaskPreset(("TwitterSemEval2015", "SprintDuplicateQuestions", "TwitterURLCorpus"), 338_622, 20.0),
-    "nano-retrieval": TaskPreset(
+    "pair": TaskGroup(("TwitterSemEval2015", "SprintDuplicateQuestions", "TwitterURLCorpus"), 338_622, 20.0),
+    "nano-retrieval": TaskGroup(
         (
             "NanoArguAnaRetrieval",
             "NanoClimateFeverRetrieval",
@@ -89,7 +89,7 @@ PRESETS: dict[str, TaskPreset] = {
         20.0,
     ),
 }
-"""Task presets by name, as ``mipic-st tasks`` lists them."""
+"""Groups of tasks by name, as ``mipic-st tasks`` lists them."""
 
 # Where a result file keeps what a score depends on besides model, dim and task: nothing, for the published task.
 _CONDITIONS = "mipic_st"
@@ -154,8 +154,8 @@ def evaluate_mteb(
 
     Args:
         model: The model.
-        tasks: A preset (see `PRESETS`), the name of a task or of an mteb benchmark, or a list of task names and mteb
-            task objects. An object that holds data already is scored on that data, under its own name; its results
+        tasks: A group (see `TASK_GROUPS`), the name of a task or of an mteb benchmark, or a list of task names and
+            mteb task objects. An object that holds data already is scored on that data, under its own name; its results
             count for this data only.
         dims: Distinct dims, 1 to the model's width.
         output: Folder of the results.
@@ -637,7 +637,7 @@ def _of_job(result: Any, job: _Job, precision: str) -> Any:
 
 
 def resolve_tasks(tasks: str | Sequence[Any]) -> list[Any]:
-    """Task objects for a preset, a task, a benchmark, or a list of names and objects.
+    """Task objects for a group, a task, a benchmark, or a list of names and objects.
 
     Args:
         tasks: As for :func:`evaluate_mteb`.
@@ -651,8 +651,8 @@ def resolve_tasks(tasks: str | Sequence[Any]) -> list[Any]:
     """
     mteb = _import_mteb()
     if isinstance(tasks, str):
-        if tasks in PRESETS:
-            names: Sequence[Any] = PRESETS[tasks].tasks
+        if tasks in TASK_GROUPS:
+            names: Sequence[Any] = TASK_GROUPS[tasks].tasks
         else:
             try:
                 names = list(mteb.get_benchmark(tasks).tasks)
@@ -661,19 +661,19 @@ def resolve_tasks(tasks: str | Sequence[Any]) -> list[Any]:
     else:
         names = list(tasks)
     if not names:
-        raise ValueError(f"tasks is empty; give task names or a preset: {', '.join(PRESETS)}.")
+        raise ValueError(f"tasks is empty; give task names or a group: {', '.join(TASK_GROUPS)}.")
     resolved: list[Any] = []
     for name in names:
         if not isinstance(name, str):
             resolved.append(name)
-        elif name in PRESETS:
+        elif name in TASK_GROUPS:
             resolved.extend(resolve_tasks(name))
         else:
             try:
                 resolved.append(mteb.get_task(name))
             except KeyError as error:
                 raise ValueError(
-                    f"tasks: {name!r} is neither a preset ({', '.join(PRESETS)}) nor a task or benchmark of mteb."
+                    f"tasks: {name!r} is neither a group ({', '.join(TASK_GROUPS)}) nor a task or benchmark of mteb."
                 ) from error
     if wrong := [task for task in resolved if not isinstance(task, mteb.AbsTask)]:
         raise TypeError(f"tasks: {wrong[0]!r} is neither a name nor a task object of mteb.")

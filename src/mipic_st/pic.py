@@ -1,8 +1,8 @@
 r"""PIC, progressive information chaining (paper Sec. 3.3, Eq. 15-17), as a pure tensor function and its heads.
 
-Checkpoints are (dim, layer) pairs from shallow and narrow to deep and wide. A small head maps the sentence vector of
-one checkpoint to the width of the next one; an InfoNCE loss asks it to find, among the sentences of the batch, the
-vector that the next checkpoint gave the same sentence.
+The chain is a list of (dim, layer) pairs, the paper's checkpoints, from shallow and narrow to deep and wide. A small
+head maps the sentence vector of one pair to the width of the next one; an InfoNCE loss asks it to find, among the
+sentences of the batch, the vector that the next pair gave the same sentence.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from mipic_st.sia import full_precision, no_autocast
 
 
 def chain_head(dim: int, next_dim: int) -> nn.Sequential:
-    """Make phi_c, the head from one checkpoint to the next (Eq. 15).
+    """Make phi_c, the head from one pair of the chain to the next (Eq. 15).
 
     Args:
-        dim: Width of this checkpoint.
+        dim: Width of this pair.
         next_dim: Width of the next one.
 
     Returns:

@@ -23,7 +23,7 @@ class Recipe:
         width: Full embedding width D.
         alpha: Weight of the base term in Eq. 18.
         sia_layers: Layers that carry SIA, 1 is the first encoder layer.
-        pic_checkpoints: Ordered (dim, layer) pairs of PIC.
+        pic_chain: Ordered (dim, layer) pairs of PIC.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Recipe:
     width: int
     alpha: float
     sia_layers: tuple[int, ...]
-    pic_checkpoints: tuple[tuple[int, int], ...]
+    pic_chain: tuple[tuple[int, int], ...]
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -48,7 +48,7 @@ RECIPES: dict[str, Recipe] = {
             width=768,
             alpha=0.4,
             sia_layers=(1, 2, 3, 4, 5, 6),
-            pic_checkpoints=((16, 1), (32, 2), (64, 3), (256, 4), (512, 5), (768, 6)),
+            pic_chain=((16, 1), (32, 2), (64, 3), (256, 4), (512, 5), (768, 6)),
         ),
         Recipe(
             "bert-base",
@@ -56,7 +56,7 @@ RECIPES: dict[str, Recipe] = {
             width=768,
             alpha=0.4,
             sia_layers=(2, 4, 6, 8, 9, 10, 12),
-            pic_checkpoints=((16, 2), (32, 4), (64, 6), (128, 8), (256, 9), (512, 10), (768, 12)),
+            pic_chain=((16, 2), (32, 4), (64, 6), (128, 8), (256, 9), (512, 10), (768, 12)),
         ),
         Recipe(
             "bge-m3",
@@ -64,7 +64,7 @@ RECIPES: dict[str, Recipe] = {
             width=1024,
             alpha=0.5,
             sia_layers=(1, 4, 7, 11, 15, 19, 24),
-            pic_checkpoints=((16, 1), (32, 4), (64, 7), (128, 11), (256, 15), (512, 19), (1024, 24)),
+            pic_chain=((16, 1), (32, 4), (64, 7), (128, 11), (256, 15), (512, 19), (1024, 24)),
         ),
         Recipe(
             "qwen3-0.6b",
@@ -72,7 +72,7 @@ RECIPES: dict[str, Recipe] = {
             width=1024,
             alpha=0.5,
             sia_layers=(2, 6, 12, 16, 20, 24, 28),
-            pic_checkpoints=((16, 2), (32, 6), (64, 12), (128, 16), (256, 20), (512, 24), (1024, 28)),
+            pic_chain=((16, 2), (32, 6), (64, 12), (128, 16), (256, 20), (512, 24), (1024, 28)),
         ),
     )
 }
@@ -95,6 +95,15 @@ PAPER_SETTINGS: dict[str, Any] = {
     "token_importance": "similarity",
 }
 """Arguments of MIPICLoss that make the published formulation, but for those that depend on the backbone."""
+
+
+# As found in the first commit of the authors' repository; its other settings are the paper's.
+RELEASED_SETTINGS: dict[str, Any] = PAPER_SETTINGS | {
+    "alpha": 0.6,
+    "attention_weight": 0.0,
+    "chain_temperature": 0.07,
+}
+"""Arguments of MIPICLoss that make the authors' own BERT run, but for those that depend on the backbone."""
 
 
 def find_recipe(depth: int, width: int) -> Recipe | None:
@@ -155,8 +164,8 @@ def default_gammas(count: int) -> tuple[float, ...]:
     return tuple(gammas)
 
 
-def default_checkpoints(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[int, int], ...]:
-    """PIC checkpoints for any dims and depth.
+def default_chain(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[int, int], ...]:
+    """PIC's chain for any dims and depth.
 
     The published pairs where the backbone has a published shape, all dims are the paper's, the full width is one of
     them and at least two have a pair (TinyBERT's table has none for 128). Otherwise one layer per dim, evenly spaced
@@ -172,18 +181,43 @@ def default_checkpoints(dims: Sequence[int], depth: int, width: int) -> tuple[tu
         Ordered (dim, layer) pairs; fewer than two if there are fewer than two dims or layers.
 
     Example:
-        >>> default_checkpoints([384, 64, 16], depth=6, width=384)
+        >>> default_chain([384, 64, 16], depth=6, width=384)
         ((16, 2), (64, 4), (384, 6))
     """
     dims = sorted(dims)
     recipe = find_recipe(depth, width)
     if recipe is not None and set(dims) <= set(recipe.dims):
-        published = tuple(pair for pair in recipe.pic_checkpoints if pair[0] in dims)
+        published = tuple(pair for pair in recipe.pic_chain if pair[0] in dims)
         if len(published) > 1 and published[-1] == (width, depth):
             return published
     if len(dims) > depth:
         dims = [dims[round(index * (len(dims) - 1) / max(1, depth - 1))] for index in range(depth)]
     return tuple(zip(dims, spread(len(dims), depth), strict=True))
+
+
+def released_chain(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[int, int], ...]:
+    """PIC's chain in the authors' own BERT run, (16, 3) (128, 7) (768, 11), for any dims and depth.
+
+    Its layers count from zero: they are thirds of the depth. Its dims are the smallest, the middle and the full one.
+
+    Args:
+        dims: Matryoshka dims, any order.
+        depth: Number of encoder layers.
+        width: Full embedding width.
+
+    Returns:
+        Up to three (dim, layer) pairs; none if there are fewer than two dims or layers.
+
+    Example:
+        >>> released_chain([16, 32, 64, 128, 256, 512, 768], depth=12, width=768)
+        ((16, 4), (128, 8), (768, 12))
+    """
+    dims = sorted({*dims, width})
+    chosen = sorted({dims[0], dims[len(dims) // 2], width})
+    count = min(len(chosen), depth)
+    if count < 2:
+        return ()
+    return tuple(zip(chosen[-count:], spread(count, depth), strict=True))
 
 
 def paper_layers(depth: int, width: int) -> tuple[int, ...]:

@@ -570,7 +570,7 @@ def sia_terms(
         attention = cka = hidden.new_zeros(shape)
         valid = torch.zeros(shape, dtype=torch.bool, device=hidden.device)
         if lifts is not None:
-            student_scores = token_scores(hidden, project_query(query, [lift.to(query.dtype) for lift in lifts]))
+            student_scores = token_scores(hidden, project_query(query, [lift.to(query) for lift in lifts]))
             attention = attention_kl(student_scores, teacher_log_probs, mask, temperature, kl_direction)
         if with_cka:
             cka, valid = topk_cka_loss(hidden, teacher_scores, mask, dims, gammas, min_k, detach_teacher)

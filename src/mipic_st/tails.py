@@ -54,6 +54,7 @@ from mipic_st.backbone import (
 )
 from mipic_st.embedding_store import unit_length
 from mipic_st.layers import encode_layers
+from mipic_st.model_config import set_matryoshka_config
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -909,8 +910,6 @@ def _check_cosines(before: np.ndarray, after: np.ndarray, rotation: Rotation, ha
 
 def _describe_rotation(model: SentenceTransformer, dims: Sequence[int], rotation: Rotation) -> None:
     """Tell the config, for serving engines, and the model card what the model can do now."""
-    from mipic_st.training import set_matryoshka_config
-
     width = len(rotation.matrix)
     inner = unwrap(model)
     if any(isinstance(module, Transformer) for module in inner.modules()):

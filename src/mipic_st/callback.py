@@ -1,8 +1,8 @@
 """What a trainer leaves undone for a loss that has parameters of its own: the callback.
 
-``SentenceTransformerTrainer(..., loss=loss, callbacks=[MIPICCallback(loss)])`` saves the heads beside each checkpoint
-and restores them, clips their gradients, logs the norm, and writes into the model's ``config.json`` what serving
-engines read. Heads in several processes need no callback, see :mod:`mipic_st.heads`.
+``SentenceTransformerTrainer(..., loss=loss, callbacks=[MIPICCallback(loss)])`` saves the projections beside each
+checkpoint and restores them, clips their gradients, logs the norm, and writes into the model's ``config.json`` what
+serving engines read. Projections in several processes need no callback, see :mod:`mipic_st.optimizer_hooks`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,83 +24,45 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mipic_st._checks import checked_checkpoints, checked_dims
-from mipic_st.backbone import embedding_width, layer_count, unwrap
 from mipic_st.loss import MIPICLoss
+from mipic_st.model_config import set_matryoshka_config
 
 logger = logging.getLogger(__name__)
 
-HEADS_FILE = "mipic_heads.safetensors"
-"""Name of the file beside each checkpoint that holds the heads."""
-
-
-def set_matryoshka_config(
-    model: nn.Module, matryoshka_dims: Sequence[int], checkpoints: Iterable[tuple[int, int]] = ()
-) -> None:
-    """Write into the model's config what serving engines read, so that every later ``save`` puts it in ``config.json``.
-
-    The keys are ``is_matryoshka: true``, ``matryoshka_dimensions: [...]`` and, with checkpoints,
-    ``mipic_checkpoints: [[dim, layer], ...]``. A model with several encoders (Router) gets them in each. Saving a model
-    with adapters (PEFT) writes no ``config.json``: call this again after merging them.
-
-    Args:
-        model: SentenceTransformer model.
-        matryoshka_dims: The dimensions that the model was trained at, each from 1 to its width.
-        checkpoints: The (dim, layer) pairs that PIC trained.
-
-    Raises:
-        TypeError: If dims or checkpoints are of the wrong kind.
-        ValueError: If no dim is given, a dim or layer is out of range, or the model has no Transformer and hence no
-            config.
-
-    Example:
-        >>> set_matryoshka_config(model, [384, 128, 32])  # doctest: +SKIP
-        >>> model.save("my-model")  # doctest: +SKIP
-    """
-    inner = unwrap(model)
-    width = embedding_width(inner)
-    dims = sorted(checked_dims("matryoshka_dims", matryoshka_dims, width))
-    transformers = [module for module in inner.modules() if isinstance(module, Transformer)]
-    if not transformers:
-        raise ValueError("The model has no Transformer module, so there is no config.json for the keys.")
-    depths = [depth for transformer in transformers if (depth := layer_count(transformer)) is not None]
-    pairs = checked_checkpoints("checkpoints", checkpoints, min(depths, default=None), width)
-    for transformer in transformers:
-        config = transformer.auto_model.config
-        config.is_matryoshka = True
-        config.matryoshka_dimensions = dims
-        if pairs:
-            config.mipic_checkpoints = [list(pair) for pair in pairs]
+PROJECTIONS_FILE = "mipic_projections.safetensors"
+"""Name of the file beside each checkpoint that holds the projections."""
 
 
 class MIPICCallback(TrainerCallback):
-    """Keeps the heads of MIPICLoss in step with the trainer: checkpoints, resuming, clipping, saved config.
+    """Keeps the projections of MIPICLoss in step with the trainer: checkpoints, resuming, clipping, saved config.
 
-    - Every checkpoint gets ``mipic_heads.safetensors``: the heads and the state of the draw of dims. It goes with the
-      folder, so ``save_total_limit`` needs nothing more.
+    - Every checkpoint gets ``mipic_projections.safetensors``: the projections and the state of the draw of dims. It
+      goes with the folder, so ``save_total_limit`` needs nothing more.
     - Resuming restores them; the run then continues bit for bit. The folder is ``args.resume_from_checkpoint``, or
       ``checkpoint-<step>`` in the output folder; for any other, name it in ``resume_from_checkpoint``. That the file
       belongs to the resumed optimizer is checked.
-    - With ``load_best_model_at_end`` the heads of the best checkpoint are loaded with the model.
-    - Gradients of the heads are clipped to ``args.max_grad_norm``, on their own; the norm before clipping is logged as
-      ``heads_grad_norm`` beside the trainer's ``grad_norm``, which is the model's. Reporting integrations
-      (``report_to``) run before callbacks and do not see it; ``state.log_history`` and the printed log have it.
+    - With ``load_best_model_at_end`` the projections of the best checkpoint are loaded with the model.
+    - Gradients of the projections are clipped to ``args.max_grad_norm``, on their own; the norm before clipping is
+      logged as ``projections_grad_norm`` beside the trainer's ``grad_norm``, which is the model's. Reporting
+      integrations (``report_to``) run before callbacks and do not see it; ``state.log_history`` and the printed log
+      have it.
     - In fp16 training, batches whose loss is not finite are left to the gradient scaler, which skips them.
-    - ``config.json`` of checkpoints and of the trained model gets the keys of :func:`set_matryoshka_config`.
+    - ``config.json`` of checkpoints and of the trained model gets the keys of
+      :func:`mipic_st.model_config.set_matryoshka_config`.
 
-    With ``hub_strategy="checkpoint"`` the upload starts before callbacks see the checkpoint, so the heads may be
-    missing in it. Under FSDP and DeepSpeed, MIPICLoss refuses to have heads.
+    With ``hub_strategy="checkpoint"`` the upload starts before callbacks see the checkpoint, so the projections may be
+    missing in it. Under FSDP and DeepSpeed, MIPICLoss refuses to have projections.
 
     Args:
         loss: The loss given to the trainer, or its dict of losses by data set; those that are no MIPICLoss are passed
             over.
-        resume_from_checkpoint: Folder to restore the heads from when the trainer resumes, if not found by itself.
-        missing_heads: What to do when resuming from a checkpoint that was made without the callback: ``"error"``, or
-            ``"reset"``, which keeps the heads as they are and makes the optimizer forget its moments of them.
+        resume_from_checkpoint: Folder to restore the projections from when the trainer resumes, if not found by itself.
+        missing_projections: What to do when resuming from a checkpoint that was made without the callback: ``"error"``,
+            or ``"reset"``, which keeps the projections as they are and makes the optimizer forget its moments of them.
 
     Raises:
         TypeError: If ``loss`` is or holds no MIPICLoss.
-        ValueError: If ``missing_heads`` is neither of the two.
+        ValueError: If ``missing_projections`` is neither of the two.
 
     Example:
         >>> trainer = SentenceTransformerTrainer(  # doctest: +SKIP
@@ -113,7 +75,7 @@ class MIPICCallback(TrainerCallback):
         loss: MIPICLoss | Mapping[str, nn.Module],
         *,
         resume_from_checkpoint: str | os.PathLike[str] | None = None,
-        missing_heads: Literal["error", "reset"] = "error",
+        missing_projections: Literal["error", "reset"] = "error",
     ) -> None:
         named = dict(loss) if isinstance(loss, Mapping) else {"": loss}
         self.losses: dict[str, MIPICLoss] = {}
@@ -126,24 +88,24 @@ class MIPICCallback(TrainerCallback):
                 f"loss must be the MIPICLoss that the trainer gets, or the dict that holds it, got {kinds}. A function "
                 "that makes losses has to be called first."
             )
-        if missing_heads not in ("error", "reset"):
-            raise ValueError(f"missing_heads must be 'error' or 'reset', got {missing_heads!r}.")
+        if missing_projections not in ("error", "reset"):
+            raise ValueError(f"missing_projections must be 'error' or 'reset', got {missing_projections!r}.")
         self.resume_from_checkpoint = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
-        self.missing_heads = missing_heads
-        self.heads_grad_norm: Tensor | None = None
+        self.missing_projections = missing_projections
+        self.projections_grad_norm: Tensor | None = None
 
     # --- the file ---------------------------------------------------------------------------------------------------
 
-    def heads(self) -> dict[str, nn.Parameter]:
-        """All heads by their name in the file: that in the loss, behind the data set's name if there are several."""
+    def projections(self) -> dict[str, nn.Parameter]:
+        """All by their name in the file: that in the loss, behind the data set's name if there are several."""
         return {
             f"{name}.{key}" if name else key: parameter
             for name, loss in self.losses.items()
-            for key, parameter in loss.mipic_heads.named_parameters(prefix="mipic_heads")
+            for key, parameter in loss.mipic_projections.named_parameters(prefix="mipic_projections")
         }
 
     def save(self, folder: str | os.PathLike[str], optimizer: Optimizer | None = None) -> Path:
-        """Write heads and draws into a folder; the file is there whole or not at all.
+        """Write projections and draws into a folder; the file is there whole or not at all.
 
         Args:
             folder: An existing folder.
@@ -155,22 +117,22 @@ class MIPICCallback(TrainerCallback):
         Raises:
             FileNotFoundError: If there is no such folder.
         """
-        path = Path(folder) / HEADS_FILE
+        path = Path(folder) / PROJECTIONS_FILE
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"There is no folder {path.parent} to save the heads in: make it first.")
-        heads = {name: parameter.detach().cpu().contiguous() for name, parameter in self.heads().items()}
+            raise FileNotFoundError(f"There is no folder {path.parent} to save the projections in: make it first.")
+        projections = {name: parameter.detach().cpu().contiguous() for name, parameter in self.projections().items()}
         metadata = {
             "format": "1",
             "optimizer": self._fingerprint(optimizer),
             "draws": json.dumps({name: loss._draw_state() for name, loss in self.losses.items()}),
         }
         partial = path.with_suffix(".partial")
-        save_file(heads, partial, metadata=metadata)
+        save_file(projections, partial, metadata=metadata)
         os.replace(partial, path)
         return path
 
     def load(self, folder: str | os.PathLike[str], with_draws: bool = True) -> str:
-        """Read heads (and draws) from a folder, in place. Nothing is changed unless all of it fits.
+        """Read projections (and draws) from a folder, in place. Nothing is changed unless all of it fits.
 
         Args:
             folder: A checkpoint folder.
@@ -181,11 +143,11 @@ class MIPICCallback(TrainerCallback):
 
         Raises:
             FileNotFoundError: If there is no file.
-            ValueError: If it is damaged, or made by a loss with other heads.
+            ValueError: If it is damaged, or made by a loss with other projections.
         """
-        metadata, tensors = self._read(Path(folder) / HEADS_FILE)
+        metadata, tensors = self._read(Path(folder) / PROJECTIONS_FILE)
         with torch.no_grad():
-            for name, parameter in self.heads().items():
+            for name, parameter in self.projections().items():
                 parameter.copy_(tensors[name])
         if with_draws:
             for name, state in json.loads(metadata["draws"]).items():
@@ -196,7 +158,7 @@ class MIPICCallback(TrainerCallback):
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is missing: the checkpoint was made without MIPICCallback. "
-                "MIPICCallback(loss, missing_heads='reset') goes on with fresh heads."
+                "MIPICCallback(loss, missing_projections='reset') goes on with fresh projections."
             )
         try:
             with safe_open(path, framework="pt") as file:
@@ -208,21 +170,21 @@ class MIPICCallback(TrainerCallback):
         except (SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}). Resume from an earlier checkpoint, or delete the file and use "
-                "MIPICCallback(loss, missing_heads='reset')."
+                "MIPICCallback(loss, missing_projections='reset')."
             ) from error
         if draws.keys() != self.losses.keys():
             raise ValueError(
                 f"{path} was made by MIPICLoss for {_data_sets(draws)}, this callback has it for "
                 f"{_data_sets(self.losses)}. Name the data sets as they were named then."
             )
-        heads = self.heads()
-        if heads.keys() != tensors.keys():
+        own = self.projections()
+        if own.keys() != tensors.keys():
             raise ValueError(
-                f"{path} was made by a loss with other heads: it lacks {sorted(heads.keys() - tensors.keys())} and has "
-                f"{sorted(tensors.keys() - heads.keys())} besides. Make MIPICLoss with the arguments it had then "
-                "(matryoshka_dims, sia_layers, pic_checkpoints, weights; names of the data sets)."
+                f"{path} was made by a loss with other projections: it lacks {sorted(own.keys() - tensors.keys())} "
+                f"and has {sorted(tensors.keys() - own.keys())} besides. Make MIPICLoss with the arguments it had then "
+                "(matryoshka_dims, sia_layers, pic_chain, weights; names of the data sets)."
             )
-        for name, parameter in heads.items():
+        for name, parameter in own.items():
             if parameter.shape != tensors[name].shape:
                 raise ValueError(
                     f"{path}: {name} has shape {tuple(tensors[name].shape)}, this loss needs "
@@ -231,11 +193,11 @@ class MIPICCallback(TrainerCallback):
         return metadata, tensors
 
     def _fingerprint(self, optimizer: Optimizer | None) -> str:
-        """Digest of the optimizer's moments of the heads; empty if it has none."""
+        """Digest of the optimizer's moments of the projections; empty if it has none."""
         digest = hashlib.sha256()
         found = False
-        states = [] if optimizer is None else [optimizer.state.get(head) or {} for head in self.heads().values()]
-        for parameter, moments in zip(self.heads().values(), states, strict=False):
+        states = [] if optimizer is None else [optimizer.state.get(head) or {} for head in self.projections().values()]
+        for parameter, moments in zip(self.projections().values(), states, strict=False):
             for _, value in sorted(moments.items()):
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     found = True
@@ -251,11 +213,13 @@ class MIPICCallback(TrainerCallback):
         optimizer = _innermost(kwargs.get("optimizer"))
         if optimizer is not None:
             stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            if any(id(parameter) not in stepped for parameter in self.heads().values() if parameter.requires_grad):
+            if any(
+                id(parameter) not in stepped for parameter in self.projections().values() if parameter.requires_grad
+            ):
                 raise ValueError(
-                    "The trainer's optimizer does not have the heads of the loss given to MIPICCallback: give both the "
-                    "same loss object. `optimizers=` and `optimizer_cls_and_kwargs=` of the trainer leave out a loss's "
-                    "parameters; choose the optimizer with `args.optim`."
+                    "The trainer's optimizer does not have the projections of the loss given to MIPICCallback: give "
+                    "both the same loss object. `optimizers=` and `optimizer_cls_and_kwargs=` of the trainer leave out "
+                    "a loss's parameters; choose the optimizer with `args.optim`."
                 )
         for loss in self.losses.values():
             loss.skips_nonfinite = bool(args.fp16)
@@ -269,11 +233,11 @@ class MIPICCallback(TrainerCallback):
             candidates.insert(0, Path(args.resume_from_checkpoint))
         if self.resume_from_checkpoint is not None:
             candidates = [self.resume_from_checkpoint]
-        folder = next((folder for folder in candidates if (folder / HEADS_FILE).is_file()), candidates[0])
-        if not (folder / HEADS_FILE).is_file() and self.missing_heads == "reset":
-            logger.warning("No %s in %s: the heads start afresh, with new moments.", HEADS_FILE, folder)
+        folder = next((folder for folder in candidates if (folder / PROJECTIONS_FILE).is_file()), candidates[0])
+        if not (folder / PROJECTIONS_FILE).is_file() and self.missing_projections == "reset":
+            logger.warning("No %s in %s: the projections start afresh, with new moments.", PROJECTIONS_FILE, folder)
             if optimizer is not None:
-                for parameter in self.heads().values():
+                for parameter in self.projections().values():
                     optimizer.state.pop(parameter, None)
         else:
             if not folder.is_dir():
@@ -281,24 +245,24 @@ class MIPICCallback(TrainerCallback):
                     f"Resuming at step {state.global_step}, but there is no {folder}. Name the folder that the trainer "
                     f"resumes from: MIPICCallback(loss, resume_from_checkpoint=...)."
                 )
-            metadata, _ = self._read(folder / HEADS_FILE)
+            metadata, _ = self._read(folder / PROJECTIONS_FILE)
             present = self._fingerprint(optimizer)
             if present and metadata.get("optimizer") and present != metadata["optimizer"]:
                 raise ValueError(
-                    f"{folder / HEADS_FILE} is of another run than the optimizer that the trainer resumed. Name the "
-                    "folder that the trainer resumes from: MIPICCallback(loss, resume_from_checkpoint=...)."
+                    f"{folder / PROJECTIONS_FILE} is of another run than the optimizer that the trainer resumed. Name "
+                    "the folder that the trainer resumes from: MIPICCallback(loss, resume_from_checkpoint=...)."
                 )
             self.load(folder)
-            logger.info("Restored the heads of MIPICLoss from %s.", folder)
+            logger.info("Restored the projections of MIPICLoss from %s.", folder)
         if optimizer is not None:
             for loss in self.losses.values():
                 loss.keeper.adopt(optimizer)
 
     def _mark(self, model: nn.Module) -> None:
         dims = {dim for loss in self.losses.values() for dim in loss.matryoshka_dims}
-        checkpoints = {pair for loss in self.losses.values() for pair in loss.pic_checkpoints}
+        chain = {pair for loss in self.losses.values() for pair in loss.pic_chain}
         if any(isinstance(module, Transformer) for module in model.modules()):
-            set_matryoshka_config(model, sorted(dims), sorted(checkpoints))
+            set_matryoshka_config(model, sorted(dims), sorted(chain))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -310,13 +274,13 @@ class MIPICCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Average the heads' gradients over the ranks, then clip them as the trainer clipped the model's."""
+        """Average the projections' gradients over the ranks, then clip them as the trainer clipped the model's."""
         optimizer = _innermost(kwargs.get("optimizer"))
         if optimizer is not None:
             for loss in self.losses.values():
                 loss.keeper.prepare(optimizer)
-        if args.max_grad_norm > 0 and self.heads():
-            self.heads_grad_norm = nn.utils.clip_grad_norm_(self.heads().values(), args.max_grad_norm)
+        if args.max_grad_norm > 0 and self.projections():
+            self.projections_grad_norm = nn.utils.clip_grad_norm_(self.projections().values(), args.max_grad_norm)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -326,8 +290,8 @@ class MIPICCallback(TrainerCallback):
             loss.keeper.finish()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Clear the heads' gradients: sentence-transformers before 6.2 clears the model's only."""
-        for parameter in self.heads().values():
+        """Clear the projections' gradients: sentence-transformers before 6.2 clears the model's only."""
+        for parameter in self.projections().values():
             parameter.grad = None
 
     def on_log(
@@ -338,20 +302,20 @@ class MIPICCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the norm of the heads' gradients beside the model's."""
-        if logs is not None and "grad_norm" in logs and self.heads_grad_norm is not None:
-            logs["heads_grad_norm"] = round(float(self.heads_grad_norm), 6)
+        """Add the norm of the projections' gradients beside the model's."""
+        if logs is not None and "grad_norm" in logs and self.projections_grad_norm is not None:
+            logs["projections_grad_norm"] = round(float(self.projections_grad_norm), 6)
             if state.log_history:
-                state.log_history[-1].setdefault("heads_grad_norm", logs["heads_grad_norm"])
+                state.log_history[-1].setdefault("projections_grad_norm", logs["projections_grad_norm"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the heads into the checkpoint that was just written."""
+        """Put the projections into the checkpoint that was just written."""
         if not args.should_save:
             return
         folder = _checkpoint(args, state)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"The trainer saved a checkpoint, but not in {folder}; the heads cannot be put beside it. "
+                f"The trainer saved a checkpoint, but not in {folder}; the projections cannot be put beside it. "
                 "Hyperparameter search, which saves elsewhere, needs save_strategy='no'."
             )
         self.save(folder, _innermost(kwargs.get("optimizer")))
@@ -359,13 +323,13 @@ class MIPICCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """With ``load_best_model_at_end``, take the heads that belong to the best model."""
+        """With ``load_best_model_at_end``, take the projections that belong to the best model."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             try:
                 self.load(state.best_model_checkpoint, with_draws=False)
             except (FileNotFoundError, ValueError) as error:
-                # The model is loaded and right; without these heads only its loss is another.
-                logger.error("The heads of the best model could not be loaded: %s", error)
+                # The model is loaded and right; without these projections only its loss is another.
+                logger.error("The projections of the best model could not be loaded: %s", error)
         for loss in self.losses.values():
             loss.skips_nonfinite, loss.global_step = False, None
 

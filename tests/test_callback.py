@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from conftest import DIMS, WIDTH, column_features, make_tokenizer, total
 from mipic_st import MIPICCallback, MIPICLoss, set_matryoshka_config
-from mipic_st.training import HEADS_FILE
+from mipic_st.callback import PROJECTIONS_FILE
 from training_fixtures import datasets, logs, make_loss, make_trainer, pairs, parameters
 
 DRAWN = {"n_dims_per_step": 2}
@@ -39,7 +39,7 @@ def fresh(tiny_model, **options):
 
 def assert_equal(got, expected):
     assert got.keys() == expected.keys()
-    assert any("mipic_heads" in name for name in got)
+    assert any("mipic_projections" in name for name in got)
     different = [name for name in got if not torch.equal(got[name], expected[name])]
     assert different == []
 
@@ -89,13 +89,13 @@ def test_resume_is_bit_identical(tiny_model, tmp_path, accumulation):
     start = parameters(loss)
     make_trainer(model, loss, tmp_path / "whole", callbacks=[MIPICCallback(loss)], **arguments).train()
     expected = parameters(loss)
-    moved = [name for name in start if "mipic_heads" in name and not torch.equal(start[name], expected[name])]
-    assert len(moved) == len([name for name in start if "mipic_heads" in name])
+    moved = [name for name in start if "mipic_projections" in name and not torch.equal(start[name], expected[name])]
+    assert len(moved) == len([name for name in start if "mipic_projections" in name])
 
     model, loss = fresh(tiny_model, **DRAWN)
     callbacks = [MIPICCallback(loss), StopAt(3)]
     make_trainer(model, loss, tmp_path / "parts", callbacks=callbacks, **arguments).train()
-    assert (tmp_path / "parts" / "checkpoint-3" / HEADS_FILE).is_file()
+    assert (tmp_path / "parts" / "checkpoint-3" / PROJECTIONS_FILE).is_file()
     model, loss = fresh(tiny_model, **DRAWN)
     trainer = make_trainer(model, loss, tmp_path / "parts", callbacks=[MIPICCallback(loss)], **arguments)
     trainer.train(resume_from_checkpoint=True)
@@ -114,7 +114,7 @@ def test_resume_without_the_callback_is_refused(tiny_model, interrupted):
 
 
 def test_resume_in_the_same_process_without_the_callback_is_refused(tiny_model, tmp_path):
-    """The same loss object, further than the checkpoint: its heads are not those of the checkpoint."""
+    """The same loss object, further than the checkpoint: its projections are not those of the checkpoint."""
     model, loss = fresh(tiny_model)
     trainer = make_trainer(model, loss, tmp_path, max_steps=6, save_strategy="steps", save_steps=2)
     trainer.train()
@@ -143,13 +143,13 @@ def test_resume_from_another_folder(tiny_model, interrupted, tmp_path):
     assert_equal(resumed, parameters(loss))
 
 
-def test_heads_of_another_run_are_recognised(tiny_model, interrupted, tmp_path):
-    """A heads file that does not belong to the resumed optimizer is refused."""
+def test_projections_of_another_run_are_recognised(tiny_model, interrupted, tmp_path):
+    """A projections file that does not belong to the resumed optimizer is refused."""
     model, loss = fresh(tiny_model, **DRAWN)
     other = tmp_path / "other"
     arguments = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "learning_rate": 5e-3}
     make_trainer(model, loss, other, callbacks=[MIPICCallback(loss)], **arguments).train()
-    shutil.copy(other / "checkpoint-3" / HEADS_FILE, interrupted / "checkpoint-3" / HEADS_FILE)
+    shutil.copy(other / "checkpoint-3" / PROJECTIONS_FILE, interrupted / "checkpoint-3" / PROJECTIONS_FILE)
     model, loss = fresh(tiny_model, **DRAWN)
     trainer = make_trainer(model, loss, interrupted, max_steps=6, callbacks=[MIPICCallback(loss)])
     with pytest.raises(ValueError, match="is of another run than the optimizer"):
@@ -165,18 +165,18 @@ def truncate(path):
     [
         (truncate, ValueError, "is damaged.*earlier checkpoint"),
         (lambda path: path.write_bytes(b""), ValueError, "is damaged"),
-        (Path.unlink, FileNotFoundError, "is missing.*made without MIPICCallback.*missing_heads='reset'"),
+        (Path.unlink, FileNotFoundError, "is missing.*made without MIPICCallback.*missing_projections='reset'"),
     ],
 )
-def test_bad_heads_files(tiny_model, interrupted, spoil, error, message):
-    """Truncated, empty, missing: a clear error, and the heads in memory stay as they were."""
-    spoil(interrupted / "checkpoint-3" / HEADS_FILE)
+def test_bad_projections_files(tiny_model, interrupted, spoil, error, message):
+    """Truncated, empty, missing: a clear error, and the projections in memory stay as they were."""
+    spoil(interrupted / "checkpoint-3" / PROJECTIONS_FILE)
     model, loss = fresh(tiny_model, **DRAWN)
-    before = {name: parameter.clone() for name, parameter in loss.mipic_heads.named_parameters()}
+    before = {name: parameter.clone() for name, parameter in loss.mipic_projections.named_parameters()}
     trainer = make_trainer(model, loss, interrupted, max_steps=6, callbacks=[MIPICCallback(loss)])
     with pytest.raises(error, match=message):
         trainer.train(resume_from_checkpoint=True)
-    assert all(torch.equal(before[name], value) for name, value in loss.mipic_heads.named_parameters())
+    assert all(torch.equal(before[name], value) for name, value in loss.mipic_projections.named_parameters())
     assert (interrupted / "checkpoint-3" / "optimizer.pt").is_file()
 
 
@@ -186,7 +186,7 @@ def test_bad_heads_files(tiny_model, interrupted, spoil, error, message):
     [(["old", "both"], ["new", "both"]), (["old", "both"], ["both"]), (["both"], ["old", "both"]), ([""], ["new"])],
 )
 def test_renamed_data_sets(tiny_model, tmp_path, options, then, now):
-    """Both sets of names are given, with heads or without; draws and heads in memory stay as they were."""
+    """Both sets of names are given, with projections or without; draws and projections in memory stay as they were."""
 
     def callback(names, seed):
         made = {name: make_loss(tiny_model(), n_dims_per_step=2, seed=seed, **options) for name in names}
@@ -212,19 +212,19 @@ def test_damaged_draws(tiny_model, tmp_path, draws):
     """Whatever the file says of the draws, it is looked at before a head is changed."""
     loss = make_loss(tiny_model())
     path = MIPICCallback(loss).save(tmp_path)
-    heads = {name: torch.zeros_like(value) for name, value in MIPICCallback(loss).heads().items()}
-    save_file(heads, path, metadata={"format": "1", "optimizer": "", "draws": draws})
+    projections = {name: torch.zeros_like(value) for name, value in MIPICCallback(loss).projections().items()}
+    save_file(projections, path, metadata={"format": "1", "optimizer": "", "draws": draws})
     with pytest.raises(ValueError, match="is damaged"):
         MIPICCallback(loss).load(tmp_path)
-    assert any(value.any() for value in loss.mipic_heads.parameters())
+    assert any(value.any() for value in loss.mipic_projections.parameters())
 
 
 # --- model_init -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["instance", "factory", "dict"])
-def test_each_trial_starts_with_fresh_heads(tiny_model, tmp_path, kind):
-    """model_init twice, as a hyperparameter search does: both trials end with the same model, heads and draws.
+def test_each_trial_starts_with_fresh_projections(tiny_model, tmp_path, kind):
+    """model_init twice, as a hyperparameter search does: both trials end with the same model, projections and draws.
 
     The trainer calls a factory of losses once only, so that its loss outlives the trial too.
     """
@@ -245,7 +245,9 @@ def test_each_trial_starts_with_fresh_heads(tiny_model, tmp_path, kind):
     assert_equal(results[1][0], results[0][0])
     assert results[0][1] == results[1][1]
     untouched = parameters(make(tiny_model()))
-    assert not any(torch.equal(value, untouched[name]) for name, value in results[0][0].items() if "heads" in name)
+    assert not any(
+        torch.equal(value, untouched[name]) for name, value in results[0][0].items() if "projections" in name
+    )
 
 
 def test_a_new_model_is_described_anew(tiny_model):
@@ -261,19 +263,20 @@ def test_a_new_model_is_described_anew(tiny_model):
     )
 
 
-def test_loaded_heads_survive_the_first_model_init(tiny_model):
-    """Heads that were loaded and not yet trained are what the run is meant to start from."""
+def test_loaded_projections_survive_the_first_model_init(tiny_model):
+    """Projections that were loaded and not yet trained are what the run is meant to start from."""
     saved = make_loss(tiny_model(), lift_init="random", seed=5)
     loss = make_loss(tiny_model())
-    loss.mipic_heads.load_state_dict(saved.mipic_heads.state_dict())
+    loss.mipic_projections.load_state_dict(saved.mipic_projections.state_dict())
     loss.model = tiny_model()
     assert all(
-        torch.equal(*pair) for pair in zip(saved.mipic_heads.parameters(), loss.mipic_heads.parameters(), strict=True)
+        torch.equal(*pair)
+        for pair in zip(saved.mipic_projections.parameters(), loss.mipic_projections.parameters(), strict=True)
     )
 
 
 def test_a_model_of_another_shape_is_refused(tiny_model):
-    """Heads, layers and checkpoints were chosen for a shape: both are named, and the loss stays as it was."""
+    """Projections, layers and checkpoints were chosen for a shape: both are named, and the loss stays as it was."""
     model = tiny_model()
     loss = make_loss(model)
     with pytest.raises(ValueError, match=r"\(depth, width\) \(3, 32\), and model_init made one of \(4, 32\)"):
@@ -285,35 +288,37 @@ def test_a_model_of_another_shape_is_refused(tiny_model):
 
 def test_saving_into_a_missing_folder(tiny_model, tmp_path):
     """The folder is named, before anything is written."""
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere to save the heads in"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere to save the projections in"):
         MIPICCallback(fresh(tiny_model)[1]).save(tmp_path / "nowhere")
 
 
-def test_heads_of_another_shape_are_refused(tiny_model, interrupted):
+def test_projections_of_another_shape_are_refused(tiny_model, interrupted):
     """A loss with other dims names what differs; one with other layers too."""
     model = tiny_model()
     loss = MIPICLoss(
         model, losses.MultipleNegativesRankingLoss(model), DIMS, attention_weight=1, sia_layers=[2], pic_weight=0
     )
-    with pytest.raises(ValueError, match=r"loss with other heads: it lacks \['mipic_heads.sia.2"):
+    with pytest.raises(ValueError, match=r"loss with other projections: it lacks \['mipic_projections.sia.2"):
         MIPICCallback(loss).load(interrupted / "checkpoint-3")
-    loss = make_loss(model, pic_checkpoints=[(4, 1), (8, 2), (32, 3)])
-    before = {name: parameter.clone() for name, parameter in loss.mipic_heads.named_parameters()}
-    with pytest.raises(ValueError, match=r"mipic_heads.pic.0.* has shape .*this loss needs"):
+    loss = make_loss(model, pic_chain=[(4, 1), (8, 2), (32, 3)])
+    before = {name: parameter.clone() for name, parameter in loss.mipic_projections.named_parameters()}
+    with pytest.raises(ValueError, match=r"mipic_projections.pic.0.* has shape .*this loss needs"):
         MIPICCallback(loss).load(interrupted / "checkpoint-3")
-    assert all(torch.equal(before[name], value) for name, value in loss.mipic_heads.named_parameters())
+    assert all(torch.equal(before[name], value) for name, value in loss.mipic_projections.named_parameters())
 
 
 def test_a_checkpoint_made_without_the_callback_can_be_continued(tiny_model, tmp_path, caplog):
-    """missing_heads="reset": the model resumes, heads and their moments start afresh, and that is logged."""
+    """missing_projections="reset": the model resumes, the others start afresh with new moments, and that is logged."""
     model, loss = fresh(tiny_model)
     make_trainer(model, loss, tmp_path, max_steps=3, save_strategy="steps", save_steps=3).train()
     model, loss = fresh(tiny_model)
-    trainer = make_trainer(model, loss, tmp_path, max_steps=5, callbacks=[MIPICCallback(loss, missing_heads="reset")])
+    trainer = make_trainer(
+        model, loss, tmp_path, max_steps=5, callbacks=[MIPICCallback(loss, missing_projections="reset")]
+    )
     with caplog.at_level(logging.WARNING):
         trainer.train(resume_from_checkpoint=True)
-    assert "the heads start afresh" in caplog.text
-    head = next(loss.mipic_heads.parameters())
+    assert "the projections start afresh" in caplog.text
+    head = next(loss.mipic_projections.parameters())
     assert int(trainer.optimizer.state[head]["step"]) == 2
     assert trainer.state.global_step == 5
 
@@ -345,7 +350,7 @@ def test_other_optimizers(tiny_model, tmp_path, optimizer):
 
 
 def test_load_best_model_at_end_and_save_total_limit(tiny_model, tmp_path):
-    """The heads at the end are those of the best checkpoint; old folders go whole."""
+    """The projections at the end are those of the best checkpoint; old folders go whole."""
     model, loss = fresh(tiny_model)
 
     class Worsening(TrainerCallback):
@@ -375,13 +380,13 @@ def test_load_best_model_at_end_and_save_total_limit(tiny_model, tmp_path):
     assert best.name == "checkpoint-2"
     kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert kept == ["checkpoint-2", "checkpoint-6"]
-    assert all((tmp_path / name / HEADS_FILE).is_file() for name in kept)
-    at_end = {name: value.clone() for name, value in loss.mipic_heads.named_parameters()}
+    assert all((tmp_path / name / PROJECTIONS_FILE).is_file() for name in kept)
+    at_end = {name: value.clone() for name, value in loss.mipic_projections.named_parameters()}
     callback = MIPICCallback(loss)
     callback.load(tmp_path / "checkpoint-6")
-    assert any(not torch.equal(at_end[name], value) for name, value in loss.mipic_heads.named_parameters())
+    assert any(not torch.equal(at_end[name], value) for name, value in loss.mipic_projections.named_parameters())
     callback.load(best)
-    assert all(torch.equal(at_end[name], value) for name, value in loss.mipic_heads.named_parameters())
+    assert all(torch.equal(at_end[name], value) for name, value in loss.mipic_projections.named_parameters())
 
 
 def test_a_dict_of_losses_resumes_bit_for_bit(tiny_model, tmp_path):
@@ -408,7 +413,7 @@ def test_a_dict_of_losses_resumes_bit_for_bit(tiny_model, tmp_path):
             save_steps=6,
             per_device_train_batch_size=4,
             callbacks=callbacks,
-            learning_rate_mapping={r"^(one|two)\.mipic_heads\.": 5e-3},
+            learning_rate_mapping={r"^(one|two)\.mipic_projections\.": 5e-3},
         )
         trainer.train(resume_from_checkpoint=resume)
         return {f"{name}.{key}": value for name in ("one", "two") for key, value in parameters(by_name[name]).items()}
@@ -427,7 +432,7 @@ def datasets_dict(data):
 # --- clipping, logging, learning rate ---------------------------------------------------------------------------------
 
 
-def test_gradients_of_the_heads_are_clipped_and_logged(tiny_model, tmp_path):
+def test_gradients_of_the_projections_are_clipped_and_logged(tiny_model, tmp_path):
     """With the callback, to max_grad_norm on their own; without it they are not clipped."""
     norms = {}
     for clipped in (True, False):
@@ -435,7 +440,7 @@ def test_gradients_of_the_heads_are_clipped_and_logged(tiny_model, tmp_path):
         seen = []
         handle = torch_optimizer.register_optimizer_step_pre_hook(
             lambda *_, loss=loss, seen=seen: seen.append(
-                torch.stack([p.grad.norm() for p in loss.mipic_heads.parameters()]).norm().item()
+                torch.stack([p.grad.norm() for p in loss.mipic_projections.parameters()]).norm().item()
             )
         )
         callbacks = [MIPICCallback(loss)] if clipped else []
@@ -443,36 +448,36 @@ def test_gradients_of_the_heads_are_clipped_and_logged(tiny_model, tmp_path):
         trainer.train()
         handle.remove()
         norms[clipped] = seen
-        logged = logs(trainer, "heads_grad_norm")
+        logged = logs(trainer, "projections_grad_norm")
     assert norms[True] == pytest.approx([0.01] * 3, rel=1e-3)
     assert min(norms[False]) > 0.02
     assert logged == []
     model, loss = fresh(tiny_model)
     trainer = make_trainer(model, loss, tmp_path, max_grad_norm=0.01, callbacks=[MIPICCallback(loss)], max_steps=3)
     trainer.train()
-    logged = logs(trainer, "heads_grad_norm")
+    logged = logs(trainer, "projections_grad_norm")
     assert len(logged) == 3
     assert logged[0] == pytest.approx(norms[False][0], rel=1e-3)
 
 
-def test_a_learning_rate_for_the_heads(tiny_model, tmp_path):
-    """learning_rate_mapping with the heads' prefix; by default they have the base rate and, but for biases, decay."""
+def test_a_learning_rate_for_the_projections(tiny_model, tmp_path):
+    """learning_rate_mapping with their prefix; by default they have the base rate and, but for biases, decay."""
     model, loss = fresh(tiny_model)
-    trainer = make_trainer(model, loss, tmp_path, learning_rate_mapping={r"^mipic_heads\.": 7e-3}, max_steps=1)
+    trainer = make_trainer(model, loss, tmp_path, learning_rate_mapping={r"^mipic_projections\.": 7e-3}, max_steps=1)
     trainer.create_optimizer()
     rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
-    heads = {id(p) for p in loss.mipic_heads.parameters()}
-    assert heads <= rates.keys()
-    assert all((rate == 7e-3) == (key in heads) for key, rate in rates.items())
+    projections = {id(p) for p in loss.mipic_projections.parameters()}
+    assert projections <= rates.keys()
+    assert all((rate == 7e-3) == (key in projections) for key, rate in rates.items())
     trainer = make_trainer(model, loss, tmp_path, learning_rate=1e-3, weight_decay=0.1, max_steps=1)
     trainer.create_optimizer()
     groups = {id(p): group for group in trainer.optimizer.param_groups for p in group["params"]}
-    for name, parameter in loss.mipic_heads.named_parameters():
+    for name, parameter in loss.mipic_projections.named_parameters():
         assert groups[id(parameter)]["lr"] == 1e-3
         assert groups[id(parameter)]["weight_decay"] == (0.0 if name.endswith("bias") else 0.1)
 
 
-def test_an_optimizer_without_the_heads_is_refused(tiny_model, tmp_path):
+def test_an_optimizer_without_the_projections_is_refused(tiny_model, tmp_path):
     """optimizer_cls_and_kwargs drops them silently; the callback says so."""
     model, loss = fresh(tiny_model)
     trainer = make_trainer(
@@ -482,7 +487,9 @@ def test_an_optimizer_without_the_heads_is_refused(tiny_model, tmp_path):
         optimizer_cls_and_kwargs=(torch.optim.AdamW, {"params": list(model.parameters()), "lr": 1e-3}),
         callbacks=[MIPICCallback(loss)],
     )
-    with pytest.raises(ValueError, match=r"does not have the heads of the loss given to MIPICCallback.*args\.optim"):
+    with pytest.raises(
+        ValueError, match=r"does not have the projections of the loss given to MIPICCallback.*args\.optim"
+    ):
         trainer.train()
 
 
@@ -493,11 +500,11 @@ def test_the_callback_wants_the_loss(bad):
         MIPICCallback(bad)
 
 
-def test_missing_heads_is_checked(tiny_model):
+def test_missing_projections_is_checked(tiny_model):
     """One of two words."""
     _, loss = fresh(tiny_model)
-    with pytest.raises(ValueError, match="missing_heads must be 'error' or 'reset', got 'ignore'"):
-        MIPICCallback(loss, missing_heads="ignore")
+    with pytest.raises(ValueError, match="missing_projections must be 'error' or 'reset', got 'ignore'"):
+        MIPICCallback(loss, missing_projections="ignore")
 
 
 # --- saved config -----------------------------------------------------------------------------------------------------
@@ -515,10 +522,10 @@ def test_the_config_says_matryoshka(tiny_model, tmp_path):
         config = json.loads((tmp_path / folder / "config.json").read_text())
         assert config["is_matryoshka"] is True
         assert config["matryoshka_dimensions"] == [4, 8, 16, 32]
-        assert config["mipic_checkpoints"] == [[4, 1], [16, 2], [32, 3]] == [list(p) for p in loss.pic_checkpoints]
+        assert config["mipic_chain"] == [[4, 1], [16, 2], [32, 3]] == [list(p) for p in loss.pic_chain]
         assert not config.get("output_hidden_states")
     loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
-    assert not (tmp_path / "saved" / HEADS_FILE).exists()
+    assert not (tmp_path / "saved" / PROJECTIONS_FILE).exists()
     texts = ["a red house", "the old man plays guitar"]
     torch.testing.assert_close(loaded.encode(texts), model.eval().encode(texts))
 
@@ -530,20 +537,20 @@ def test_set_matryoshka_config_by_hand(tiny_model, tmp_path):
     set_matryoshka_config(model, np.array([16, 32]), [(16, 2), (32, 3)])
     model.save(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["matryoshka_dimensions"], config["mipic_checkpoints"]) == ([16, 32], [[16, 2], [32, 3]])
+    assert (config["matryoshka_dimensions"], config["mipic_chain"]) == ([16, 32], [[16, 2], [32, 3]])
     for dims in ([], [0, 8], [WIDTH + 1], [8, 8], "16", [8.5], [True]):
         with pytest.raises((TypeError, ValueError), match=r"^matryoshka_dims "):
             set_matryoshka_config(model, dims)
-    for checkpoints, message in (
-        ([(16, 4)], "checkpoints: layer 4 of .* from 1 to the model's depth of 3"),
-        ([(0, 1)], "checkpoints: dim 0 of .* from 1 to the model's width of 32"),
-        ([(64, 1)], "checkpoints: dim 64 of"),
-        ([(16, 2.0)], "checkpoints: layer 2.0 of"),
-        ([16, 2], r"checkpoints must be \(dim, layer\) pairs"),
+    for chain, message in (
+        ([(16, 4)], "pic_chain: layer 4 of .* from 1 to the model's depth of 3"),
+        ([(0, 1)], "pic_chain: dim 0 of .* from 1 to the model's width of 32"),
+        ([(64, 1)], "pic_chain: dim 64 of"),
+        ([(16, 2.0)], "pic_chain: layer 2.0 of"),
+        ([16, 2], r"pic_chain must be \(dim, layer\) pairs"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
-            set_matryoshka_config(model, [8], checkpoints)
-    assert model[0].auto_model.config.mipic_checkpoints == [[16, 2], [32, 3]]
+            set_matryoshka_config(model, [8], chain)
+    assert model[0].auto_model.config.mipic_chain == [[16, 2], [32, 3]]
     static = SentenceTransformer(modules=[StaticEmbedding(make_tokenizer().backend_tokenizer, embedding_dim=16)])
     with pytest.raises(ValueError, match="no Transformer module"):
         set_matryoshka_config(static, [8, 16])
@@ -574,8 +581,8 @@ def test_hooks_go_with_the_loss(tiny_model):
     twin = copy.deepcopy(loss)
     again = pickle.loads(pickle.dumps(loss))
     assert len(hooks) == before + 3
-    assert twin.keeper.heads is twin.mipic_heads is not loss.mipic_heads
-    assert again.keeper.heads is again.mipic_heads
+    assert twin.keeper.projections is twin.mipic_projections is not loss.mipic_projections
+    assert again.keeper.projections is again.mipic_projections
     assert random.Random(loss.seed).getstate() == again._dim_generator.getstate()
     del loss, twin, again, model
     gc.collect()
@@ -583,7 +590,7 @@ def test_hooks_go_with_the_loss(tiny_model):
 
 
 def test_optimizers_of_others_are_left_alone(tiny_model):
-    """An optimizer without the heads may have any state."""
+    """An optimizer without the projections may have any state."""
     _, loss = fresh(tiny_model)
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.Adam([weight])
@@ -595,11 +602,11 @@ def test_optimizers_of_others_are_left_alone(tiny_model):
     optimizer.load_state_dict(state)
     optimizer.step()
     assert int(optimizer.state[weight]["step"]) == 3
-    assert loss.mipic_heads is loss.keeper.heads
+    assert loss.mipic_projections is loss.keeper.projections
 
 
 def test_a_plain_loop(tiny_model):
-    """Without any trainer: a state loaded by hand is refused unless the heads came along."""
+    """Without any trainer: a state loaded by hand is refused unless the projections came along."""
     model, loss = fresh(tiny_model)
     optimizer = torch.optim.AdamW(loss.parameters(), lr=1e-3)
     for step in range(3):
@@ -652,24 +659,24 @@ def test_a_plain_loop_resumes_from_state_dicts(tiny_model, order):
 
 
 def test_a_plain_loop_goes_back_to_a_state_dict(tiny_model):
-    """In the same process, further than the saved state; the heads may come in a state dict of their own."""
+    """In the same process, further than the saved state; the projections may come in a state dict of their own."""
     loss, optimizer = stepped(tiny_model, 2)
-    saved = copy.deepcopy([module.state_dict() for module in (loss.model, loss.mipic_heads, optimizer)])
+    saved = copy.deepcopy([module.state_dict() for module in (loss.model, loss.mipic_projections, optimizer)])
     step_once(loss, optimizer, 2)
     expected = parameters(loss)
     step_once(loss, optimizer, 3)
-    for module, state in zip((loss.model, loss.mipic_heads, optimizer), saved, strict=True):
+    for module, state in zip((loss.model, loss.mipic_projections, optimizer), saved, strict=True):
         module.load_state_dict(state)
     step_once(loss, optimizer, 2)
     assert_equal(parameters(loss), expected)
 
 
-@pytest.mark.parametrize("lost", ["heads of all", "one head", "loaded before other steps"])
-def test_state_dicts_without_the_heads_do_not_count(tiny_model, lost):
-    """A state dict that lacks heads, or one loaded before the heads were trained on, restores nothing."""
+@pytest.mark.parametrize("lost", ["projections of all", "one projection", "loaded before other steps"])
+def test_state_dicts_without_the_projections_do_not_count(tiny_model, lost):
+    """A state dict that lacks projections, or one loaded before the projections were trained on, restores nothing."""
     loss, optimizer = stepped(tiny_model, 3)
-    heads = [name for name in loss.state_dict() if name.startswith("mipic_heads.")]
-    gone = {"heads of all": heads, "one head": heads[:1]}.get(lost, [])
+    projections = [name for name in loss.state_dict() if name.startswith("mipic_projections.")]
+    gone = {"projections of all": projections, "one projection": projections[:1]}.get(lost, [])
     state = {name: value for name, value in loss.state_dict().items() if name not in gone}
     moments = copy.deepcopy(optimizer.state_dict())
     loss, optimizer = stepped(tiny_model, 0)
@@ -704,6 +711,6 @@ def test_state_dicts_without_the_draw_load_strictly(tiny_model, wrapped):
     draws = loss._draw_state()
     assert module.load_state_dict(state) == ([], [])
     assert loss._draw_state() == draws
-    del state[next(name for name in state if "mipic_heads" in name)]
-    with pytest.raises(RuntimeError, match=r"Missing key.*mipic_heads"):
+    del state[next(name for name in state if "mipic_projections" in name)]
+    with pytest.raises(RuntimeError, match=r"Missing key.*mipic_projections"):
         module.load_state_dict(state)

@@ -10,14 +10,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mipic_st.synthetic import SCORES, synthetic_pairs, synthetic_sts, synthetic_topics
+from mipic_st import demo
+from mipic_st.demo import SCORES, synthetic_pairs, synthetic_sts, synthetic_topics
 
 # Change it together with the frames only: otherwise rows would differ between platforms or Python versions.
 DIGEST = "c18cb31581cbc3ddfb404429fbfbf95104ef574d91ecc8948ddc8895eda96455"
 
 DIGEST_CODE = """
 import hashlib, json
-from mipic_st.synthetic import synthetic_pairs, synthetic_sts, synthetic_topics
+from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
 rows = [synthetic_pairs(300, seed=SEED), synthetic_sts(300, seed=SEED), synthetic_topics(100, seed=SEED)]
 digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 """
@@ -170,10 +171,9 @@ def test_sentences_are_clean(all_sentences, flaw, pattern):
 
 def test_frames_are_well_formed():
     """All wordings of a frame have the same slots, with and without the detail, so each of them says the same."""
-    from mipic_st import synthetic
 
     for split, least in (("train", 150), ("eval", 40)):
-        frames = synthetic._corpus(split).frames
+        frames = demo._corpus(split).frames
         assert len(frames) >= least
         for frame in frames:
             assert len(frame.same) >= 3, frame
@@ -221,18 +221,16 @@ def test_a_size_out_of_an_array_is_a_number():
 
 def test_too_many_rows_are_refused(monkeypatch):
     """More rows than the frames can give end in an error, not in an endless loop."""
-    from mipic_st import synthetic
 
-    full = synthetic._corpus("train")
+    full = demo._corpus("train")
     frame = next(frame for frame in full.frames if not frame.slots or set(frame.slots) == {"subject", "exam"})
-    monkeypatch.setattr(synthetic, "_corpus", lambda split: synthetic.Corpus((frame,), full.words))
+    monkeypatch.setattr(demo, "_corpus", lambda split: demo.Corpus((frame,), full.words))
     with pytest.raises(ValueError, match=r"size=100000 is too large: the synthetic frames gave no new row after \d+"):
         synthetic_topics(100_000)
 
 
 def test_scores_table_in_the_docstring():
     """The module's docstring documents every kind with its score."""
-    from mipic_st import synthetic
 
-    documented = dict(re.findall(r"^\| (\w+) +\| (\d\.\d)", synthetic.__doc__, re.MULTILINE))
+    documented = dict(re.findall(r"^\| (\w+) +\| (\d\.\d)", demo.__doc__, re.MULTILINE))
     assert {kind: float(score) for kind, score in documented.items()} == SCORES

@@ -2,7 +2,7 @@
 
 None of it was written or rated by people: use it to see training work offline, not to report quality. A frame is one
 event in several wordings, with slots for words, synonyms, a detail that may be left out and a negated wording
-(``synthetic_frames.txt``, next to this module). Training and evaluation use different frames and different slot
+(``demo_frames.txt``, next to this module). Training and evaluation use different frames and different slot
 words, so they share no sentence. The same seed gives the same rows on every platform and Python version.
 
 The score of a pair follows from how it was made:
@@ -345,7 +345,7 @@ def _corpus(split: Split) -> Corpus:
     frames: list[Frame] = []
     topic, held_out = "", False
     lines: list[str] = []
-    text = files("mipic_st").joinpath("synthetic_frames.txt").read_text(encoding="utf-8")
+    text = files("mipic_st").joinpath("demo_frames.txt").read_text(encoding="utf-8")
     for line in [*text.splitlines(), ""]:
         if line.startswith(("= ", "! ")):
             lines.append(line)

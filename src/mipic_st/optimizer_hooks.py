@@ -1,9 +1,9 @@
-"""Keeping the heads of a loss right while an optimizer that somebody else made steps them.
+"""Keeping the projections of a loss right while an optimizer that somebody else made steps them.
 
 A trainer hands the parameters of a loss to its optimizer and then forgets them: it does not average their gradients
 over processes, does not put them into checkpoints, and older versions do not clear their gradients. What can be set
 right without any configuration is done here, from PyTorch's public hook before an optimizer step; the rest is in
-:mod:`mipic_st.training`.
+:mod:`mipic_st.callback`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _UNKNOWN = -1
 
 @dataclass
 class _Record:
-    """What a keeper knows about one optimizer: its state for the first head, and the steps it made."""
+    """What a keeper knows about one optimizer: its state for the first projection, and the steps it made."""
 
     moments: Any
     steps: int
@@ -57,12 +57,12 @@ def _steps_in(moments: Any) -> int:
     return _UNKNOWN if any(bool(value.any()) for value in moments.values() if isinstance(value, Tensor)) else 0
 
 
-class Heads(nn.ModuleDict):
-    """The heads of one loss, which know whether they came out of a state dict.
+class Projections(nn.ModuleDict):
+    """The projections of one loss, which know whether they came out of a state dict.
 
     Attributes:
-        loaded: Names of the parameters that ``load_state_dict`` set, of these heads or of a module around them, since
-            an optimizer last stepped them.
+        loaded: Names of the parameters that ``load_state_dict`` set, of these projections or of a module around them,
+            since an optimizer last stepped them.
     """
 
     def __init__(self) -> None:
@@ -70,45 +70,45 @@ class Heads(nn.ModuleDict):
         self.loaded: set[str] = set()
         self.register_load_state_dict_post_hook(_note_loaded)
 
-    def restart(self, fresh: Heads) -> None:
-        """Take over the values of heads of the same shapes, in place."""
+    def restart(self, fresh: Projections) -> None:
+        """Take over the values of projections of the same shapes, in place."""
         with torch.no_grad():
             for own, other in zip(self.parameters(), fresh.parameters(), strict=True):
                 own.copy_(other)
                 own.grad = None
 
 
-def _note_loaded(heads: nn.Module, keys: Any) -> None:
-    """Hook after ``load_state_dict``: remember which heads it set."""
-    assert isinstance(heads, Heads)
-    # The keys start at the module that was loaded, the names at the heads.
+def _note_loaded(projections: nn.Module, keys: Any) -> None:
+    """Hook after ``load_state_dict``: remember which projections it set."""
+    assert isinstance(projections, Projections)
+    # The keys start at the module that was loaded, the names at the projections.
     missing = [f".{key}" for key in keys.missing_keys]
-    heads.loaded = {
-        name for name, _ in heads.named_parameters() if not any(key.endswith(f".{name}") for key in missing)
+    projections.loaded = {
+        name for name, _ in projections.named_parameters() if not any(key.endswith(f".{name}") for key in missing)
     }
 
 
-def check_not_sharded(model: nn.Module, heads: nn.Module) -> None:
-    """Refuse heads beside a model whose parameters are sharded, by its wrapper or by the trainer to come.
+def check_not_sharded(model: nn.Module, projections: nn.Module) -> None:
+    """Refuse projections beside a model whose parameters are sharded, by its wrapper or by the trainer to come.
 
     What shards takes over the optimizer with the parameters of the model, and knows no others.
 
     Args:
         model: The model, wrapped or not.
-        heads: The module that holds the heads; without any, everything is allowed.
+        projections: The module that holds the projections; without any, everything is allowed.
 
     Raises:
-        ValueError: If there are heads, and FSDP or DeepSpeed.
+        ValueError: If there are projections, and FSDP or DeepSpeed.
     """
-    if next(heads.parameters(), None) is None:
+    if next(projections.parameters(), None) is None:
         return
     kinds = (_SHARDING.get(kind.__name__) for module in model.modules() for kind in type(module).__mro__)
     name = next(filter(None, kinds), None) or _sharding_run()
     if name is not None:
         raise ValueError(
-            f"{name} takes over the optimizer with the parameters of the model, and would lose the heads of MIPICLoss. "
-            "Train with DistributedDataParallel, or without heads: attention_weight=0 and pic_weight=0 (SIA's CKA term "
-            "has none), or alpha=1."
+            f"{name} takes over the optimizer with the parameters of the model, and would lose the projections of "
+            "MIPICLoss. Train with DistributedDataParallel, or without projections: attention_weight=0 and "
+            "pic_weight=0 (SIA's CKA term has none), or alpha=1."
         )
 
 
@@ -120,22 +120,22 @@ def _sharding_run() -> str | None:
     return _SHARDING_RUNS.get(state.AcceleratorState().distributed_type.name)
 
 
-class HeadKeeper:
-    """Watches the optimizer that steps the heads of one loss.
+class ProjectionKeeper:
+    """Watches the optimizer that steps the projections of one loss.
 
-    Before each step of it: heads are made equal on all ranks (first step), their gradients are averaged over the
-    ranks, and an optimizer that was resumed from a checkpoint while the heads were not is refused. Heads are taken as
-    resumed once ``load_state_dict`` set them, or :class:`mipic_st.training.MIPICCallback` did.
+    Before each step of it: projections are made equal on all ranks (first step), their gradients are averaged over the
+    ranks, and an optimizer that was resumed from a checkpoint while the projections were not is refused. Projections
+    are taken as resumed once ``load_state_dict`` set them, or :class:`mipic_st.callback.MIPICCallback` did.
 
     The hooks are global, as PyTorch offers no other kind for an optimizer that does not exist yet. They refer to the
     keeper weakly and are removed when it is gone, that is, with its loss.
 
     Args:
-        heads: The module that holds the parameters.
+        projections: The module that holds the parameters.
     """
 
-    def __init__(self, heads: Heads) -> None:
-        self.heads = heads
+    def __init__(self, projections: Projections) -> None:
+        self.projections = projections
         self._prepared = False
         self._records: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
         reference = weakref.ref(self)
@@ -157,13 +157,13 @@ class HeadKeeper:
             weakref.finalize(self, handle.remove).atexit = False
 
     def own(self, optimizer: Optimizer) -> list[nn.Parameter]:
-        """Those of the heads that this optimizer steps, in the order of the loss."""
+        """Those of the projections that this optimizer steps, in the order of the loss."""
         theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return [parameter for parameter in self.heads.parameters() if id(parameter) in theirs]
+        return [parameter for parameter in self.projections.parameters() if id(parameter) in theirs]
 
     def _names(self, own: list[nn.Parameter]) -> set[str]:
         wanted = {id(parameter) for parameter in own}
-        return {name for name, parameter in self.heads.named_parameters() if id(parameter) in wanted}
+        return {name for name, parameter in self.projections.named_parameters() if id(parameter) in wanted}
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Do what has to be done before the step, unless :meth:`prepare` has done it already."""
@@ -184,8 +184,8 @@ class HeadKeeper:
         if own := self.own(optimizer):
             first = optimizer not in self._records
             self._check_resumed(optimizer, own)
-            if self.heads.loaded:
-                self.heads.loaded -= self._names(own)
+            if self.projections.loaded:
+                self.projections.loaded -= self._names(own)
             self._synchronise(own, first)
             self._prepared = True
 
@@ -194,7 +194,7 @@ class HeadKeeper:
         self._prepared = False
 
     def adopt(self, optimizer: Optimizer) -> None:
-        """Take note that the heads belong to the optimizer's present state: both come from one checkpoint.
+        """Take note that the projections belong to the optimizer's present state: both come from one checkpoint.
 
         Args:
             optimizer: The optimizer that was resumed.
@@ -204,7 +204,7 @@ class HeadKeeper:
             self._records[optimizer] = _Record(moments, max(0, _steps_in(moments)))
 
     def _check_resumed(self, optimizer: Optimizer, own: list[nn.Parameter]) -> None:
-        """Refuse an optimizer whose state was loaded while the heads stayed what they were.
+        """Refuse an optimizer whose state was loaded while the projections stayed what they were.
 
         Its state for a parameter is an object made at the first step and then kept: only when another one is there
         (once after the first step, else after loading) is it looked into, which may wait for the device.
@@ -220,15 +220,15 @@ class HeadKeeper:
             right = record.moments is None and record.steps > 0
         else:
             right = count in (0, record.steps)
-        if not right and self._names(own) <= self.heads.loaded:
+        if not right and self._names(own) <= self.projections.loaded:
             right, record.steps = True, max(0, count)
         if not right:
             raise RuntimeError(
-                f"The optimizer was resumed from a checkpoint{'' if count < 0 else f' at step {count}'}, but the heads "
-                "of MIPICLoss were not: its moments would be applied to other parameters. Save and restore them with "
-                f"the callback, from the first run on: {RESUME_FIX}. In a training loop of your own, save and load the "
-                "loss's state_dict() beside the optimizer's. For a checkpoint that was made without either, "
-                "MIPICCallback(loss, missing_heads='reset') starts the heads afresh."
+                f"The optimizer was resumed from a checkpoint{'' if count < 0 else f' at step {count}'}, but the "
+                "projections of MIPICLoss were not: its moments would be applied to other parameters. Save and restore "
+                f"them with the callback, from the first run on: {RESUME_FIX}. In a training loop of your own, save "
+                "and load the loss's state_dict() beside the optimizer's. For a checkpoint that was made without "
+                "either, MIPICCallback(loss, missing_projections='reset') starts the projections afresh."
             )
         if count == 0:
             record.steps = 0
@@ -237,7 +237,7 @@ class HeadKeeper:
 
     @staticmethod
     def _synchronise(own: list[nn.Parameter], first: bool) -> None:
-        """Average gradients over all ranks; before the first step, take the heads of rank 0.
+        """Average gradients over all ranks; before the first step, take the projections of rank 0.
 
         One collective, the same on all ranks, also where some gradients are missing (another data set's loss was
         used): those count as zero, as they do in DistributedDataParallel. A parameter that no rank has a gradient

@@ -1,0 +1,77 @@
+"""What the model's ``config.json`` says about dims, for serving engines and for readers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
+from torch import nn
+
+from mipic_st._checks import checked_dims, checked_pairs
+from mipic_st.backbone import embedding_width, full_width, layer_count, unwrap
+
+
+def set_matryoshka_config(
+    model: nn.Module, matryoshka_dims: Sequence[int], pic_chain: Iterable[tuple[int, int]] = ()
+) -> None:
+    """Write into the model's config what serving engines read, so that every later ``save`` puts it in ``config.json``.
+
+    The keys are ``is_matryoshka: true``, ``matryoshka_dimensions: [...]`` and, with a chain,
+    ``mipic_chain: [[dim, layer], ...]``. A model with several encoders (Router) gets them in each. Saving a model
+    with adapters (PEFT) writes no ``config.json``: call this again after merging them.
+
+    Args:
+        model: SentenceTransformer model.
+        matryoshka_dims: The dimensions that the model was trained at, each from 1 to its width.
+        pic_chain: The (dim, layer) pairs that PIC trained.
+
+    Raises:
+        TypeError: If dims or the chain are of the wrong kind.
+        ValueError: If no dim is given, a dim or layer is out of range, or the model has no Transformer and hence no
+            config.
+
+    Example:
+        >>> set_matryoshka_config(model, [384, 128, 32])  # doctest: +SKIP
+        >>> model.save("my-model")  # doctest: +SKIP
+    """
+    inner = unwrap(model)
+    width = embedding_width(inner)
+    dims = sorted(checked_dims("matryoshka_dims", matryoshka_dims, width))
+    transformers = [module for module in inner.modules() if isinstance(module, Transformer)]
+    if not transformers:
+        raise ValueError("The model has no Transformer module, so there is no config.json for the keys.")
+    depths = [depth for transformer in transformers if (depth := layer_count(transformer)) is not None]
+    pairs = checked_pairs("pic_chain", pic_chain, min(depths, default=None), width)
+    for transformer in transformers:
+        config = transformer.auto_model.config
+        config.is_matryoshka = True
+        config.matryoshka_dimensions = dims
+        if pairs:
+            config.mipic_chain = [list(pair) for pair in pairs]
+
+
+def restate_config(exported: SentenceTransformer, layer: int | None, dim: int | None) -> None:
+    """Keep of what the config says about dims and layers what still holds for a model that was cut.
+
+    Args:
+        exported: The cut model; its config is changed.
+        layer: Its last layer, or None if no layer was cut off.
+        dim: Its width, or None if no value was cut off.
+    """
+    width = dim or full_width(exported)
+    for module in exported.modules():
+        if not isinstance(module, Transformer):
+            continue
+        config = module.auto_model.config
+        dims = [value for value in getattr(config, "matryoshka_dimensions", None) or [] if value < width]
+        for name in ("is_matryoshka", "matryoshka_dimensions"):
+            if hasattr(config, name):
+                delattr(config, name)
+        if dims:
+            config.is_matryoshka, config.matryoshka_dimensions = True, [*sorted(dims), width]
+        pairs = getattr(config, "mipic_chain", None)
+        if pairs is not None:
+            delattr(config, "mipic_chain")
+            if kept := [pair for pair in pairs if pair[0] <= width and (layer is None or pair[1] <= layer)]:
+                config.mipic_chain = kept
