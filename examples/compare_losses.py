@@ -72,6 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--bootstrap", type=int, default=1000, help="draws for the intervals")
     parser.add_argument("--output", default="comparison", help="folder for runs.jsonl, vectors and report.json")
     parser.add_argument("--merge", nargs="+", default=[], metavar="FOLDER", help="report the runs of these outputs too")
+    parser.add_argument("--plot", metavar="FILE", help="draw quality against dims (needs matplotlib)")
     parser.add_argument("--report-only", action="store_true", help="no training: report what is there")
     parser.add_argument("--smoke", action="store_true", help="a few steps on few rows, one seed")
     args = parser.parse_args()
@@ -658,23 +659,33 @@ def resampled(rows: np.ndarray, gold: np.ndarray | None, counts: np.ndarray) -> 
     return 100 * ((share @ (x * y).T - mean_x * mean_y) / np.sqrt(spread)).reshape(len(counts), *rows.shape[:-1])
 
 
-def paired(runs: Runs, data: Data, ours: list[dict], theirs: list[dict], names: list[str]) -> list[dict]:
-    """Per dim: mean difference ours - theirs over seeds, and its 95% bootstrap interval over seeds and test rows."""
+def bootstrap(
+    runs: Runs, data: Data, sides: list[list[dict]], names: list[str], draws: int | None = None
+) -> np.ndarray:
+    """Means over seeds and sets, seeds and test rows drawn anew each time, the same ones for all sides.
+
+    Returns:
+        (sides, draws, dims); with ``draws=0`` one value of all seeds and rows, (sides, 1, dims).
+    """
+    draws = args.bootstrap if draws is None else draws
     draw = np.random.default_rng(0)
-    picks = draw.integers(len(ours), size=(args.bootstrap, len(ours)))
-    differences, whole = [], []
+    count = len(sides[0])
+    picks = draw.integers(count, size=(draws, count)) if draws else np.arange(count)[None]
+    drawn = []
     for name in names:
-        # (sides, seeds, dims, n)
-        rows = np.stack([[np.load(runs.rows_file(run))[name] for run in side] for side in (ours, theirs)])
+        rows = np.stack([[np.load(runs.rows_file(run))[name] for run in side] for side in sides])
         gold = np.array(data.test[name.split(", layer ")[0]]["score"]) if name.split(", ")[0] in data.test else None
         size = rows.shape[-1]
-        counts = draw.multinomial(size, np.full(size, 1 / size), size=args.bootstrap)
-        by_seed = np.subtract(*np.moveaxis(resampled(rows, gold, counts), 1, 0))
-        differences.append(np.take_along_axis(by_seed, picks[:, :, None], axis=1).mean(axis=1))
-        one = resampled(rows, gold, np.ones((1, size), dtype=int))[0]
-        whole.append((one[0] - one[1]).mean(axis=0))
-    low, high = np.percentile(np.mean(differences, axis=0), [2.5, 97.5], axis=0)
-    made = zip(np.mean(whole, axis=0), low, high, strict=True)
+        counts = draw.multinomial(size, np.full(size, 1 / size), size=draws) if draws else np.ones((1, size), dtype=int)
+        by_seed = np.moveaxis(resampled(rows, gold, counts), 1, 0)
+        drawn.append(np.take_along_axis(by_seed, picks[None, :, :, None], axis=2).mean(axis=2))
+    return np.mean(drawn, axis=0)
+
+
+def paired(runs: Runs, data: Data, ours: list[dict], theirs: list[dict], names: list[str]) -> list[dict]:
+    """Per dim: mean difference ours - theirs over seeds, and its 95% bootstrap interval over seeds and test rows."""
+    whole, drawn = (np.subtract(*bootstrap(runs, data, [ours, theirs], names, draws)) for draws in (0, None))
+    made = zip(whole[0], *np.percentile(drawn, [2.5, 97.5], axis=0), strict=True)
     return [dict(zip(("difference", "low", "high"), (round(float(v), 2) for v in each), strict=True)) for each in made]
 
 
@@ -685,13 +696,17 @@ def chosen_runs(runs: Runs, start: str, row: Row) -> list[dict]:
     return [by_seed[seed] for seed in args.seeds if seed in by_seed]
 
 
-def summary(chosen: list[dict], sets: list[str]) -> dict[str, dict[str, float]]:
-    """Mean over sets, then mean and standard deviation over seeds, per dim."""
+def summary(runs: Runs, data: Data, chosen: list[dict], sets: list[str]) -> dict[str, dict[str, float]]:
+    """Mean over sets, then mean and standard deviation over seeds, per dim; and a 95% bootstrap interval."""
     table = {}
+    draws = bootstrap(runs, data, [chosen], sets)[0]
+    low, high = np.percentile(draws, [2.5, 97.5], axis=0)
     for dim in map(str, args.dims):
         means = [np.mean([run["scores"][name][dim] for name in sets]) for run in chosen]
         spread = np.std(means, ddof=1) if len(means) > 1 else 0.0
-        table[dim] = {"mean": round(float(np.mean(means)), 2), "std": round(float(spread), 2)}
+        place = args.dims.index(int(dim))
+        values = (np.mean(means), spread, low[place], high[place])
+        table[dim] = dict(zip(("mean", "std", "low", "high"), (round(float(v), 2) for v in values), strict=True))
     return table
 
 
@@ -737,7 +752,7 @@ def report(runs: Runs, data: Data, rows: list[Row]) -> dict[str, Any]:
             if chosen[0]["curve"]:
                 entry[name]["curve"] = [run["curve"] for run in chosen]
             for measure, sets in measures(data, chosen).items():
-                entry[name][measure] = summary(chosen, sets)
+                entry[name][measure] = summary(runs, data, chosen, sets)
                 entry[name][f"{measure} differences"] = differences(runs, data, picked, name, measure, sets)
         for measure in dict.fromkeys(each for name in picked for each in measures(data, picked[name])):
             title = f"{start} start, {measure}: x100, mean ± standard deviation over seeds"
@@ -762,6 +777,58 @@ def report(runs: Runs, data: Data, rows: list[Row]) -> dict[str, Any]:
     return made
 
 
+# What a reader chooses from, worst first, and how it is called in the picture.
+DRAWN = {
+    "truncation": "truncation",
+    "matryoshka": "MatryoshkaLoss",
+    "rotation": "rotation, no training",
+    "rotation+mipic": "rotation, then MIPICLoss",
+}
+
+
+def plot(made: dict[str, Any], file: Path) -> None:
+    """Quality against dims and bytes, with intervals; a second file, NAME-dark, is for dark pages."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entry = made[args.starts[0]]
+    panels = {"sts": "STS, Spearman x100", "accuracy@1": "Banking77 retrieval, accuracy@1 x100"}
+    panels = {measure: title for measure, title in panels.items() if all(measure in each for each in entry.values())}
+    for theme, ink, grid in (("default", "#1f2328", "#d0d7de"), ("dark_background", "#e6edf3", "#3d444d")):
+        colors = {"truncation": "#8c959f", "matryoshka": "#bf8700", "rotation": "#2da44e", "rotation+mipic": "#218bff"}
+        with plt.style.context(theme), plt.rc_context({"font.size": 9, "text.color": ink, "axes.labelcolor": ink}):
+            size = (3.6 * len(panels), 3.4)
+            figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+            for axis, (measure, title) in zip(axes[0], panels.items(), strict=True):
+                lines = {name: entry[name][measure] for name in DRAWN if name in entry}
+                for name, by_dim in lines.items():
+                    mean, low, high = ([by_dim[str(dim)][key] for dim in args.dims] for key in ("mean", "low", "high"))
+                    axis.plot(args.dims, mean, color=colors[name], marker=".", linewidth=1.6, label=DRAWN[name])
+                    axis.fill_between(args.dims, low, high, color=colors[name], alpha=0.18, linewidth=0)
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(args.dims, map(str, args.dims))
+                axis.minorticks_off()
+                axis.tick_params(colors=ink)
+                axis.set_title(title, fontsize=9, loc="left")
+                axis.set_xlabel("dims kept")
+                top = axis.secondary_xaxis("top")
+                top.set_xticks(args.dims, [f"{4 * dim}" for dim in args.dims])
+                top.tick_params(colors=ink, labelsize=7, length=0)
+                axis.set_title(f"{title}\n", fontsize=9, loc="left")
+                axis.annotate("bytes", (1.0, 1.12), xycoords="axes fraction", ha="right", fontsize=7, color=ink)
+                axis.grid(color=grid, linewidth=0.6)
+                axis.set_axisbelow(True)
+                axis.spines[:].set_visible(False)
+            figure.legend(
+                *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
+            )
+            place = file if theme == "default" else file.with_stem(f"{file.stem}-dark")
+            figure.savefig(place, dpi=200, transparent=True)
+            plt.close(figure)
+
+
 def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -775,7 +842,9 @@ def main() -> None:
         for start in args.starts:
             for trained in dict.fromkeys(row.trained for row in rows):
                 finish_rows(runs, data, start, [row for row in rows if row.trained == trained])
-    report(runs, data, rows)
+    made = report(runs, data, rows)
+    if args.plot:
+        plot(made, Path(args.plot))
 
 
 if __name__ == "__main__":

@@ -1,73 +1,88 @@
 """examples/compare_losses.py and the data script before it: resumable, same batches, honest intervals."""
 
+import importlib.util
 import json
+import sys
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 
-from test_examples import needs_model, run
+from test_examples import ROOT, needs_model, run
 
-METHODS = ["--methods", "untrained", "base", "base-pca", "matryoshka", "specialist-8", "mipic"]
+ROWS = ["--rows", "truncation", "rotation", "base", "base+pca", "matryoshka", "specialist-8", "rotation+mipic"]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script's functions; it reads its arguments when it is imported."""
+    monkeypatch.setattr(sys, "argv", ["compare_losses.py", "--dims", "8", "4"])
+    spec = importlib.util.spec_from_file_location("compare_losses", ROOT / "examples" / "compare_losses.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare_losses", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @needs_model
 @pytest.mark.slow
-def test_comparison_resumes_and_reports(tmp_path):
-    """Each run once; a second call trains nothing more; differences are those of the means, inside their interval."""
-    call = ["compare_losses.py", "--smoke", *METHODS, "--starts", "weak", "--dims", 384, 8, "--output", tmp_path]
-    code, _, errors = run(*call)
+def test_comparison_resumes_merges_and_reports(tmp_path):
+    """Each row once; a second call trains nothing more; differences are those of the means, inside their interval."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    call = ["compare_losses.py", "--smoke", "--starts", "weak", "--dims", 384, 8, "--layers", 3, "--curve", 1]
+    code, _, errors = run(*call, *ROWS[:-1], "--output", first)
     assert code == 0, errors
-    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [made["method"] for made in runs] == METHODS[1:]
-    assert all(made["learning_rate"] == (0 if made["method"] == "untrained" else 1e-4) for made in runs)
-    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["weak"]
-    for measure in ("sts", "probe"):
-        found = report["mipic"][f"{measure} differences"]
-        assert list(found) == ["matryoshka", "specialist"]
+    code, _, errors = run(*call, "--rows", ROWS[-1], "--output", second)
+    assert code == 0, errors
+    runs = [json.loads(line) for line in (first / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [made["row"] for made in runs] == ROWS[1:-1]
+    assert all(made["learning_rate"] == (0 if made["row"] in ("truncation", "rotation") else 1e-4) for made in runs)
+    trainings = [json.loads(line) for line in (first / "trainings.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [made["trained"] for made in trainings] == ["base", "matryoshka", "specialist-8"]
+
+    plot = tmp_path / "plot.png"
+    code, printed, errors = run(*call, *ROWS, "--output", first, "--merge", second, "--report-only", "--plot", plot)
+    assert code == 0, errors
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in (plot, plot.with_stem("plot-dark")))
+    assert "specialist-8" in printed
+    report = json.loads((first / "report.json").read_text(encoding="utf-8"))["weak"]
+    assert list(report) == ROWS[1:]
+    assert report["rotation"]["sts"]["384"] == report["truncation"]["sts"]["384"]
+    assert report["rotation+mipic"]["curve"][0][0]["step"] == 1
+    for measure in ("sts", "topics", "accuracy@1", "ndcg@10", "sts, layer 3 cut", "sts, layer 3 fitted"):
+        found = report["rotation+mipic"][f"{measure} differences"]
+        assert list(found) == ["truncation", "base", "matryoshka", "specialist", "rotation"]
         assert list(found["specialist"]) == ["8"]
         for dim, made in found["matryoshka"].items():
-            means = [report[name][measure][dim]["mean"] for name in ("mipic", "matryoshka")]
+            means = [report[name][measure][dim]["mean"] for name in ("rotation+mipic", "matryoshka")]
             assert made["difference"] == pytest.approx(means[0] - means[1], abs=0.011)
             assert made["low"] <= made["difference"] <= made["high"]
-    assert report["matryoshka"]["step_time_ratio"] == 1
 
-    code, printed, errors = run(*call, "--plot", tmp_path / "plot.png")
+    code, _, errors = run(*call, *ROWS[:-1], "--output", first)
     assert code == 0, errors
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert len((tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()) == len(runs)
-    assert "specialist-8" in printed
+    assert len((first / "runs.jsonl").read_text(encoding="utf-8").splitlines()) == len(runs)
 
-    changed = [made | {"settings": made["settings"] | {"alpha": 0.7}} if made["settings"] else made for made in runs]
-    (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, changed)) + "\n", encoding="utf-8")
-    code, _, errors = run(*call, "--report-only")
+    lines = [json.loads(line) for line in (second / "trainings.jsonl").read_text(encoding="utf-8").splitlines()]
+    changed = [made | {"settings": made["settings"] | {"alpha": 0.7}} for made in lines]
+    (second / "trainings.jsonl").write_text("\n".join(map(json.dumps, changed)) + "\n", encoding="utf-8")
+    code, _, errors = run(*call, *ROWS, "--output", second, "--report-only")
     assert code != 0
-    assert "holds runs of mipic with {'alpha': 0.7}: name another --output" in errors
+    assert "holds runs of rotation+mipic with {'alpha': 0.7}: name another --output" in errors
 
-    code, _, errors = run(*call, "--max-seq-length", 16)
+    code, _, errors = run(*call, *ROWS, "--output", second, "--max-seq-length", 16)
     assert code != 0
     assert "has other settings than this command" in errors
-
-
-@needs_model
-@pytest.mark.slow
-def test_pca_control_trains_what_it_rotates(tmp_path):
-    """Asked for alone, it needs the base loss's runs."""
-    code, printed, errors = run("compare_losses.py", "--smoke", "--methods", "base-pca", "--output", tmp_path)
-    assert code == 0, errors
-    lines = (tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["method"] for line in lines] == ["base", "base-pca"]
-    assert "base-pca" in printed
 
 
 @needs_model
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "mipik"], "--methods mipik: unknown; known are untrained base base-pca matryoshka"),
+        (["--rows", "mipik"], "--rows mipik: unknown; a row is [rotation+]LOSS[+rotation|+pca] with LOSS one of base"),
         (["--train", "mix.csv"], "--train, --dev and --test come together"),
         (["--probe", "a.csv", "b.csv"], "--probe needs --train, --dev and --test"),
-        (["--methods", "mipic", "--plot", "a.png"], "add matryoshka to --methods"),
-        (["--dims", "384", "0"], "--dims and --small-dims must be positive"),
+        (["--dims", "384", "0"], "--dims must be positive"),
         (["--steps", "0"], "--steps, --bootstrap and --probe-shots must be at least 1"),
     ],
 )
@@ -76,6 +91,53 @@ def test_comparison_refuses_wrong_arguments(tmp_path, arguments, message):
     code, _, errors = run("compare_losses.py", "--smoke", "--output", tmp_path, *arguments)
     assert code != 0
     assert message in errors
+
+
+@needs_model
+def test_rows_say_what_is_done_in_which_order(script):
+    """A name is taken apart into the start, the loss and what follows; rows of one training share its name."""
+    found = {
+        name: (script.row_of(name)[1:], script.row_of(name).trained)
+        for name in ("truncation", "rotation", "pca", "base+rotation", "rotation+mipic", "rotation+mipic+pca")
+    }
+    assert found == {
+        "truncation": ((False, "", ""), "truncation"),
+        "rotation": ((True, "", ""), "rotation"),
+        "pca": ((False, "", "pca"), "truncation"),
+        "base+rotation": ((False, "base", "rotation"), "base"),
+        "rotation+mipic": ((True, "mipic", ""), "rotation+mipic"),
+        "rotation+mipic+pca": ((True, "mipic", "pca"), "rotation+mipic"),
+    }
+    assert script.row_of("specialist-12").loss == "specialist-12"
+
+
+@needs_model
+def test_a_rate_at_the_edge_widens_the_grid(script, monkeypatch, tmp_path):
+    """The best rate has a worse one on either side, however far it is from the grid that was asked for."""
+    tried = []
+
+    def train(runs, data, start, row, rate, seed):
+        tried.append(rate)
+        return {"learning_rate": rate, "loss": "mipic", "dev": {"sts": {"8": -abs(rate - 4.1e-4), "4": 0.0}}}
+
+    monkeypatch.setattr(script, "trained_model", train)
+    runs = script.Runs(tmp_path, [])
+    assert script.chosen_rate(runs, None, "good", script.row_of("mipic")) == 4e-4
+    assert sorted(set(tried)) == [2e-5, 5e-5, 1e-4, 2e-4, 4e-4, 8e-4]
+
+
+@needs_model
+def test_bootstrap_statistics_are_those_of_the_drawn_rows(script):
+    """Without ties, Spearman of rows drawn once each is scipy's; a mean counts a row as often as it was drawn."""
+    random = np.random.default_rng(0)
+    rows, gold = random.normal(size=(2, 3, 40)), random.normal(size=40)
+    found = script.resampled(rows, gold, np.ones((1, 40), dtype=int))[0]
+    expected = [[100 * spearmanr(row, gold).statistic for row in side] for side in rows]
+    np.testing.assert_allclose(found, expected)
+    counts = random.multinomial(40, np.full(40, 1 / 40), size=3)
+    drawn = np.repeat(np.arange(40), counts[1])
+    found = script.resampled(rows, None, counts)[1]
+    np.testing.assert_allclose(found, 100 * rows[:, :, drawn].mean(axis=-1))
 
 
 def test_training_mix_keeps_pairs_of_one_meaning(tmp_path):
