@@ -257,12 +257,13 @@ def load_start(folder: Path, start: str, seed: int, rotated: bool, data: Data) -
     """The model before training, and the seconds that its rotation took; a rotated one is made once and kept."""
     if not rotated:
         return load_model(start, seed), 0.0
+    if start == "good":  # nothing is drawn in it, so one rotation is the start of all seeds
+        seed = args.seeds[0]
     place, note = folder / "starts" / f"{start}_{seed}", folder / "starts" / f"{start}_{seed}.json"
     if not note.exists():
         model = load_model(start, seed)
         began = time.perf_counter()
-        with autocast():
-            rotate_model(model, data.train, args.dims, batch_size=128, seed=seed, **fit_options())
+        rotate_model(model, data.train, args.dims, batch_size=128, seed=seed, **fit_options())
         seconds = time.perf_counter() - began
         model.save_pretrained(str(place))
         note.write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
@@ -600,7 +601,7 @@ def finish_rows(runs: Runs, data: Data, start: str, rows: list[Row]) -> None:
     """Train and score rows that share one training."""
     first = rows[0]
     rate = chosen_rate(runs, data, start, first)
-    drawn = bool(first.loss) or first.rotated or start == "weak" or any(row.turn for row in rows)
+    drawn = bool(first.loss) or start == "weak"
     for seed in args.seeds if drawn else args.seeds[:1]:
         missing = [
             row for row in rows if not runs.read("runs", start=start, row=row.name, learning_rate=rate, seed=seed)
@@ -777,12 +778,12 @@ def report(runs: Runs, data: Data, rows: list[Row]) -> dict[str, Any]:
     return made
 
 
-# What a reader chooses from, worst first, and how it is called in the picture.
+# What a reader chooses from: row, name in the picture, color.
 DRAWN = {
-    "truncation": "truncation",
-    "matryoshka": "MatryoshkaLoss",
-    "rotation": "rotation, no training",
-    "rotation+mipic": "rotation, then MIPICLoss",
+    "truncation": ("truncation", "#8c959f"),
+    "matryoshka": ("MatryoshkaLoss", "#bf8700"),
+    "rotation": ("rotation, no training", "#2da44e"),
+    "rotation+mipic": ("rotation, then MIPICLoss", "#218bff"),
 }
 
 
@@ -793,38 +794,39 @@ def plot(made: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    entry = made[args.starts[0]]
-    panels = {"sts": "STS, Spearman x100", "accuracy@1": "Banking77 retrieval, accuracy@1 x100"}
+    entry = {name: about for name, about in made[args.starts[0]].items() if name in DRAWN}
+    panels = {"sts": "STS14 and STS15, Spearman x100", "accuracy@1": "Banking77 retrieval, accuracy@1 x100"}
     panels = {measure: title for measure, title in panels.items() if all(measure in each for each in entry.values())}
-    for theme, ink, grid in (("default", "#1f2328", "#d0d7de"), ("dark_background", "#e6edf3", "#3d444d")):
-        colors = {"truncation": "#8c959f", "matryoshka": "#bf8700", "rotation": "#2da44e", "rotation+mipic": "#218bff"}
-        with plt.style.context(theme), plt.rc_context({"font.size": 9, "text.color": ink, "axes.labelcolor": ink}):
-            size = (3.6 * len(panels), 3.4)
-            figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-            for axis, (measure, title) in zip(axes[0], panels.items(), strict=True):
-                lines = {name: entry[name][measure] for name in DRAWN if name in entry}
-                for name, by_dim in lines.items():
-                    mean, low, high = ([by_dim[str(dim)][key] for dim in args.dims] for key in ("mean", "low", "high"))
-                    axis.plot(args.dims, mean, color=colors[name], marker=".", linewidth=1.6, label=DRAWN[name])
-                    axis.fill_between(args.dims, low, high, color=colors[name], alpha=0.18, linewidth=0)
-                axis.set_xscale("log", base=2)
-                axis.set_xticks(args.dims, map(str, args.dims))
-                axis.minorticks_off()
-                axis.tick_params(colors=ink)
-                axis.set_title(title, fontsize=9, loc="left")
-                axis.set_xlabel("dims kept")
-                top = axis.secondary_xaxis("top")
-                top.set_xticks(args.dims, [f"{4 * dim}" for dim in args.dims])
-                top.tick_params(colors=ink, labelsize=7, length=0)
-                axis.set_title(f"{title}\n", fontsize=9, loc="left")
-                axis.annotate("bytes", (1.0, 1.12), xycoords="axes fraction", ha="right", fontsize=7, color=ink)
+    dims = sorted(args.dims)
+    for place, ink, grid in (
+        (file, "#1f2328", "#d8dee4"),
+        (file.with_stem(f"{file.stem}-dark"), "#e6edf3", "#3d444d"),
+    ):
+        colors = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
+        with plt.rc_context({"font.size": 10, **colors}):
+            figure, axes = plt.subplots(len(panels), 1, figsize=(6, 3.1 * len(panels)), layout="constrained")
+            for axis, (measure, title) in zip(np.atleast_1d(axes), panels.items(), strict=True):
+                ends = {}
+                for name in sorted(entry, key=list(DRAWN).index):
+                    cells = [entry[name][measure][str(dim)] for dim in dims]
+                    mean, low, high = ([cell[key] for cell in cells] for key in ("mean", "low", "high"))
+                    axis.plot(range(len(dims)), mean, color=DRAWN[name][1], marker=".", linewidth=1.8)
+                    axis.fill_between(range(len(dims)), low, high, color=DRAWN[name][1], alpha=0.15, linewidth=0)
+                    ends[name] = mean[0]
+                bottom, top = axis.get_ylim()
+                height = bottom - top
+                for name in sorted(ends, key=ends.__getitem__, reverse=True):
+                    # labels that would overlap move down
+                    height = min(ends[name], height - 0.075 * (top - bottom)) if height > bottom else ends[name]
+                    axis.text(-0.12, height, DRAWN[name][0], color=DRAWN[name][1], ha="right", va="center")
+                axis.set_xlim(-2.3, len(dims) - 0.8)
+                axis.set_xticks(range(len(dims)), [f"{dim}\n{4 * dim} B" for dim in dims])
+                axis.set_title(title, fontsize=10, loc="left")
                 axis.grid(color=grid, linewidth=0.6)
                 axis.set_axisbelow(True)
+                axis.tick_params(length=0)
                 axis.spines[:].set_visible(False)
-            figure.legend(
-                *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
-            )
-            place = file if theme == "default" else file.with_stem(f"{file.stem}-dark")
+            figure.supxlabel("dims kept, and bytes per float32 vector", fontsize=10, color=ink)
             figure.savefig(place, dpi=200, transparent=True)
             plt.close(figure)
 
