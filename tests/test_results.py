@@ -1,4 +1,7 @@
-"""The README quotes the committed results, digit for digit."""
+"""Every figure of README and results page is the committed report's, digit for digit.
+
+After new results: python tests/test_results.py puts the tables into both documents.
+"""
 
 from __future__ import annotations
 
@@ -9,99 +12,193 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-METHODS = {
-    "untrained, truncated": "untrained",
-    "base loss only": "base",
-    "base loss only, then PCA": "base-pca",
-    "MatryoshkaLoss": "matryoshka",
-    "MatryoshkaLoss, small dims weighted": "matryoshka-weighted",
-    "MatryoshkaLoss, 16 dims only": "specialist-16",
-    "MatryoshkaLoss, 8 dims only": "specialist-8",
-    "Matryoshka2dLoss": "matryoshka-2d",
-    "MIPICLoss, paper preset": "mipic-paper",
-    "MIPICLoss": "mipic",
-    "+ attention": "mipic-attention",
-    "+ CKA": "mipic-cka",
-    "+ PIC": "mipic-pic",
+DOCUMENTS = [ROOT / "README.md", ROOT / ".docs" / "pages" / "results.md"]
+# the comparison from the rotated start, and the earlier one of plain starts, good and weak
+FILES = {"rotated": "compare_losses.json", "plain": "plain_starts.json"}
+
+ROWS = {
+    "truncation": "truncation, no training",
+    "pca": "PCA, no training",
+    "rotation": "**rotation, no training**",
+    "base": "base loss",
+    "base+pca": "base loss, then PCA",
+    "base+rotation": "base loss, then rotation",
+    "matryoshka": "`MatryoshkaLoss`",
+    "matryoshka-2d": "`Matryoshka2dLoss`",
+    "specialist-16": "`MatryoshkaLoss`, 16 dims only",
+    "specialist-8": "`MatryoshkaLoss`, 8 dims only",
+    "rotation+matryoshka": "rotation, then `MatryoshkaLoss`",
+    "rotation+mipic": "**rotation, then `MIPICLoss`**",
+    "rotation+mipic-all": "rotation, then `MIPICLoss` with PIC and trained lifts",
+    "rotation+teacher": "rotation, then `MatryoshkaLoss` and a frozen teacher",
 }
-ABLATION = ["mipic-attention", "mipic-cka", "mipic-pic"]
-RIVALS = {
-    "MatryoshkaLoss": "matryoshka",
-    "small dims weighted": "matryoshka-weighted",
-    "that dim only": "specialist",
+PLAIN_ROWS = {
+    "untrained": "untrained, truncated",
+    "base": "base loss only",
+    "base-pca": "base loss only, then PCA",
+    "matryoshka": "`MatryoshkaLoss`",
+    "matryoshka-weighted": "`MatryoshkaLoss`, small dims weighted",
+    "specialist-16": "`MatryoshkaLoss`, 16 dims only",
+    "specialist-8": "`MatryoshkaLoss`, 8 dims only",
+    "matryoshka-2d": "`Matryoshka2dLoss`",
+    "mipic-paper": "`MIPICLoss`, paper preset",
+    "mipic": "`MIPICLoss`, defaults of then",
 }
+HEADLINE = ["truncation", "rotation", "base", "base+pca", "matryoshka", "rotation+matryoshka", "rotation+mipic"]
+RIVALS = ["truncation", "base", "matryoshka", "matryoshka-2d", "specialist", "rotation", "rotation+matryoshka"]
 
 
-@pytest.fixture(scope="module")
-def report():
-    return json.loads((ROOT / "examples" / "results" / "compare_losses.json").read_text(encoding="utf-8"))
+def load(name):
+    return json.loads((ROOT / "examples" / "results" / FILES[name]).read_text(encoding="utf-8"))
 
 
-def quoted(name):
-    """The table after ``<!-- results: name -->``: (row label, {column: cell}) per row."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"<!-- results: {re.escape(name)} -->\n\n((?:\|.*\n)+)", readme)
-    assert found, f"README.md has no table {name!r}"
-    head, _, *rows = [
-        [cell.strip().replace("`", "").replace("**", "") for cell in line.strip("|\n").split("|")]
-        for line in found[1].splitlines()
+def table(head, rows):
+    """A Markdown table whose first column is text."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def rate(about):
+    return f"{about['learning_rate']:.0e}".replace("e-0", "e-") if about["learning_rate"] else ""
+
+
+def cell(about, measure, dim, spread=True):
+    value = about[measure][str(dim)]
+    return f"{value['mean']:.1f}" + (f" ±{value['std']:.1f}" if spread and about["seeds"] > 1 else "")
+
+
+def difference(by_dim, dim):
+    found = (by_dim or {}).get(str(dim))
+    return f"{found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]" if found else ""
+
+
+def headline(entry):
+    columns = [("sts", dim) for dim in (384, 64, 16, 8)] + [("accuracy@1", dim) for dim in (16, 8)]
+    head = ["", *(f"STS {dim}" if measure == "sts" else f"retrieval {dim}" for measure, dim in columns)]
+    rows = [[ROWS[name], *(cell(entry[name], *column) for column in columns)] for name in HEADLINE if name in entry]
+    return table(head, rows)
+
+
+def scores(measure, dims=(384, 256, 128, 64, 32, 16, 8)):
+    def made(entry):
+        names = [name for name in ROWS if name in entry and measure in entry[name]]
+        rows = [[ROWS[name], rate(entry[name]), *(cell(entry[name], measure, dim) for dim in dims)] for name in names]
+        return table(["", "rate", *dims], rows)
+
+    return made
+
+
+def differences(name, measure, dims):
+    def made(entry):
+        found = entry[name][f"{measure} differences"]
+        rows = [
+            [ROWS.get(rival, "`MatryoshkaLoss` for that dim only"), *(difference(found[rival], dim) for dim in dims)]
+            for rival in RIVALS
+            if rival in found
+        ]
+        return table([f"{ROWS[name].replace('**', '')} minus", *dims], rows)
+
+    return made
+
+
+def seconds(entry):
+    rows = [
+        [ROWS[name], entry[name]["seconds"]] for name in ROWS if name in entry and name not in ("truncation", "pca")
     ]
-    return [(row[0], dict(zip(head[1:], row[1:], strict=True))) for row in rows]
+    return table(["", "seconds"], rows)
 
 
-def rate(entry):
-    return f"{entry['learning_rate']:.0e}".replace("e-0", "e-") if entry["learning_rate"] else ""
+def plain(start):
+    def made(entry):
+        columns = [("sts", 384), ("sts", 64), ("sts", 16), ("sts", 8), ("probe", 16), ("probe", 8)]
+        head = ["", "rate", *(f"{'topic ' * (measure == 'probe')}{dim}" for measure, dim in columns)]
+        rows = [
+            [label, rate(entry[name]), *(cell(entry[name], *column) for column in columns)]
+            for name, label in PLAIN_ROWS.items()
+        ]
+        return table(head, rows)
+
+    return made
 
 
-def score(entry, column):
-    """A cell as the README writes it: mean ± standard deviation over seeds, x100."""
-    measure = "probe" if column.startswith("topic ") else "sts"
-    cell = entry[measure][column.removeprefix("topic ")]
-    return f"{cell['mean']:.1f}" + (f" ±{cell['std']:.1f}" if entry["seeds"] > 1 else "")
+def ablation(entry):
+    names = {
+        "matryoshka": "`MatryoshkaLoss`",
+        "mipic-attention": "+ attention",
+        "mipic-cka": "+ CKA",
+        "mipic-pic": "+ PIC",
+        "mipic": "all three",
+    }
+    columns = [(start, dim) for start in ("good", "weak") for dim in (384, 16, 8)]
+    rows = [
+        [label, *(f"{entry[start][name]['sts'][str(dim)]['mean']:.2f}" for start, dim in columns)]
+        for name, label in names.items()
+    ]
+    return table(["", *(f"{start} {dim}" for start, dim in columns)], rows)
 
 
-@pytest.mark.parametrize("start", ["good", "weak"])
-def test_readme_scores(report, start):
-    """Every cell of the README's score tables is the committed report's."""
-    rows = quoted(start)
-    assert len(rows) == 10
-    for label, cells in rows:
-        entry = report[start][METHODS[label]]
-        for column, cell in cells.items():
-            assert cell == (rate(entry) if column == "rate" else score(entry, column)), f"{label}, {column}"
+# name of the table: (file, part of it, what makes the table)
+TABLES = {
+    "headline": ("rotated", "good", headline),
+    "sts": ("rotated", "good", scores("sts")),
+    "retrieval": ("rotated", "good", scores("accuracy@1")),
+    "ndcg": ("rotated", "good", scores("ndcg@10")),
+    "topics": ("rotated", "good", scores("topics")),
+    "differences": ("rotated", "good", differences("rotation+mipic", "sts", (384, 256, 128, 64, 32, 16, 8))),
+    "retrieval differences": ("rotated", "good", differences("rotation+mipic", "accuracy@1", (64, 32, 16, 8))),
+    "layer 3 cut": ("rotated", "good", scores("sts, layer 3 cut", (384, 64, 32, 16, 8))),
+    "layer 3 fitted": ("rotated", "good", scores("sts, layer 3 fitted", (384, 64, 32, 16, 8))),
+    "seconds": ("rotated", "good", seconds),
+    "plain good": ("plain", "good", plain("good")),
+    "plain weak": ("plain", "weak", plain("weak")),
+    "ablation": ("plain", "ablation", ablation),
+}
+MARKED = re.compile(r"(<!-- results: (.+?) -->\n\n)((?:\|.*\n)*)")
 
 
-def test_readme_ablation(report):
-    """Every figure of the README's ablation is the committed report's."""
-    rows = quoted("ablation")
-    assert [METHODS[label] for label, _ in rows] == ["matryoshka", *ABLATION, "mipic"]
-    for label, cells in rows:
-        for column, cell in cells.items():
-            start, dim = column.split()
-            mean = report["ablation"][start][METHODS[label]]["sts"][dim]["mean"]
-            assert cell == f"{mean:.2f}", f"{label}, {column}"
+def filled(text):
+    """The document with every marked table made anew."""
+
+    def make(match):
+        file, part, maker = TABLES[match[2]]
+        return f"{match[1]}{maker(load(file)[part])}\n"
+
+    return MARKED.sub(make, text)
 
 
-def test_readme_differences(report):
-    """Every difference and interval in the README is the committed report's."""
-    rows = quoted("differences")
-    assert len(rows) == 7
-    for label, cells in rows:
-        start, rival = label.split(": ")
-        for column, cell in cells.items():
-            measure = "probe" if column.startswith("topic ") else "sts"
-            by_dim = report[start]["mipic"][f"{measure} differences"][RIVALS[rival]]
-            found = by_dim.get(column.removeprefix("topic "))
-            shown = f"{found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]" if found else ""
-            assert cell == shown, f"{label}, {column}"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_the_reports(document):
+    """Each table under a marker is what the committed report gives; the README has its headline."""
+    text = document.read_text(encoding="utf-8")
+    assert MARKED.search(text)
+    assert filled(text) == text
 
 
-def test_results_have_every_method_and_three_seeds(report):
-    """What the issue of a fair comparison asks for: every control, three seeds each, at its own best rate."""
-    for start in ("good", "weak"):
-        assert set(METHODS.values()) - set(ABLATION) <= set(report[start])
-        seeds = {name: entry["seeds"] for name, entry in report[start].items()}
-        if start == "good":
-            assert seeds.pop("untrained") == 1  # nothing is drawn
-        assert set(seeds.values()) == {3}
-        assert all(entry["seeds"] == 3 for entry in report["ablation"][start].values())
+def test_every_table_is_shown():
+    """No table is made for nothing, and the check above has something to check."""
+    shown = {name for path in DOCUMENTS for _, name, _ in MARKED.findall(path.read_text(encoding="utf-8"))}
+    assert shown == set(TABLES)
+    assert filled("<!-- results: headline -->\n\n| wrong |\n") != "<!-- results: headline -->\n\n| wrong |\n"
+
+
+def test_figures_in_words_are_the_reports():
+    """Figures in sentences, written as `{row measure dim}` comments behind them, are the report's."""
+    entry = load("rotated")["good"]
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for number, row, measure, dim in re.findall(r"([\d.]+)<!-- (\S+) (\S+) (\d+) -->", text):
+            assert number == f"{entry[row][measure][dim]['mean']:.1f}", (path.name, row, measure, dim)
+
+
+def test_the_comparison_is_over_seeds():
+    """What was trained was trained with three seeds at its own rate, and one folder of settings made all of it."""
+    report = load("rotated")
+    trained = {name: about for name, about in report["good"].items() if about["learning_rate"]}
+    assert {"matryoshka", "rotation+matryoshka", "rotation+mipic"} <= set(trained)
+    assert {about["seeds"] for about in trained.values()} == {3}
+    assert report["settings"]["steps"] >= 150
+
+
+if __name__ == "__main__":
+    for each in DOCUMENTS:
+        each.write_text(filled(each.read_text(encoding="utf-8")), encoding="utf-8")

@@ -55,6 +55,7 @@ from mipic_st.backbone import (
 from mipic_st.embedding_store import unit_length
 from mipic_st.layers import encode_layers
 from mipic_st.model_config import set_matryoshka_config
+from mipic_st.sia import no_autocast
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,7 +192,7 @@ class Rotation:
         >>> rotation = Rotation(torch.eye(4)[:, [2, 0, 1, 3]], (1, 2))
         >>> rotation(np.array([[1.0, 0.0, 3.0, 4.0]], dtype=np.float32)).tolist()
         [[3.0, 1.0, 0.0, 4.0]]
-        >>> rotation(np.array([[4.0, 0.0, 3.0, 0.0]], dtype=np.float32), dim=2).round(1).tolist()
+        >>> rotation(np.array([[4.0, 0.0, 3.0, 0.0]]), dim=2).round(1).tolist()
         [[0.6, 0.8]]
     """
 
@@ -219,7 +220,8 @@ class Rotation:
             (dim,) = checked_dims("dim", [dim], width)
         as_tensor = torch.as_tensor(vectors)
         matrix = self.matrix[:, :dim].to(as_tensor.device)
-        turned = as_tensor.to(matrix.dtype) @ matrix
+        with no_autocast(as_tensor):
+            turned = as_tensor.to(matrix.dtype) @ matrix
         if dim is not None:
             turned = F.normalize(turned, dim=-1)
         turned = turned.to(as_tensor.dtype)
@@ -404,12 +406,22 @@ def fit_rotation(
             f"{pairs.texts} on out of dims."
         )
     generator = torch.Generator().manual_seed(seed)
-    training, test = (part.with_positives() for part in pairs.split(held_out, generator))
-    frame = _fit_frame(
-        training, test, dims, settings, batch_size, negatives, max_steps, learning_rate, generator, show_progress_bar
-    )
-    matrix = _completed(frame, training)
-    rotation = Rotation(matrix.cpu(), tuple(dims), _held_out_report(test, matrix, dims))
+    with no_autocast(anchors):
+        training, test = (part.with_positives() for part in pairs.split(held_out, generator))
+        frame = _fit_frame(
+            training,
+            test,
+            dims,
+            settings,
+            batch_size,
+            negatives,
+            max_steps,
+            learning_rate,
+            generator,
+            show_progress_bar,
+        )
+        matrix = _completed(frame, training)
+        rotation = Rotation(matrix.cpu(), tuple(dims), _held_out_report(test, matrix, dims))
     if rotation.worse_dims:
         logger.warning(
             "On held-out data the rotation is worse than plain truncation at dims %s:\n%s\nGive more data, or data "
