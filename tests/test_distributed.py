@@ -18,6 +18,9 @@ from distributed_worker import EQUAL, WITHOUT_PROJECTIONS, run_by_hand, run_drif
 from mipic_st import MIPICLoss, pic
 from training_fixtures import make_loss, make_trainer, parameters
 
+# one start-up of two processes serves all of them
+pytestmark = pytest.mark.xdist_group("distributed")
+
 HERE = Path(__file__).parent
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

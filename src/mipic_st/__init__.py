@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for type checkers, editors and the documentation; the same 
     from mipic_st.model_config import set_matryoshka_config
     from mipic_st.mteb_tasks import evaluate_mteb
     from mipic_st.report import EvaluationReport
+    from mipic_st.serving import check_endpoint, export_onnx, save_for_tei
     from mipic_st.tails import LayerCuts, Rotation, fit_layer_cuts, fit_rotation, rotate_model
 
 __version__ = "0.1.0"
@@ -28,12 +29,15 @@ __all__ = [
     "MatryoshkaEvaluator",
     "Rotation",
     "__version__",
+    "check_endpoint",
     "evaluate_mteb",
+    "export_onnx",
     "export_truncated",
     "fit_layer_cuts",
     "fit_rotation",
     "measure_speedup",
     "rotate_model",
+    "save_for_tei",
     "set_matryoshka_config",
 ]
 
@@ -45,12 +49,15 @@ _HOME = {
     "MIPICLoss": "loss",
     "MatryoshkaEvaluator": "evaluation",
     "Rotation": "tails",
+    "check_endpoint": "serving",
     "evaluate_mteb": "mteb_tasks",
+    "export_onnx": "serving",
     "export_truncated": "export",
     "fit_layer_cuts": "tails",
     "fit_rotation": "tails",
     "measure_speedup": "export",
     "rotate_model": "tails",
+    "save_for_tei": "serving",
     "set_matryoshka_config": "model_config",
 }
 

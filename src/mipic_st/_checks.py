@@ -12,6 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 
+def missing_extra(what: str, extra: str) -> str:
+    """What to install, from an index or in a checkout: for the ImportError where an optional package is missing."""
+    return f'{what}: pip install "mipic-st[{extra}]", or in a checkout pip install -e ".[{extra}]"'
+
+
 def plain(value: Any) -> Any:
     """NumPy and tensor values as Python's own: a number, or a list."""
     return value.tolist() if hasattr(value, "tolist") else value

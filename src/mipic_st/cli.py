@@ -142,6 +142,36 @@ def _parser() -> argparse.ArgumentParser:
     cut.add_argument("--quiet", action="store_true", help="no progress bars, no table on the terminal")
     cut.set_defaults(function=_export)
 
+    served = commands.add_parser(
+        "save",
+        help="save a model in the form that a server reads",
+        description="tei: text-embeddings-inference, whose module paths and pooling keys are older ones. onnx: a file "
+        "whose token states are behind the model's linear tail, for runtimes that pool by themselves.",
+        epilog="example:\n  mipic-st save ./rotated --format onnx --output ./rotated-onnx",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    served.add_argument("model", metavar="MODEL", help="hub name or local folder")
+    served.add_argument("--format", choices=["tei", "onnx"], required=True, help="which form")
+    served.add_argument("--output", type=_output_folder, required=True, metavar="DIR", help="new or empty folder")
+    served.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+    served.set_defaults(function=_save)
+
+    check = commands.add_parser(
+        "check",
+        help="compare a running server with the model",
+        description="Ask an OpenAI-compatible endpoint for some vectors and compare them with the model's own. Exit "
+        "code 1 if they differ.",
+        epilog="example:\n  mipic-st check ./rotated --url http://localhost:8000 --dim 64",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("model", metavar="MODEL", help="hub name or local folder")
+    check.add_argument("--url", required=True, help="address of the server, or of its .../embeddings route")
+    check.add_argument("--dim", type=_whole, metavar="D", help="ask the server for D dims (default: all)")
+    check.add_argument("--name", default="model", help="the model's name in the request")
+    check.add_argument("--api-key", help="bearer token")
+    check.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+    check.set_defaults(function=_check_server)
+
     groups = commands.add_parser("tasks", help="list groups of tasks with their sizes and expected minutes")
     groups.set_defaults(function=_tasks)
 
@@ -270,12 +300,14 @@ def _model_names(places: Sequence[str]) -> list[str]:
 
 
 def _plots(report, output: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    from mipic_st._checks import missing_extra
+
     try:
         import matplotlib
 
         matplotlib.use("Agg")
     except ImportError:
-        print('no plots: pip install "mipic-st[plot]"', file=sys.stderr)
+        print(missing_extra("no plots, they need matplotlib", "plot"), file=sys.stderr)
         return
     report.plot_score_by_dim(output / "score_by_dim")
     report.plot_retained(output / "retained")
@@ -367,6 +399,31 @@ def _export(arguments: argparse.Namespace) -> int:
         f"{figures['parameters_cut'] / 1e6:.1f} of {figures['parameters_full'] / 1e6:.1f} million parameters"
     )
     return EXIT_OK
+
+
+def _save(arguments: argparse.Namespace) -> int:
+    from mipic_st.serving import export_onnx, save_for_tei
+
+    _check_empty(arguments.output)
+    _check_places([arguments.model])
+    model = _load(arguments.model, "cpu", arguments.trust_remote_code)
+    (save_for_tei if arguments.format == "tei" else export_onnx)(model, arguments.output)
+    print(f"written to {arguments.output}", file=sys.stderr)
+    return EXIT_OK
+
+
+def _check_server(arguments: argparse.Namespace) -> int:
+    from mipic_st.serving import check_endpoint
+
+    _check_places([arguments.model])
+    model = _load(arguments.model, "cpu", arguments.trust_remote_code)
+    check = check_endpoint(model, arguments.url, arguments.dim, name=arguments.name, api_key=arguments.api_key)
+    if check.agrees:
+        print(f"{arguments.url} gives the model's vectors (largest distance {check.worst:.4f})")
+        return EXIT_OK
+    for finding in check.findings:
+        print(f"{arguments.url}: {finding}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 def _tasks(arguments: argparse.Namespace) -> int:

@@ -17,6 +17,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mipic_st._checks import missing_extra
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -181,7 +183,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('Reading data needs datasets: pip install "mipic-st[train]"') from error
+        raise ImportError(missing_extra("Reading data needs datasets", "train")) from error
     return datasets
 
 

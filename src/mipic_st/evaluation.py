@@ -20,7 +20,16 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
 from sentence_transformers.sentence_transformer.evaluation import MSEEvaluator, MSEEvaluatorFromDataFrame
 
-from mipic_st._checks import as_list, checked_count, checked_dims, checked_flag, checked_layers, is_whole, plain
+from mipic_st._checks import (
+    as_list,
+    checked_count,
+    checked_dims,
+    checked_flag,
+    checked_layers,
+    is_whole,
+    missing_extra,
+    plain,
+)
 from mipic_st.backbone import check_layers, full_width
 from mipic_st.embedding_store import (
     MEMORY_LIMIT,
@@ -711,7 +720,7 @@ class ClassificationProbeEvaluator(BaseEvaluator):
             from sklearn.linear_model import LogisticRegression
             from sklearn.metrics import accuracy_score, f1_score
         except ImportError as error:
-            raise ImportError('the classification probe needs scikit-learn: pip install "mipic-st[eval]"') from error
+            raise ImportError(missing_extra("the classification probe needs scikit-learn", "eval")) from error
 
         draws = self._draws()
         used = np.unique(np.concatenate(draws))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from mipic_st._checks import checked_count, checked_dims, checked_flag
+from mipic_st._checks import checked_count, checked_dims, checked_flag, missing_extra
 from mipic_st.backbone import full_width
 from mipic_st.embedding_store import (
     MEMORY_LIMIT,
@@ -101,7 +101,7 @@ def _import_mteb() -> Any:
     try:
         import mteb
     except ImportError as error:
-        raise ImportError('MTEB tasks need mteb: pip install "mipic-st[eval]"') from error
+        raise ImportError(missing_extra("MTEB tasks need mteb", "eval")) from error
     return mteb
 
 

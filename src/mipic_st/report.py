@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mipic_st._checks import plain
+from mipic_st._checks import missing_extra, plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +40,7 @@ def _pandas() -> Any:
     try:
         import pandas
     except ImportError as error:
-        raise ImportError('tables need pandas: pip install "mipic-st[eval]"') from error
+        raise ImportError(missing_extra("tables need pandas", "eval")) from error
     return pandas
 
 
@@ -48,7 +48,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib.pyplot
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "mipic-st[plot]"') from error
+        raise ImportError(missing_extra("plots need matplotlib", "plot")) from error
     return matplotlib.pyplot
 
 

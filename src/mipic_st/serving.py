@@ -1,0 +1,367 @@
+"""What serving engines need beyond a saved model, and a check that they give the model's vectors.
+
+- :func:`save_for_tei` writes the folder in the older form that text-embeddings-inference reads.
+- :func:`export_onnx` writes an ONNX file whose ``last_hidden_state`` is behind the model's linear tail already, for
+  runtimes that pool by themselves and know no Dense layers.
+- :func:`check_endpoint` compares a running server with the model, where a missing Dense layer shows: full-width
+  cosines of a rotated model are those of the model without its rotation.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from torch import Tensor, nn
+
+from mipic_st._checks import checked_dims, checked_number, missing_extra
+from mipic_st.backbone import NO_CUT, describe, evaluation_mode, full_width
+from mipic_st.embedding_store import unit_length
+
+__all__ = ["EndpointCheck", "check_endpoint", "export_onnx", "save_for_tei"]
+
+_POOLING_KEYS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+# The activations that text-embeddings-inference knows by their class.
+_TEI_ACTIVATIONS = (nn.Identity, nn.Tanh)
+_TEXTS = ("A short text.", "Another one, with a few more words in it than the first.", "What is the third text about?")
+
+
+# --- text-embeddings-inference ----------------------------------------------------------------------------------------
+
+
+def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> None:
+    """Save a model in the form that text-embeddings-inference reads.
+
+    What sentence-transformers 5.4 and newer save has other module paths and pooling keys: there the server leaves Dense
+    layers out, and a rotated model would serve vectors that were not rotated. sentence-transformers itself reads this
+    form too, with the same vectors.
+
+    Args:
+        model: A model of Transformer, Pooling, and Dense and Normalize behind it.
+        folder: A new or empty folder.
+
+    Raises:
+        ValueError: If the folder has content, or the server does not know one of the modules.
+
+    Example:
+        >>> save_for_tei(model, "for-the-server")  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"folder {str(folder)!r} exists and is not empty; name a new one.")
+    modules = list(model.children())
+    for place, module in enumerate(modules):
+        if reason := _not_for_tei(module, place):
+            raise ValueError(f"{reason}, which text-embeddings-inference does not know.")
+    model.save_pretrained(str(folder))
+    listed = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    for entry, module in zip(listed, modules, strict=True):
+        entry["type"] = f"sentence_transformers.models.{type(module).__name__}"
+        config = folder / entry["path"] / "config.json"
+        if isinstance(module, Pooling):
+            width = module.embedding_dimension
+            keys = {key: mode == module.pooling_mode for mode, key in _POOLING_KEYS.items()}
+            _write_json(config, {"word_embedding_dimension": width, **keys, "include_prompt": module.include_prompt})
+        elif isinstance(module, Dense):
+            kept = ("in_features", "out_features", "bias", "activation_function")
+            stated = json.loads(config.read_text(encoding="utf-8"))
+            _write_json(config, {key: stated[key] for key in kept})
+        elif isinstance(module, Transformer):
+            _write_json(folder / "sentence_bert_config.json", {"max_seq_length": module.max_seq_length or 512})
+    _write_json(folder / "modules.json", listed)
+
+
+def _not_for_tei(module: nn.Module, place: int) -> str:
+    """Why the server cannot run a module at this place, or nothing."""
+    name = type(module).__name__
+    if (place == 0) != isinstance(module, Transformer) or (place == 1) != isinstance(module, Pooling):
+        return f"module {place} is {name}"
+    if isinstance(module, Pooling) and module.pooling_mode not in ("cls", "mean", "lasttoken"):
+        return f"the pooling mode is {module.pooling_mode!r}"
+    if isinstance(module, Dense):
+        if not isinstance(module.activation_function, _TEI_ACTIVATIONS):
+            return f"a Dense has the activation {type(module.activation_function).__name__}"
+        if getattr(module, "use_residual", False):
+            return "a Dense has use_residual"
+    elif place > 1 and not isinstance(module, Normalize):
+        return f"behind the pooling the model has {name}"
+    return ""
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------------
+
+
+def linear_tail(model: SentenceTransformer) -> Tensor | None:
+    """The map of rows that the tail is, if it is linear, so that it commutes with pooling.
+
+    Args:
+        model: The model.
+
+    Returns:
+        (H, D), or None if there is no Dense.
+
+    Raises:
+        ValueError: If the tail does more than bias-free Dense layers and a Normalize at the end, or the pooling is
+            ``max``.
+    """
+    description = describe(model)
+    if description.pooling is None or description.routes:
+        raise ValueError("the model must be Transformer, Pooling and a linear tail, without a Router.")
+    product: Tensor | None = None
+    module: Any
+    for module in description.steps:
+        linear = isinstance(module, Dense) and isinstance(module.activation_function, nn.Identity)
+        if not linear or module.linear.bias is not None or getattr(module, "use_residual", False):
+            raise ValueError(
+                f"behind its pooling the model has a {type(module).__name__} that is no bias-free linear map, so it "
+                "cannot go before the pooling."
+            )
+        weight = module.linear.weight.detach().T.double().cpu()
+        product = weight if product is None else product @ weight
+    if product is not None and description.pooling.pooling_mode == "max":
+        raise ValueError("max pooling does not commute with a linear map, so that cannot go before it.")
+    return product
+
+
+class _Rotated(nn.Module):
+    """The encoder, whose token states are pushed through the tail by one product."""
+
+    def __init__(self, auto_model: Any, product: Tensor | None, names: Sequence[str]) -> None:
+        super().__init__()
+        self.auto_model, self.names = auto_model, names
+        self.register_buffer("product", None if product is None else product.float())
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        states = self.auto_model(**dict(zip(self.names, inputs, strict=True))).last_hidden_state
+        return states if self.product is None else states @ self.product
+
+
+def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path:
+    """Write ``onnx/model.onnx``, whose ``last_hidden_state`` has the model's width and space, and the tokenizer.
+
+    A runtime that tokenizes, pools (``mean``, ``cls`` or last token), cuts and normalizes by itself then gives the
+    model's vectors; it needs to know nothing of Dense layers, since a bias-free one commutes with pooling. The pooling
+    is written beside it as sentence-transformers writes it, and ``modules.json`` lists no Dense.
+
+    Args:
+        model: A model of Transformer, Pooling and a bias-free linear tail.
+        folder: A new or empty folder.
+
+    Returns:
+        Path of the ONNX file. It is run once, and compared with the model, before the function returns.
+
+    Raises:
+        ImportError: If the ``onnx`` extra is missing.
+        ValueError: If the folder has content, or the tail is not linear.
+        RuntimeError: If the file does not give what the model gives.
+
+    Example:
+        >>> export_onnx(model, "for-onnxruntime")  # doctest: +SKIP
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(missing_extra("the ONNX export needs onnx, onnxscript and onnxruntime", "onnx")) from error
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"folder {str(folder)!r} exists and is not empty; name a new one.")
+    product = linear_tail(model)
+    transformer: Any = model[0]
+    file = folder / "onnx" / "model.onnx"
+    file.parent.mkdir(parents=True)
+    with evaluation_mode(model):
+        encoder = transformer.auto_model
+        features = transformer.tokenizer(list(_TEXTS), padding=True, return_tensors="pt")
+        names = list(features)
+        wrapped = _Rotated(encoder, product, names).to(model.device).eval()
+        inputs = tuple(features[name].to(model.device) for name in names)
+        batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+        torch.onnx.export(
+            wrapped,
+            inputs,
+            str(file),
+            input_names=names,
+            output_names=["last_hidden_state"],
+            # one entry for the parameter that takes all inputs
+            dynamic_shapes=(tuple({0: batch, 1: length} for _ in inputs),),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    texts = list(_TEXTS[:2])  # another shape than the one that was traced
+    given = transformer.tokenizer(texts, padding=True, return_tensors="np")
+    (states,) = session.run(None, {name: np.asarray(given[name], dtype=np.int64) for name in names})
+    pooled = model[1](
+        {"token_embeddings": torch.as_tensor(states), "attention_mask": torch.as_tensor(given["attention_mask"])}
+    )
+    got = unit_length(pooled["sentence_embedding"].numpy())
+    own = unit_length(model.encode(texts, truncate_dim=NO_CUT, prompt="", show_progress_bar=False))
+    if not np.abs(got - own).max() < 1e-3:
+        raise RuntimeError(f"the ONNX file gives other vectors than the model, by {np.abs(got - own).max():.1e}.")
+    width = full_width(model)
+    transformer.tokenizer.save_pretrained(str(folder))
+    encoder.config.save_pretrained(str(folder))
+    pooling = Pooling(width, model[1].pooling_mode, include_prompt=model[1].include_prompt)
+    (folder / "1_Pooling").mkdir()
+    pooling.save(str(folder / "1_Pooling"))
+    kinds = [("", transformer), ("1_Pooling", pooling)]
+    listed = [
+        {
+            "idx": index,
+            "name": str(index),
+            "path": path,
+            "type": f"sentence_transformers.models.{type(module).__name__}",
+        }
+        for index, (path, module) in enumerate(kinds)
+    ]
+    _write_json(folder / "modules.json", listed)
+    return file
+
+
+# --- a running server -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EndpointCheck:
+    """What a server's vectors are, compared with the model's.
+
+    Attributes:
+        agrees: Whether they are the model's vectors at this dim, at unit length.
+        worst: Largest distance between a vector of the server, at unit length, and the model's.
+        findings: What is wrong, in words; empty if nothing is.
+    """
+
+    agrees: bool
+    worst: float
+    findings: tuple[str, ...]
+
+
+def check_endpoint(
+    model: SentenceTransformer,
+    url: str,
+    dim: int | None = None,
+    *,
+    name: str = "model",
+    texts: Sequence[str] = _TEXTS,
+    api_key: str | None = None,
+    tolerance: float = 0.02,
+    timeout: float = 30.0,
+) -> EndpointCheck:
+    """Compare the vectors of an OpenAI-compatible endpoint with the model's own.
+
+    Vectors are compared, not cosines: a server that leaves a rotation out gives the same cosines at full width, and
+    other vectors at every dim.
+
+    Args:
+        model: The model that the server is meant to serve.
+        url: Address of the server, e.g. ``http://localhost:8000``, or of its ``.../embeddings`` route.
+        dim: Asks the server for so many dims (``dimensions`` in the request). None asks for the full width.
+        name: The model's name in the request.
+        texts: What is embedded; no prompt is put before it.
+        api_key: Sent as a bearer token.
+        tolerance: Largest distance that counts as equal; servers compute in half precision.
+        timeout: Seconds to wait for an answer.
+
+    Returns:
+        :class:`EndpointCheck`.
+
+    Raises:
+        ValueError: If the address is none, ``dim`` is out of range, or the answer is no list of vectors.
+        ConnectionError: If the server cannot be reached or refuses the request.
+
+    Example:
+        >>> check_endpoint(model, "http://localhost:8000", dim=64).findings  # doctest: +SKIP
+        ()
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"url must begin with http:// or https://, got {url!r}.")
+    width = full_width(model)
+    if dim is not None:
+        (dim,) = checked_dims("dim", [dim], width)
+    tolerance = checked_number("tolerance", tolerance, 0, exclusive=True)
+    texts = list(texts)
+    served = _ask(url, texts, dim, name, api_key, timeout)
+    own = np.asarray(
+        model.encode(texts, prompt="", truncate_dim=NO_CUT, show_progress_bar=False, convert_to_numpy=True), np.float32
+    )
+    wanted = dim or width
+    findings = []
+    if served.shape[1] != wanted:
+        findings.append(f"it gives {served.shape[1]} values where {wanted} were asked for: cut and normalize them")
+    lengths = np.linalg.norm(served, axis=1)
+    if np.abs(lengths - 1).max() > 0.01:
+        findings.append(f"its vectors have lengths from {lengths.min():.3f} to {lengths.max():.3f}: normalize them")
+    common = min(served.shape[1], width)
+    worst = _distance(served, own[:, :common])
+    if not worst <= tolerance:
+        bare = _without_tail(model, texts)
+        if bare is not None and bare.shape[1] >= common and _distance(served, bare[:, :common]) <= tolerance:
+            findings.append("its vectors are those in front of the Dense layers: the server leaves them out")
+        else:
+            findings.append(f"its vectors are others than the model's, by {worst:.2f}")
+    return EndpointCheck(not findings, worst, tuple(findings))
+
+
+def _distance(vectors: np.ndarray, others: np.ndarray) -> float:
+    return float(np.linalg.norm(unit_length(vectors) - unit_length(others), axis=1).max())
+
+
+def _without_tail(model: SentenceTransformer, texts: list[str]) -> np.ndarray | None:
+    """The pooled states, or None if the model has no tail that a server could leave out."""
+    if not any(isinstance(module, Dense) for module in model.children()):
+        return None
+    kept = [module for module in model.children() if not isinstance(module, Dense)]
+    bare = SentenceTransformer(modules=kept, device=str(model.device))
+    with evaluation_mode(model):
+        return np.asarray(bare.encode(texts, prompt="", show_progress_bar=False), np.float32)
+
+
+def _ask(url: str, texts: list[str], dim: int | None, name: str, api_key: str | None, timeout: float) -> np.ndarray:
+    """The server's vectors, in the order of the texts."""
+    url = url.rstrip("/")
+    route = url if url.endswith("/embeddings") else f"{url}{'' if url.endswith('/v1') else '/v1'}/embeddings"
+    body: dict[str, Any] = {"model": name, "input": texts, "encoding_format": "float"}
+    if dim is not None:
+        body["dimensions"] = dim
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    request = urllib.request.Request(route, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            given = answer.read()
+    except urllib.error.HTTPError as error:
+        told = error.read(500).decode(errors="replace")
+        raise ConnectionError(f"{route} refuses the request with status {error.code}: {told}") from error
+    except OSError as error:
+        raise ConnectionError(f"{route} cannot be reached: {error}; is the server running?") from error
+    try:
+        rows = sorted(json.loads(given)["data"], key=lambda row: row["index"])
+        vectors = np.asarray([row["embedding"] for row in rows], dtype=np.float32)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{route} answers with something else than OpenAI's embeddings: {given[:200]!r}.") from error
+    if vectors.ndim != 2 or len(vectors) != len(texts):
+        raise ValueError(f"{route} answers {len(texts)} texts with an array of shape {vectors.shape}.")
+    return vectors

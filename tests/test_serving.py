@@ -1,0 +1,227 @@
+"""What servers read, and the check of a running one."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling
+from torch import nn
+
+from conftest import WIDTH
+from mipic_st import check_endpoint, cli, export_onnx, save_for_tei
+from mipic_st.serving import linear_tail
+
+TEXTS = ["the old man plays guitar", "a dog", "two small children see the red house near the river"]
+
+
+def with_pooling(model, mode):
+    """The model with another pooling."""
+    model[1] = Pooling(WIDTH, mode)
+    return model
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+# --- text-embeddings-inference ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tail", "pooling"), [(None, "mean"), ("embeddinggemma", "mean"), ("labse", "cls"), ("stella", "lasttoken")]
+)
+def test_tei_form_is_read_by_sentence_transformers_too(tiny_model, tmp_path, tail, pooling):
+    """Module paths, pooling keys and Dense keys are the older ones, and the vectors are the same to the last bit."""
+    model = with_pooling(tiny_model(tail=tail, normalize=tail is None), pooling)
+    save_for_tei(model, tmp_path / "tei")
+    modules = json.loads((tmp_path / "tei" / "modules.json").read_text())
+    assert [entry["type"] for entry in modules] == [
+        f"sentence_transformers.models.{type(module).__name__}" for module in model.children()
+    ]
+    pooled = json.loads((tmp_path / "tei" / "1_Pooling" / "config.json").read_text())
+    modes = {key for key, value in pooled.items() if value is True} - {"include_prompt"}
+    names = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+    assert modes == {names.get(pooling, "pooling_mode_lasttoken")}
+    assert json.loads((tmp_path / "tei" / "sentence_bert_config.json").read_text())["max_seq_length"] > 0
+    for file in (tmp_path / "tei").glob("*_Dense/config.json"):
+        assert set(json.loads(file.read_text())) == {"in_features", "out_features", "bias", "activation_function"}
+    loaded = SentenceTransformer(str(tmp_path / "tei"), device="cpu")
+    np.testing.assert_array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
+    assert loaded.max_seq_length == (model.max_seq_length or 512)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.append(Dense(WIDTH, 8, activation_function=nn.GELU())), "a Dense has the activation GELU, which"),
+        (lambda m: m.__setitem__(1, Pooling(WIDTH, "max")), "the pooling mode is 'max'"),
+        (lambda m: m.append(nn.Dropout(0.1)), "behind the pooling the model has Dropout"),
+    ],
+)
+def test_what_tei_does_not_know_is_refused(tiny_model, tmp_path, change, message):
+    """Before anything is written."""
+    model = tiny_model()
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        save_for_tei(model, tmp_path / "tei")
+    assert not (tmp_path / "tei").exists()
+
+
+def test_folders_with_content_are_left_alone(tiny_model, tmp_path):
+    """Both forms want a folder of their own."""
+    (tmp_path / "mine.txt").write_text("mine")
+    for write in (save_for_tei, export_onnx):
+        with pytest.raises(ValueError, match="exists and is not empty; name a new one"):
+            write(tiny_model(), tmp_path)
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tail", "pooling"), [("embeddinggemma", "mean"), ("sentence-t5", "cls"), (None, "lasttoken")])
+def test_onnx_states_are_behind_the_tail(tiny_model, tmp_path, tail, pooling):
+    """ONNX Runtime, pooling by hand, a cut and its normalization give the model's vectors at every dim."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the onnx extra")
+    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    model = with_pooling(tiny_model(tail=tail, normalize=tail is None), pooling)
+    file = export_onnx(model, tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(str(file))
+    given = model[0].tokenizer(TEXTS, padding=True, return_tensors="np")
+    inputs = {each.name: given[each.name].astype(np.int64) for each in session.get_inputs()}
+    (states,) = session.run(None, inputs)
+    mask = given["attention_mask"]
+    pooled = {
+        "mean": (states * mask[:, :, None]).sum(axis=1) / mask.sum(axis=1)[:, None],
+        "cls": states[:, 0],
+        "lasttoken": states[np.arange(len(TEXTS)), mask.sum(axis=1) - 1],
+    }[pooling]
+    own = model.encode(TEXTS)
+    for dim in (own.shape[1], 8):
+        np.testing.assert_allclose(unit(pooled[:, :dim]), unit(own[:, :dim]), atol=1e-4)
+    assert json.loads((tmp_path / "onnx" / "1_Pooling" / "config.json").read_text())["pooling_mode"] == pooling
+
+
+@pytest.mark.parametrize(
+    ("tail", "pooling", "message"),
+    [
+        ("labse", "cls", "a Dense that is no bias-free linear map"),
+        ("stella", "mean", "a Dense that is no bias-free linear map"),
+        ("embeddinggemma", "max", "max pooling does not commute"),
+    ],
+)
+def test_tails_that_do_not_commute_are_refused(tiny_model, tail, pooling, message):
+    """An activation, a bias, and the maximum over tokens."""
+    with pytest.raises(ValueError, match=message):
+        linear_tail(with_pooling(tiny_model(tail=tail), pooling))
+
+
+# --- a running server -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def serve():
+    """Starts a server of OpenAI's embeddings route, which answers with what a function gives for (texts, dim)."""
+    servers = []
+
+    def start(vectors, status=200):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                start.paths.append(self.path)
+                given = vectors(asked["input"], asked.get("dimensions"))
+                rows = [{"index": index, "embedding": row.tolist()} for index, row in enumerate(given)]
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps({"data": rows[::-1]}).encode())
+
+            def log_message(self, *_):
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    start.paths = []
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def model(tiny_model):
+    """A model with a rotation-like Dense before Normalize."""
+    return tiny_model(tail="embeddinggemma")
+
+
+@pytest.mark.parametrize("dim", [None, 8])
+def test_a_server_of_the_model_agrees(model, serve, dim):
+    """At full width and at a dim that the server cuts and normalizes; the order of the answer does not matter."""
+    url = serve(lambda texts, dim: unit(model.encode(texts)[:, :dim]))
+    check = check_endpoint(model, url, dim)
+    assert check.agrees
+    assert not check.findings
+    assert check.worst < 1e-5
+    assert serve.paths == ["/v1/embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "dim", "findings"),
+    [
+        (lambda m, t, d: unit(m.encode(t)), 8, ["it gives 32 values where 8 were asked for: cut and normalize them"]),
+        (lambda m, t, d: m.encode(t)[:, :d], 8, ["its vectors have lengths from 0."]),
+        (
+            lambda m, t, d: unit(SentenceTransformer(modules=[m[0], m[1]], device="cpu").encode(t)[:, :d]),
+            8,
+            ["its vectors are those in front of the Dense layers: the server leaves them out"],
+        ),
+        (
+            lambda m, t, d: unit(SentenceTransformer(modules=[m[0], m[1]], device="cpu").encode(t)),
+            None,
+            ["its vectors are those in front of the Dense layers: the server leaves them out"],
+        ),
+        (lambda m, t, d: unit(m.encode(t)[:, ::-1]), None, ["its vectors are others than the model's, by "]),
+    ],
+)
+def test_what_a_server_does_wrong_is_found(model, serve, vectors, dim, findings):
+    """A dim that is ignored, a missing normalization, a missing Dense, another space: each by its name."""
+    url = serve(lambda texts, dim: vectors(model, texts, dim))
+    check = check_endpoint(model, url, dim)
+    assert not check.agrees
+    assert len(check.findings) == len(findings)
+    for found, expected in zip(check.findings, findings, strict=True):
+        assert found.startswith(expected)
+
+
+def test_bad_addresses_and_answers(model, serve):
+    """Said in words: no address, nobody there, a refusal, an answer that is none."""
+    with pytest.raises(ValueError, match="url must begin with http"):
+        check_endpoint(model, "file:///etc/passwd")
+    with pytest.raises(ValueError, match="dim"):
+        check_endpoint(model, "http://127.0.0.1:9", dim=64)
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        check_endpoint(model, "http://127.0.0.1:9")
+    with pytest.raises(ConnectionError, match="refuses the request with status 400"):
+        check_endpoint(model, serve(lambda texts, dim: model.encode(texts), status=400))
+    with pytest.raises(ValueError, match="answers 3 texts with an array of shape"):
+        check_endpoint(model, serve(lambda texts, dim: model.encode(texts)[:1]))
+
+
+def test_commands(model, serve, tmp_path, capsys):
+    """Save in the server's form, check a right server and a wrong one."""
+    model.save_pretrained(str(tmp_path / "model"))
+    place = str(tmp_path / "model")
+    assert cli.main(["save", place, "--format", "tei", "--output", str(tmp_path / "tei")]) == 0
+    assert "sentence_transformers.models.Dense" in (tmp_path / "tei" / "modules.json").read_text()
+    url = serve(lambda texts, dim: unit(model.encode(texts)[:, :dim]))
+    assert cli.main(["check", place, "--url", url, "--dim", "8"]) == 0
+    assert "gives the model's vectors" in capsys.readouterr().out
+    url = serve(lambda texts, dim: model.encode(texts)[:, ::-1])
+    assert cli.main(["check", place, "--url", url]) == 1
+    assert "its vectors are others than the model's" in capsys.readouterr().err
