@@ -42,6 +42,21 @@ def table_rows(printed):
 
 
 @needs_model
+def test_retrieval_scores_both_measures_before_and_after():
+    """The rotation leaves the full width alone and changes the cuts; prompts are put before both sides."""
+    call = ["retrieval.py", "--smoke", "--dims", 384, 16]
+    code, printed, errors = run(*call)
+    assert code == 0, errors
+    rows = table_rows(printed)
+    assert list(rows) == [384, 16]
+    assert rows[384][::2] == pytest.approx(rows[384][1::2], abs=0.011)
+    assert rows[16][0] != rows[16][1]
+    code, printed, errors = run(*call, "--query-prompt", "question about: ")
+    assert code == 0, errors
+    assert table_rows(printed)[384] != rows[384]
+
+
+@needs_model
 def test_quickstart_prints_scores_before_and_after():
     """A number for each stage and the whole gain at each dim; the terms of the loss are logged one by one."""
     code, printed, errors = run("quickstart.py", "--smoke", "--learning-rate", "1e-3")
@@ -54,7 +69,7 @@ def test_quickstart_prints_scores_before_and_after():
         assert 50 < before < 95
         assert gain == pytest.approx(after - before, abs=0.011)
         assert gain != 0
-    for term in ("matryoshka", "sia_attention", "sia_cka", "pic"):
+    for term in ("matryoshka", "sia_attention", "sia_cka"):
         assert f"'{term}'" in printed
     assert re.search(r"3 steps, \d+ s in all", printed)
 
@@ -161,7 +176,7 @@ def test_training_script(run_here, script, says):
         assert 40 < before < 95
         assert gain == pytest.approx(after - before, abs=0.011)
         assert gain != 0
-    for term in ("matryoshka", "sia_attention", "sia_cka", "pic"):
+    for term in ("matryoshka", "sia_attention", "sia_cka"):
         assert f"'{term}'" in printed
 
 
