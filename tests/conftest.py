@@ -244,7 +244,10 @@ def column_features(model: SentenceTransformer, columns: int = 2, rows: int = 6,
 
 def all_terms(*arguments, **settings) -> MIPICLoss:
     """MIPICLoss with its three terms on and gradients on both sides, unless the settings say otherwise."""
-    return MIPICLoss(*arguments, **{"attention_weight": 1.0, "detach_teacher": False, **settings})
+    return MIPICLoss(
+        *arguments,
+        **{"attention_weight": 1.0, "pic_weight": 0.5, "lift_init": "identity", "detach_teacher": False, **settings},
+    )
 
 
 def total(terms: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -101,7 +101,9 @@ def run_data_sets(model_folder, folder):
     symmetric = losses.MultipleNegativesSymmetricRankingLoss(model)
     by_name = {
         "one": make_loss(model),
-        "two": MIPICLoss(model, symmetric, [32, 8], alpha=0.5, attention_weight=1.0, seed=7),
+        "two": MIPICLoss(
+            model, symmetric, [32, 8], alpha=0.5, attention_weight=1.0, pic_weight=0.5, lift_init="identity", seed=7
+        ),
     }
     data = datasets.DatasetDict({"one": pairs(40), "two": pairs(40, seed=20)})
     make_trainer(model, by_name, folder, train=data, max_steps=5, per_device_train_batch_size=4).train()

@@ -296,7 +296,7 @@ def test_projections_of_another_shape_are_refused(tiny_model, interrupted):
     """A loss with other dims names what differs; one with other layers too."""
     model = tiny_model()
     loss = MIPICLoss(
-        model, losses.MultipleNegativesRankingLoss(model), DIMS, attention_weight=1, sia_layers=[2], pic_weight=0
+        model, losses.MultipleNegativesRankingLoss(model), DIMS, attention_weight=1, sia_layers=[2], lift_init="random"
     )
     with pytest.raises(ValueError, match=r"loss with other projections: it lacks \['mipic_projections.sia.2"):
         MIPICCallback(loss).load(interrupted / "checkpoint-3")

@@ -433,11 +433,12 @@ def test_detached_teacher_gets_no_gradient(tiny_model):
 
 
 def test_default_terms(tiny_model):
-    """Without further arguments: SIA of the last layer, constant teacher, a small attention term, and PIC."""
+    """Without further arguments: SIA of the last layer, constant teacher, a small attention term, and no parameters."""
     model = tiny_model()
     loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS)
     terms, _ = run(loss, model)
-    assert set(terms) == {"matryoshka", "sia_attention", "sia_cka", "pic"}
+    assert not list(loss.mipic_projections.parameters())
+    assert set(terms) == {"matryoshka", "sia_attention", "sia_cka"}
     explicit = all_terms(
         model,
         losses.MultipleNegativesRankingLoss(model),
@@ -445,7 +446,8 @@ def test_default_terms(tiny_model):
         alpha=0.8,
         attention_weight=0.1,
         cka_weight=1,
-        pic_weight=0.5,
+        pic_weight=0,
+        lift_init="frozen",
         sia_layers=[DEPTH],
         detach_teacher=True,
     )

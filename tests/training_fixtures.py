@@ -11,7 +11,14 @@ from mipic_st import MIPICLoss
 
 datasets = pytest.importorskip("datasets", reason="needs the train extra")
 
-EVERY_TERM = {"alpha": 0.4, "attention_weight": 1.0, "pic_weight": 1.0, "sia_layers": [1, 3], "min_k": 2}
+EVERY_TERM = {
+    "alpha": 0.4,
+    "attention_weight": 1.0,
+    "pic_weight": 1.0,
+    "sia_layers": [1, 3],
+    "min_k": 2,
+    "lift_init": "identity",
+}
 
 
 def pairs(rows=64, seed=0, columns=("anchor", "positive")):
