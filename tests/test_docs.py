@@ -25,7 +25,6 @@ DOCUMENTS = [ROOT / "README.md", *sorted(PAGES.glob("*.md"))]
 
 # Blocks that do not run, by document and the beginning of the block. Pages mark theirs with <!-- skip: next "why" -->.
 NOT_RUN = {
-    "README.md": ["MIPICLoss(model, loss, matryoshka_dims, matryoshka_weights=None"],  # a signature
     "evaluate-and-serve.md": ["from mipic_st import evaluate_mteb"],  # MTEB's data
 }
 # The only model that the documents name. Here a small random one of the same width stands for it.

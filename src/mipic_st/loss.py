@@ -85,9 +85,11 @@ class MIPICLoss(nn.Module):
 
     A drop-in for ``MatryoshkaLoss``: the base loss is applied to every truncation dimension, and while it runs, the
     hidden states of its own forward passes are recorded. On them, SIA asks each prefix to see the tokens of a sentence
-    as the full width does (the full width teaches, and by default takes no gradient), and PIC chains narrow, early
-    sentence vectors to wide, late ones (each target is a constant). Use it when embeddings are served at small
-    dimensions. Evaluation and serving need nothing of it: the trained model is a plain SentenceTransformer.
+    as the full width does (the full width teaches, and by default takes no gradient), and PIC, if it is switched on,
+    chains narrow, early sentence vectors to wide, late ones (each target is a constant). By default the loss has no
+    parameters of its own, so it needs no callback and no checkpoint beside the model's. Use it when embeddings are
+    served at small dimensions, from a rotated start (:func:`mipic_st.tails.rotate_model`). Evaluation and serving need
+    nothing of it: the trained model is a plain SentenceTransformer.
 
     .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC}) \qquad \text{(Eq. 18)}
 
@@ -108,7 +110,8 @@ class MIPICLoss(nn.Module):
             weight of 1 a model with random upper layers got worse at full width, by 1.6 points with
             ``detach_teacher`` and by 7 without.
         cka_weight: Weight of SIA's CKA term (Eq. 11), >= 0. Zero switches it off.
-        pic_weight: Weight of PIC (Eq. 17), >= 0. Zero switches it off.
+        pic_weight: Weight of PIC (Eq. 17), >= 0. Zero, the default, switches it off: its heads are parameters, and it
+            added nothing on any start that was measured.
         sia_layers: Layers that carry SIA, 1 to the model's depth. Default: the last one.
         pic_chain: Ordered (dim, layer) pairs for PIC (the paper's checkpoints), both ascending, at least two. Default:
             the published pairs for the backbones of the paper; for others one per dim on evenly spaced layers, an even
@@ -124,8 +127,8 @@ class MIPICLoss(nn.Module):
             reverse, as in the released notebooks.
         detach_teacher: Whether all of SIA's full-width side (query, distribution, Gram matrix) is a constant. Without,
             the full width can meet the prefix half-way by becoming simpler itself.
-        lift_init: First value of the lifts P (Eq. 5): ``"identity"`` starts at ordinary truncation, ``"orthogonal"``
-            and ``"random"`` do not. ``"frozen"`` stays at ordinary truncation: the lifts are then no parameters.
+        lift_init: The lifts P (Eq. 5): ``"frozen"`` is ordinary truncation, and no parameter. The others are trained:
+            ``"identity"`` starts at ordinary truncation, ``"orthogonal"`` and ``"random"`` do not.
         token_importance: ``"similarity"`` ranks tokens by the full-width query (Eq. 4). ``"attention"`` takes the
             model's own attention maps of that layer, pooled like its tokens, heads averaged, before dropout; the model
             is then switched to eager attention, with a warning in the log.
@@ -155,8 +158,9 @@ class MIPICLoss(nn.Module):
         differently. States of intermediate layers are taken as they are, without the final norm of pre-norm encoders.
 
     Shapes:
-        B sentences per column, L padded tokens, D full width, K dims: hidden states are (B, L, D), the parameters are
-        one (d, D) lift per SIA layer and prefix, and one two-layer head per PIC link, all under ``mipic_projections``.
+        B sentences per column, L padded tokens, D full width, K dims: hidden states are (B, L, D). Parameters, if there
+        are any: one (d, D) lift per SIA layer and prefix, and one two-layer head per PIC link, all under
+        ``mipic_projections``.
 
     Returns:
         dict[str, Tensor]: Scalars, already weighted, whose sum is the loss. Names are ``matryoshka``
