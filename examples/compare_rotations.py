@@ -1,15 +1,16 @@
 """Ways to choose the first values of an embedding, without training: quality at each dim, and the time each takes.
 
     python examples/compare_rotations.py --train mix.csv --sts sts14_test.csv sts15_test.csv \\
-        --topics banking77_train.csv banking77_test.csv
+        --cut-sts sts13_test.csv sts14_test.csv sts15_test.csv --topics banking77_train.csv banking77_test.csv
     python examples/compare_rotations.py --smoke                             # synthetic data, a few steps
 
 Rows: truncation; PCA; ITQ (PCA to the largest dim, then the rotation that brings values nearest to signs); 32
-Householder reflections, fitted with the objective of `fit_rotation`; `fit_rotation` on pairs, on their texts alone, and
-on 1,000 of these. Columns: mean Spearman x100 of the STS sets at each dim, and the share of test texts whose nearest
-training text has their label (1-NN, x100).
+Householder reflections, fitted with the objective of `fit_rotation`; `fit_rotation` on pairs, on their texts alone, on
+1,000 of these, and on pairs of the topics' training texts alone, which are foreign to the STS sets. Columns: seconds of
+the fit, mean Spearman x100 of the STS sets at each dim, the share of test texts whose nearest training text has their
+label (1-NN, x100), and the dims that the fit itself warns of.
 
-It also fits the layer cuts: the same STS sets at layers 3 and 4, cut as they are and fitted.
+A second table has the layer cuts: layers 3 and 4 as they are, fitted, and fitted to the rotated vectors.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
 from common import load_model
-from mipic_st import fit_layer_cuts, fit_rotation
+from mipic_st import Rotation, export_truncated, fit_layer_cuts, fit_rotation
 from mipic_st.data import load_sts_file, load_training_file
 from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
 from mipic_st.embedding_store import unit_length
@@ -46,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="name on the hub or local folder (default: the packaged all-MiniLM-L6-v2)")
     parser.add_argument("--train", help="pairs: anchor, positive (default: synthetic)")
     parser.add_argument("--sts", nargs="+", default=[], help="sentence1, sentence2, score (default: synthetic)")
+    parser.add_argument("--cut-sts", nargs="+", default=[], help="for the layer cuts (default: those of --sts)")
     parser.add_argument("--topics", nargs=2, metavar=("TRAIN", "TEST"), help="text, label (default: synthetic)")
     parser.add_argument("--dims", type=int, nargs="+", default=[256, 128, 64, 32, 16, 8])
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 4])
@@ -109,86 +111,141 @@ def householder(anchors: np.ndarray, positives: np.ndarray, dims: list[int], cou
     return product().detach().numpy()
 
 
+def topic_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of texts with equal labels, two by two and each once."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    first, second = order[:-1:2], order[1::2]
+    equal = labels[first] == labels[second]
+    return first[equal], second[equal]
+
+
+def mean_spearman(pairs: list[tuple], dim: int) -> float:
+    """x100, over sets of (vectors, vectors, scores), each vector cut to ``dim``."""
+    cut = [(*(unit_length(part[:, :dim]) for part in pair[:2]), pair[2]) for pair in pairs]
+    return 100 * float(np.mean([spearmanr((a * b).sum(axis=1), scores).statistic for a, b, scores in cut]))
+
+
+def table_of(title: str, rows: dict[str, dict[str, str]]) -> Table:
+    """One row per name, one column per heading."""
+    table = Table(title=title)
+    headings = list(next(iter(rows.values())))
+    for heading in ("", *headings):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, row in rows.items():
+        table.add_row(name, *(row[heading] for heading in headings))
+    return table
+
+
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     model = load_model(args.model)
     train = load_training_file(args.train) if args.train else Dataset.from_list(synthetic_pairs())
     sts = [load_sts_file(file) for file in args.sts] or [Dataset.from_list(synthetic_sts())]
+    cut_sts = [load_sts_file(file) for file in args.cut_sts] or sts
     topics = [pd.read_csv(file, keep_default_na=False) for file in args.topics or []]
     if not topics:
         rows = pd.DataFrame(synthetic_topics())
         topics = [rows[::2], rows[1::2]]
     if args.smoke:
         train, sts = train.select(range(500)), [sts[0].select(range(60))]
-        topics = [part[:80] for part in topics]
+        cut_sts = sts
+        topics = [topics[0][:400], topics[1][:80]]
     steps = {"max_steps": 10} if args.smoke else {}
 
-    def encode(texts) -> np.ndarray:
-        return model.encode(list(texts), batch_size=64, show_progress_bar=False)
+    def encode(texts, with_model=model) -> np.ndarray:
+        return with_model.encode(list(texts), batch_size=64, show_progress_bar=False)
+
+    def encode_pairs(data: Dataset, with_model=model) -> tuple:
+        return *(encode(data[name], with_model) for name in ("sentence1", "sentence2")), data["score"]
 
     started = time.perf_counter()
     anchors, positives = encode(train["anchor"]), encode(train["positive"])
     print(f"{2 * len(train)} texts encoded in {time.perf_counter() - started:.0f} s")
-    pairs = [(encode(part["sentence1"]), encode(part["sentence2"]), part["score"]) for part in sts]
+    pairs = [encode_pairs(part) for part in sts]
     known, fresh = (encode(part["text"]) for part in topics)
     labels = [part["label"].to_numpy() for part in topics]
     width = anchors.shape[1]
     dims = sorted((dim for dim in args.dims if dim < width), reverse=True)
     texts = np.random.default_rng(0).permutation(np.concatenate([anchors, positives]))
+    first, second = topic_pairs(labels[0])
 
-    def figures(matrix: np.ndarray) -> dict[str, float]:
-        found = {}
-        for dim in [width, *dims]:
-            cut = [[unit_length((part @ matrix)[:, :dim]) for part in pair[:2]] for pair in pairs]
-            scores = [spearmanr((a * b).sum(1), pair[2]).statistic for (a, b), pair in zip(cut, pairs, strict=True)]
-            found[f"sts {dim}"] = 100 * float(np.mean(scores))
-            near = (unit_length((fresh @ matrix)[:, :dim]) @ unit_length((known @ matrix)[:, :dim]).T).argmax(axis=1)
+    def figures(rotation: Rotation) -> dict[str, float]:
+        turned = [(rotation(a), rotation(b), scores) for a, b, scores in pairs]
+        found = {f"sts {dim}": mean_spearman(turned, dim) for dim in [width, *dims]}
+        for dim in dims:
+            near = (rotation(fresh, dim) @ rotation(known, dim).T).argmax(axis=1)
             found[f"1-NN {dim}"] = 100 * float(np.mean(labels[0][near] == labels[1]))
         return found
 
-    def fitted(*arrays: np.ndarray) -> Callable[[int], np.ndarray]:
-        return lambda seed: fit_rotation(*arrays, dims=dims, seed=seed, **steps).matrix.numpy()
+    def fixed(matrix: np.ndarray) -> Rotation:
+        return Rotation(torch.from_numpy(matrix), tuple(dims))
+
+    def fitted(*arrays: np.ndarray) -> Callable[[int], Rotation]:
+        return lambda seed: fit_rotation(*arrays, dims=dims, seed=seed, **steps)
 
     reflect_steps = 10 if args.smoke else 250
-    ways: dict[str, Callable[[int], np.ndarray]] = {
-        "truncation": lambda _: np.eye(width, dtype=np.float32),
-        "PCA": lambda _: pca(texts),
-        "ITQ": lambda _: itq(texts, max(dims)),
-        "32 Householder reflections": lambda _: householder(anchors, positives, dims, 32, reflect_steps),
+    ways: dict[str, Callable[[int], Rotation]] = {
+        "truncation": lambda _: fixed(np.eye(width, dtype=np.float32)),
+        "PCA": lambda _: fixed(pca(texts)),
+        "ITQ": lambda _: fixed(itq(texts, max(dims))),
+        "32 Householder reflections": lambda _: fixed(householder(anchors, positives, dims, 32, reflect_steps)),
         "rotation, pairs": fitted(anchors, positives),
         "rotation, texts only": fitted(texts),
         "rotation, 1,000 texts": fitted(texts[:1000]),
+        "rotation, topics alone": fitted(known[first], known[second]),
     }
-    rows = {}
+    results, rotations = {}, {}
     for name, way in ways.items():
-        results, seconds = [], []
+        found, seconds, warned = [], [], set()
         for seed in args.seeds if name.startswith("rotation") else [0]:
             started = time.perf_counter()
-            matrix = way(seed)
+            rotations[name] = way(seed)
             seconds.append(time.perf_counter() - started)
-            results.append(figures(matrix))
-        mean = pd.DataFrame(results).mean().to_dict()
-        rows[name] = {"seconds": float(np.mean(seconds)), **mean}
+            warned |= set(rotations[name].worse_dims)
+            found.append(figures(rotations[name]))
+        results[name] = {
+            "seconds": float(np.mean(seconds)),
+            **pd.DataFrame(found).mean().to_dict(),
+            "warned": sorted(warned),
+        }
     topic_dims = [dim for dim in (64, 16, 8) if dim in dims]
-    table = Table(title="mean Spearman x100 of the STS sets, and 1-NN accuracy x100")
-    for heading in ("", "fit s", *map(str, [width, *dims]), *(f"1-NN {dim}" for dim in topic_dims)):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name, row in rows.items():
-        cells = [row[f"sts {dim}"] for dim in [width, *dims]] + [row[f"1-NN {dim}"] for dim in topic_dims]
-        table.add_row(name, f"{row['seconds']:.1f}", *(f"{cell:.1f}" for cell in cells))
-    Console(width=160).print(table)
+    shown = {
+        name: {
+            "fit s": f"{row['seconds']:.1f}",
+            **{str(dim): f"{row[f'sts {dim}']:.1f}" for dim in [width, *dims]},
+            **{f"1-NN {dim}": f"{row[f'1-NN {dim}']:.1f}" for dim in topic_dims},
+            "warns of": " ".join(map(str, row["warned"])) or "-",
+        }
+        for name, row in results.items()
+    }
+    console = Console(width=160)
+    console.print(table_of("mean Spearman x100 of the STS sets, and 1-NN accuracy x100", shown))
 
-    scored = concatenate_datasets([part.select_columns(["sentence1", "sentence2", "score"]) for part in sts])
     columns = [column for column in train.column_names if column != "score"]
     some = list(dict.fromkeys(text for column in columns for text in train[column]))
     started = time.perf_counter()
-    cuts = fit_layer_cuts(model, some, layers=args.layers, dims=[width, *dims], sts=scored, batch_size=64)
-    seconds = time.perf_counter() - started
-    print(f"\nlayer cuts, all STS pairs together: one encoding and all fits in {seconds:.0f} s")
-    print(cuts.to_frame().round(3).to_string(index=False))
+    cuts = fit_layer_cuts(model, some, layers=args.layers, dims=[width, *dims], batch_size=64)
+    print(f"layer cuts: one encoding and all fits in {time.perf_counter() - started:.0f} s")
+    models = {"full depth": model}
+    for layer in args.layers:
+        models[f"layer {layer}, as it is"] = export_truncated(model, layer)
+        models[f"layer {layer}, fitted"] = export_truncated(model, layer, cuts=cuts)
+    by_layer = {}
+    turn = rotations["rotation, pairs"]
+    for name, cut_model in models.items():
+        found = [encode_pairs(part, cut_model) for part in cut_sts]
+        by_layer[name] = {str(dim): mean_spearman(found, dim) for dim in [width, *dims]}
+        if "as it is" not in name:
+            # the least-squares fit to rotated vectors is the fit to the others, rotated
+            turned = [(turn(a), turn(b), scores) for a, b, scores in found]
+            by_layer[f"{name}, rotated"] = {str(dim): mean_spearman(turned, dim) for dim in [width, *dims]}
+    rounded = {name: {dim: f"{value:.1f}" for dim, value in row.items()} for name, row in by_layer.items()}
+    console.print(table_of("layer cuts: mean Spearman x100 of the STS sets", rounded))
     if args.json:
-        args.json.write_text(json.dumps({"rotations": rows, "cuts": cuts.report}, indent=1) + "\n")
+        report = {"rotations": results, "cuts": by_layer, "cuts, held-out texts": cuts.report}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -316,6 +316,17 @@ def test_benchmark_prints_every_method(tmp_path):
     reference = rows[1]
     assert reference["step_ratio"] == reference["peak_ratio"] == 1
     assert all(row["step_ms"] > 0 and row["peak_mb"] > 100 and row["added_mb"] > 0 for row in rows)
+    assert "A step with the tail takes" in " ".join(printed.split())
+
+
+@needs_model
+@pytest.mark.slow
+def test_benchmark_of_some_methods():
+    """What is not measured is not spoken of."""
+    code, printed, errors = run("benchmark.py", "--smoke", "--methods", "MIPICLoss")
+    assert code == 0, errors
+    assert "MatryoshkaLoss" in printed
+    assert "with the tail" not in " ".join(printed.split())
 
 
 @needs_model
@@ -356,12 +367,18 @@ def test_compare_rotations_prints_every_way(tmp_path):
     code, printed, errors = run("compare_rotations.py", "--smoke", "--json", tmp_path / "figures.json")
     assert code == 0, errors
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
-    assert len(figures["rotations"]) == 7
+    assert len(figures["rotations"]) == 8
     whole = figures["rotations"]["truncation"]["sts 384"]
     assert all(row["sts 384"] == pytest.approx(whole, abs=0.01) for row in figures["rotations"].values())
     assert len({row["sts 8"] for row in figures["rotations"].values()}) > 4
-    assert {row["layer"] for row in figures["cuts"]} == {3, 4}
-    assert "similarity_fitted" in printed
+    cuts = figures["cuts"]
+    kinds = [f"layer {layer}, {kind}" for layer in (3, 4) for kind in ("as it is", "fitted", "fitted, rotated")]
+    assert list(cuts) == ["full depth", "full depth, rotated", *kinds]
+    for name in ("full depth", "layer 3, fitted", "layer 4, fitted"):
+        assert cuts[f"{name}, rotated"]["384"] == pytest.approx(cuts[name]["384"], abs=0.01)
+        assert cuts[f"{name}, rotated"]["8"] != cuts[name]["8"]
+    assert cuts["full depth"]["384"] == pytest.approx(whole, abs=0.01), "the same sets"
+    assert "warns of" in printed
 
 
 def test_benchmark_tails_measures_both_fits():

@@ -276,25 +276,47 @@ def test_repeated_rows_of_texts_count_once():
     np.testing.assert_array_equal(pairs.positives.numpy(), vectors.numpy()[cosines.argmax(axis=1)])
 
 
-def test_a_rotation_that_harms_says_so(caplog):
-    """Held-out dims below truncation by two standard errors are named with the figures."""
-    random = np.random.default_rng(0)
-    # the first eight values say all; pairs to fit on that have nothing to do with each other lead away from them
-    anchors = random.normal(size=(2000, 32)).astype(np.float32) * np.array([1.0] * 8 + [0.01] * 24, dtype=np.float32)
-    report = [{"dim": 8, "accuracy_before": 0.9, "accuracy_after": 0.5, "similarity_before": 0.9,
-               "similarity_after": 0.5, "change": -0.4, "error": 0.1}]  # fmt: skip
-    assert Rotation(torch.eye(4), (8,), report).worse_dims == (8,)
-    assert not Rotation(torch.eye(4), (8,), report).gained
+HARM = {"dim": 8, "accuracy_before": 0.9, "accuracy_after": 0.5, "similarity_before": 0.8, "similarity_after": 0.7,
+        "change": -0.4, "error": 0.1}  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "warned"), [(0.1, True), (0.3, False)])
+def test_a_rotation_that_harms_says_so(caplog, monkeypatch, error, warned):
+    """Held-out dims below truncation by two standard errors are named with the figures, smaller changes are not."""
+    monkeypatch.setattr("mipic_st.tails._held_out_report", lambda *_: [HARM | {"error": error}])
     with caplog.at_level(logging.WARNING, logger="mipic_st.tails"):
-        fit_rotation(
-            anchors,
-            random.permutation(anchors) + 1e-3,
-            dims=[8],
-            similarity_weight=0.0,
-            **QUICK | {"held_out": 0.001, "max_steps": 2},
-        )
-    # two rows held out cannot show harm
-    assert "worse" not in caplog.text
+        rotation = fit_rotation(*hidden_signal(50), dims=[8], **QUICK | {"max_steps": 2})
+    assert rotation.worse_dims == ((8,) if warned else ())
+    assert not rotation.gained
+    assert ("worse than plain truncation at dims [8]" in caplog.text) is warned
+    assert ("90.0" in caplog.text and "50.0" in caplog.text) is warned
+
+
+@pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
+def test_the_fit_runs_where_gradients_are_switched_off(switched_off):
+    """An encoder is run without gradients, and often the fit with it; vectors may come from there too."""
+    anchors, positives = (torch.tensor(vectors) for vectors in hidden_signal(100))
+    plain = fit_rotation(anchors, positives, dims=DIMS, **QUICK)
+    with switched_off():
+        inside = fit_rotation(anchors.clone(), positives.clone(), dims=DIMS, **QUICK)
+    assert torch.equal(inside.matrix, plain.matrix)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["reversed", "by column", "mapped from a file", "foreign byte order"])
+def test_arrays_of_any_layout(kind, tmp_path):
+    """What torch does not take is copied: the same rotation, the same turned vectors."""
+    vectors = hidden_signal(100)[0]
+    np.save(tmp_path / "vectors.npy", vectors)
+    other = {
+        "reversed": vectors[::-1].copy()[::-1],
+        "by column": np.asfortranarray(vectors),
+        "mapped from a file": np.load(tmp_path / "vectors.npy", mmap_mode="r"),
+        "foreign byte order": vectors.astype(vectors.dtype.newbyteorder("S")),
+    }[kind]
+    one, two = (fit_rotation(array, dims=DIMS, **QUICK | {"max_steps": 3}) for array in (vectors, other))
+    assert torch.equal(one.matrix, two.matrix)
+    np.testing.assert_allclose(one(other), one(vectors), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -378,6 +400,11 @@ def test_application_checks_its_vectors(rotation):
         rotation(np.ones((2, 16)))
     with pytest.raises(ValueError, match="exceed the model's width of 32"):
         rotation(np.ones((2, 32)), dim=33)
+    # they would come back as integers, nearly all of them zero
+    with pytest.raises(TypeError, match="vectors must hold floating numbers, got int8; quantised"):
+        rotation(np.ones((2, 32), dtype=np.int8))
+    with pytest.raises(TypeError, match="vectors must be a NumPy array or a tensor of vectors, got list"):
+        rotation([[1.0] * 32])
 
 
 def test_saved_and_loaded(rotation, tmp_path):
@@ -648,6 +675,7 @@ def test_what_is_taken_of_a_dataset(columns, expected):
         ({"text": []}, ValueError, "data has no rows"),
         ("one text", TypeError, "got one text"),
         (["a", 3], TypeError, "it holds 3"),
+        ([], ValueError, "data has no texts"),
         (5, TypeError, "data must be a sequence"),
     ],
     ids=str,
@@ -659,6 +687,27 @@ def test_unusable_data_is_named(tiny_model, columns, error, message):
     data = Dataset.from_dict({k: list(v) for k, v in columns.items()}) if isinstance(columns, dict) else columns
     with pytest.raises(error, match=message):
         rotate_model(tiny_model(), data, DIMS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"prompts": {"Anchor": "query: "}},
+            r"prompts names \['Anchor'\], .* its columns are \['anchor', 'positive'\]",
+        ),
+        ({"router_mapping": {"query": "query"}}, r"router_mapping names \['query'\], which data does not have"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+    ],
+    ids=str,
+)
+def test_options_that_fit_no_column_are_named(tiny_model, options, message):
+    """A name that is spelt otherwise would leave the prompt out and say nothing."""
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"anchor": TEXTS[:100], "positive": TEXTS[100:200]})
+    with pytest.raises(ValueError, match=message):
+        rotate_model(tiny_model(), data, DIMS, **options)
 
 
 def test_nothing_gained_nothing_changed(tiny_model, caplog):
@@ -702,6 +751,26 @@ def test_a_rotated_model_trains(tiny_model):
     torch.stack(list(terms.values())).sum().backward()
     (dense,) = (module for module in model if isinstance(module, Dense))
     assert dense.linear.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("after_a_step", [False, True])
+@pytest.mark.parametrize("tail", [None, "labse"])
+def test_a_loss_that_was_made_before_sees_the_rotation(tiny_model, tail, after_a_step):
+    """Its terms are those of a loss that is made afterwards, whether or not it has run already."""
+
+    def make():
+        return MIPICLoss(model, MultipleNegativesRankingLoss(model), [WIDTH, *DIMS], detach_teacher=False)
+
+    model = tiny_model(tail=tail, normalize=tail is None)
+    loss, features = make(), column_features(model)
+    if after_a_step:
+        loss(features, None)
+    assert rotate_until_gained(model)
+    before, after = (each(features, None) for each in (loss, make()))
+    assert {name: term.item() for name, term in before.items()} == {name: term.item() for name, term in after.items()}
+    model.append(Dense(WIDTH, 16))
+    with pytest.raises(ValueError, match=r"made for a model of \(depth, width\) \(3, 32\), which is \(3, 16\) now"):
+        loss(features, None)
 
 
 # --- layer cuts -------------------------------------------------------------------------------------------------------
@@ -778,6 +847,39 @@ def test_fits_that_make_no_sense_are_refused(tiny_model, arguments, message):
     """No layer to bridge, or too few texts."""
     with pytest.raises(ValueError, match=message):
         export_truncated(tiny_model(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"texts": "one text"}, TypeError, "texts must be a list of texts, got one text"),
+        ({"texts": [1, 2]}, TypeError, "texts must be a list of texts, it holds 1"),
+        ({"texts": []}, ValueError, "texts has no texts"),
+        ({"dims": [64]}, ValueError, "exceed the model's width of 32"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an integer >= 1, got 0"),
+        ({"sts": (["a"], ["b"], [1.0])}, ValueError, "sts must hold as many first texts"),
+        ({"sts": (["a", "b"], ["b", "c"], [1.0, float("nan")])}, ValueError, "sts holds scores that are no finite"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_cuts_are_named(tiny_model, change, error, message):
+    """Argument, value and fix in the message."""
+    arguments = {"texts": TEXTS, "layers": [1], "dims": [8]} | change
+    with pytest.raises(error, match=message):
+        fit_layer_cuts(tiny_model(), arguments.pop("texts"), **arguments)
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize("tail", TAILS)
+def test_tails_are_cut_to_their_first_values(tiny_model, tail, layer, tmp_path):
+    """Saved and loaded, an export without a fit gives the first values of what the model's own tail gives."""
+    from mipic_st.layers import encode_layers
+
+    model = tiny_model(tail=tail)
+    export_truncated(model, layer, 8).save_pretrained(str(tmp_path / "cut"))
+    loaded = SentenceTransformer(str(tmp_path / "cut"), device="cpu")
+    wanted = encode_layers(model, TEXTS[:10], [layer or 3])[:, 0]
+    np.testing.assert_allclose(loaded.encode(TEXTS[:10]), unit(wanted[:, :8]), atol=1e-5)
 
 
 def test_cuts_of_another_layer_are_refused(tiny_model):

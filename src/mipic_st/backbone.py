@@ -118,6 +118,18 @@ def unwrap(model: nn.Module) -> SentenceTransformer:
     return inner
 
 
+def in_half_precision(model: nn.Module) -> bool:
+    """Whether a part of the model computes in float16 or bfloat16.
+
+    Args:
+        model: The model, or one wrapped for training.
+
+    Returns:
+        True if any parameter is of such a type.
+    """
+    return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
+
+
 # --- widths and depth -------------------------------------------------------------------------------------------------
 
 
@@ -435,7 +447,7 @@ def require_same_vectors(own: Tensor, pooled: Tensor, model: nn.Module, fix: str
     """
     own, pooled = own.detach().float(), pooled.detach().to(own.device).float()
     if half is None:
-        half = any(p.dtype in (torch.float16, torch.bfloat16) for p in unwrap(model).parameters())
+        half = in_half_precision(model)
     if own.shape == pooled.shape:
         # NaN is somebody else's fault, and is reported as such.
         both = own.isfinite().all(dim=-1) & pooled.isfinite().all(dim=-1)

@@ -14,11 +14,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Transformer
 
 from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_layers
-from mipic_st.backbone import full_width, model_depth, tail_of, transformer_of
+from mipic_st.backbone import full_width, in_half_precision, model_depth, tail_of, transformer_of
 from mipic_st.embedding_store import EmbeddingStore, unit_length
 from mipic_st.layers import encode_layers
 from mipic_st.model_config import restate_config
-from mipic_st.tails import LayerCuts, ends_linearly, fit_layer_cuts
+from mipic_st.tails import LayerCuts, ends_linearly, fit_layer_cuts, identity_dense
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def export_truncated(
     # deepcopy finds the cut backbone in the memo and so never copies the full one
     modules: list[Any] = [copy.deepcopy(module, memo) for module in model.children()]
     if weight is not None:
-        modules = [*modules[: len(modules) - len(tail_of(model))], _dense(weight, modules[0])]
+        modules = [*modules[: len(modules) - len(tail_of(model))], identity_dense(weight, modules[0])]
         if normalize:
             modules.append(Normalize())
     elif dim is not None:
@@ -202,25 +202,12 @@ def _cut_backbone(auto_model: Any, layer: int) -> Any:
     return cut.eval()
 
 
-def _dense(weight: torch.Tensor, like: torch.nn.Module) -> Dense:
-    """A bias-free identity Dense for a map of rows, (H, d), in the precision and on the device of the model."""
-    reference = next(like.parameters())
-    return Dense(
-        in_features=weight.shape[0],
-        out_features=weight.shape[1],
-        bias=False,
-        activation_function=torch.nn.Identity(),
-        # a clone: files hold whole storages only, and a slice has a larger one
-        init_weight=weight.T.clone(memory_format=torch.contiguous_format).to(reference.device, reference.dtype),
-    )
-
-
 def _first_values(modules: list[Any], dim: int, width: int) -> list[Any]:
     """The modules, giving their first ``dim`` values: a last linear Dense is cut, any other gets one that selects."""
     last = modules[-1]
     if not ends_linearly(last):
         # sentence-transformers has no module that cuts
-        return [*modules, _dense(torch.eye(width, dim), modules[-1] if any(modules[-1].parameters()) else modules[0])]
+        return [*modules, identity_dense(torch.eye(width, dim), torch.nn.Sequential(*modules))]
     cut = Dense(
         in_features=last.in_features,
         out_features=dim,
@@ -256,7 +243,7 @@ def _check(
     got = np.asarray(exported.encode(texts, show_progress_bar=False), dtype=np.float32)
     if normalize and (dim is not None or weight is not None):
         expected = unit_length(expected)
-    half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+    half = in_half_precision(model)
     scale = max(1.0, amplified, float(np.abs(expected).max()))
     worst = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("inf")
     if not worst <= (3e-2 if half else 1e-4) * scale:

@@ -285,6 +285,7 @@ class MIPICLoss(nn.Module):
         self.mipic_projections = Projections()
         wanted = self.attention_weight or self.cka_weight or self.pic_weight
         self._backbone: Backbone | None = backbone_of(model) if wanted and self.alpha < 1 else None
+        self._behind = list(unwrap(model).children())[1:]
         # Found out in the first batch, which asks for hidden states anyway: transformers then leaves hooks in a model
         # that cannot be pickled.
         self._model_checked = False
@@ -323,6 +324,7 @@ class MIPICLoss(nn.Module):
         if not self.mipic_projections.loaded:
             self.mipic_projections.restart(fresh.mipic_projections)
         self._backbone, self._dim_generator, self._batches = fresh._backbone, fresh._dim_generator, 0
+        self._behind = fresh._behind
         self._model_checked, self._first_shown = False, None
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -523,8 +525,28 @@ class MIPICLoss(nn.Module):
             terms["matryoshka"] = terms["matryoshka"] + (total - total.detach())
         return terms
 
+    def _read_again(self) -> None:
+        """Read off the model once more if modules came or went behind the encoder: ``rotate_model`` puts one in.
+
+        Raises:
+            ValueError: If the model has another shape now.
+        """
+        behind = list(unwrap(self.model).children())[1:]
+        if behind == self._behind:
+            return
+        assert self._backbone is not None
+        backbone = backbone_of(self.model)
+        shapes = [(known.depth, known.width) for known in (self._backbone, backbone)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"This MIPICLoss was made for a model of (depth, width) {shapes[0]}, which is {shapes[1]} now. Make a "
+                "new loss for it."
+            )
+        self._backbone, self._behind, self._model_checked = backbone, behind, False
+
     def _recorded(self) -> AbstractContextManager[Recorder]:
         """The context in which the base loss's forward passes are recorded."""
+        self._read_again()
         assert self._backbone is not None
         if self._first_shown is None:
             self._first_shown = first_shown(self.model)

@@ -48,6 +48,7 @@ from mipic_st.backbone import (
     check_layers,
     evaluation_mode,
     full_width,
+    in_half_precision,
     model_depth,
     push_vectors,
     tail_of,
@@ -149,7 +150,7 @@ def rotation_objective(
 
     Example:
         >>> vectors = torch.eye(4)
-        >>> rotation_objective(vectors, vectors, torch.eye(4, 4), [4], contrastive_dims=[4]).item() < 1e-6
+        >>> rotation_objective(vectors, vectors, torch.eye(4, 4), [4], contrastive_dims=[4]).item() < 1e-3
         True
     """
     total = frame.new_zeros(())
@@ -214,14 +215,15 @@ class Rotation:
             The same kind, type and device, (N, D) or (N, dim).
 
         Raises:
+            TypeError: If the vectors are no array of floating numbers.
             ValueError: If the vectors are not of width D, or ``dim`` is out of range.
         """
+        as_tensor = _as_tensor("vectors", vectors)
         width = len(self.matrix)
         if vectors.shape[-1] != width:
             raise ValueError(f"vectors have width {vectors.shape[-1]}, this rotation is for {width}.")
         if dim is not None:
             (dim,) = checked_dims("dim", [dim], width)
-        as_tensor = torch.as_tensor(vectors)
         matrix = self.matrix[:, :dim].to(as_tensor.device)
         with no_autocast(as_tensor):
             turned = as_tensor.to(matrix.dtype) @ matrix
@@ -412,7 +414,8 @@ def fit_rotation(
             f"{pairs.texts} on out of dims."
         )
     generator = torch.Generator().manual_seed(seed)
-    with no_autocast(anchors):
+    # the fit needs gradients, also where the caller switched them off for its encoder
+    with no_autocast(anchors), torch.inference_mode(False), torch.enable_grad():
         training, test = (part.with_positives() for part in pairs.split(held_out, generator))
         if positives is None:
             max_steps = min(max_steps, math.ceil(_TEXT_PASSES * len(training.anchors) / batch_size))
@@ -440,13 +443,21 @@ def fit_rotation(
     return rotation
 
 
-def _checked_vectors(name: str, vectors: Any) -> Tensor:
-    """(N, D), finite, no zeros; float32 on the device they are on."""
+def _as_tensor(name: str, vectors: Any) -> Tensor:
+    """Floating numbers in a tensor, without a copy where torch can do without one."""
     if not isinstance(vectors, (np.ndarray, Tensor)):
         raise TypeError(f"{name} must be a NumPy array or a tensor of vectors, got {type(vectors).__name__}.")
-    tensor = torch.as_tensor(vectors)
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must hold floating numbers, got {tensor.dtype}; quantised vectors cannot be turned.")
+    if isinstance(vectors, Tensor) and vectors.is_floating_point():
+        return vectors
+    if isinstance(vectors, np.ndarray) and np.issubdtype(vectors.dtype, np.floating):
+        # torch takes no reversed rows and no foreign byte order, and warns of a file that is mapped for reading
+        return torch.as_tensor(np.require(vectors, vectors.dtype.newbyteorder("="), ["C", "W"]))
+    raise TypeError(f"{name} must hold floating numbers, got {vectors.dtype}; quantised vectors cannot be turned.")
+
+
+def _checked_vectors(name: str, vectors: Any) -> Tensor:
+    """(N, D), finite, no zeros; float32 on the device they are on."""
+    tensor = _as_tensor(name, vectors)
     if tensor.ndim != 2 or not len(tensor) or tensor.shape[1] < 2:
         raise ValueError(f"{name} must have the shape (N, D) with D of 2 or more, got {tuple(tensor.shape)}.")
     tensor = tensor.detach().float()
@@ -727,7 +738,8 @@ def rotate_model(
         dims: The truncation dimensions to serve. The full width may be among them.
         prompts: As in the trainer's arguments: one prompt for all columns, or one per column name. Default: what
             ``encode`` does by default.
-        router_mapping: As in the trainer's arguments: column name to route, for models with a Router.
+        router_mapping: As in the trainer's arguments: column name to route, for models with a Router. Default: the
+            Router's own default route.
         batch_size: Texts per forward pass.
         show_progress_bar: Show bars while encoding and fitting. Default: as the log level says, like ``encode``.
         **fit_options: Any other keyword of :func:`fit_rotation`, e.g. ``seed``, ``max_steps``, ``held_out``; there
@@ -738,7 +750,8 @@ def rotate_model(
 
     Raises:
         TypeError: If data or an option is of the wrong kind.
-        ValueError: If data has no usable column or too few texts, or dims do not fit the model.
+        ValueError: If data has no usable column or too few texts, dims do not fit the model, or ``prompts`` or
+            ``router_mapping`` name a column that data does not have.
         RuntimeError: If full-width cosines changed; the model is then as it was.
 
     Example:
@@ -749,8 +762,13 @@ def rotate_model(
     dims = checked_dims("dims", dims, full_width(model))
     if "fit_batch_size" in fit_options:
         fit_options["batch_size"] = fit_options.pop("fit_batch_size")
+    batch_size = checked_count("batch_size", batch_size)
     columns = _text_columns(data)
     routes = router_mapping or {}
+    for argument, given in (("prompts", prompts), ("router_mapping", routes)):
+        present = getattr(data, "column_names", [])
+        if isinstance(given, Mapping) and (wrong := sorted(set(given) - set(present))):
+            raise ValueError(f"{argument} names {wrong}, which data does not have; its columns are {present}.")
 
     def encode(name: str, texts: Sequence[str]) -> np.ndarray:
         prompt = prompts.get(name) if isinstance(prompts, Mapping) else prompts
@@ -768,7 +786,7 @@ def rotate_model(
         before = encode(name, probes)
         undo = _put_in(inner, rotation.matrix)
         try:
-            _check_cosines(before, encode(name, probes), rotation, half=_half(model))
+            _check_cosines(before, encode(name, probes), rotation, half=in_half_precision(model))
         except BaseException:
             undo()
             raise
@@ -781,13 +799,8 @@ def rotate_model(
 
 def _text_columns(data: Any) -> dict[str, list[str]]:
     """One or two columns of texts, by name; of scored pairs those that belong together."""
-    if isinstance(data, str):
-        raise TypeError("data must be a datasets.Dataset or a list of texts, got one text.")
     if not hasattr(data, "column_names"):
-        texts = as_list("data", data, '["a text", "another"]')
-        if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise TypeError(f"data must be a datasets.Dataset or a list of texts, it holds {wrong[0]!r}.")
-        return {"": texts}
+        return {"": _checked_texts("data", data, "a datasets.Dataset or a list of texts")}
     if isinstance(data.column_names, Mapping):
         raise TypeError(f"data is a DatasetDict with {sorted(data.column_names)}: give one of its splits.")
     if not len(data):
@@ -804,6 +817,18 @@ def _text_columns(data: Any) -> dict[str, list[str]]:
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise TypeError(f"column {name!r} of data must hold texts only, it holds {wrong[0]!r}.")
     return columns
+
+
+def _checked_texts(name: str, texts: Any, wanted: str = "a list of texts") -> list[str]:
+    """One text or more."""
+    if isinstance(texts, str):
+        raise TypeError(f"{name} must be {wanted}, got one text.")
+    texts = as_list(name, texts, '["a text", "another"]')
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{name} must be {wanted}, it holds {wrong[0]!r}.")
+    if not texts:
+        raise ValueError(f"{name} has no texts.")
+    return texts
 
 
 def _belonging(scores: np.ndarray, name: str) -> list[int]:
@@ -850,10 +875,6 @@ def _encode(
     return np.asarray(vectors, dtype=np.float32)[[distinct[text] for text in texts]]
 
 
-def _half(model: SentenceTransformer) -> bool:
-    return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
-
-
 def ends_linearly(module: nn.Module) -> bool:
     """Whether a linear map behind the module can be multiplied into its weight (and bias).
 
@@ -868,6 +889,27 @@ def ends_linearly(module: nn.Module) -> bool:
         and isinstance(module.activation_function, nn.Identity)
         and not getattr(module, "use_residual", False)
         and module.module_input_name == module.module_output_name == "sentence_embedding"
+    )
+
+
+def identity_dense(weight: Tensor, like: nn.Module) -> Dense:
+    """A bias-free identity Dense for a map of rows.
+
+    Args:
+        weight: (H, d).
+        like: What it will stand behind: device and precision are those of its last weight.
+
+    Returns:
+        The module.
+    """
+    *_, reference = like.parameters()
+    return Dense(
+        in_features=weight.shape[0],
+        out_features=weight.shape[1],
+        bias=False,
+        activation_function=nn.Identity(),
+        # a clone: files hold whole storages only, and a slice has a larger one
+        init_weight=weight.T.clone(memory_format=torch.contiguous_format).to(reference.device, reference.dtype),
     )
 
 
@@ -888,14 +930,7 @@ def _put_in(inner: SentenceTransformer, matrix: Tensor) -> Callable[[], None]:
             last.linear.load_state_dict(before)
 
         return restore
-    reference = next(inner.parameters())
-    dense = Dense(
-        in_features=len(matrix),
-        out_features=len(matrix),
-        bias=False,
-        activation_function=nn.Identity(),
-        init_weight=matrix.T.contiguous().to(reference.dtype),
-    ).to(reference.device)
+    dense = identity_dense(matrix, inner)
     for name, _ in trailing:
         delattr(inner, name)
     added = [str(number) for number in range(len(names), len(names) + len(trailing) + 1)]
@@ -1047,7 +1082,8 @@ def fit_layer_cuts(
     dims = sorted(checked_dims("dims", dims, width))
     held_out = checked_number("held_out", held_out, 0, 0.5, exclusive=True)
     seed = checked_count("seed", seed, least=0)
-    texts = list(dict.fromkeys(_text_columns(texts)[""]))
+    batch_size = checked_count("batch_size", batch_size)
+    texts = list(dict.fromkeys(_checked_texts("texts", texts)))
     options: dict[str, Any] = {"prompt": prompt, "batch_size": batch_size}
     if show_progress_bar is None:
         show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
@@ -1115,7 +1151,10 @@ def _scored_pairs(sts: Any) -> tuple[list[str], list[str], list[float]]:
             f"sts must hold as many first texts as second texts and scores, 2 or more: got {len(first)}, {len(second)} "
             f"and {len(scores)}."
         )
-    return first, second, [float(score) for score in scores]
+    scores = [float(score) for score in scores]
+    if not np.isfinite(scores).all():
+        raise ValueError("sts holds scores that are no finite numbers; leave these rows out.")
+    return first, second, scores
 
 
 def _spearman(values: Any, others: Any) -> float:
