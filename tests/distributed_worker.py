@@ -134,7 +134,11 @@ def run_resumed(model_folder, folder, stop):
 
 
 # What has no projections and so must run where the model is sharded.
-WITHOUT_PROJECTIONS = {"CKA alone": {"attention_weight": 0, "pic_weight": 0}, "alpha=1": {"alpha": 1}}
+WITHOUT_PROJECTIONS = {
+    "CKA alone": {"attention_weight": 0, "pic_weight": 0},
+    "frozen lifts": {"lift_init": "frozen", "pic_weight": 0},
+    "alpha=1": {"alpha": 1},
+}
 
 
 def sharded(model):

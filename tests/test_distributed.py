@@ -118,7 +118,7 @@ def test_projections_beside_a_sharded_model_are_refused(ranks):
         assert rank["refusals"].keys() == {"made", "given", "run", "moved"}
         for words in rank["refusals"].values():
             assert words.startswith("FSDP takes over the optimizer with the parameters of the model")
-            assert "attention_weight=0 and pic_weight=0" in words
+            assert "lift_init='frozen' and pic_weight=0" in words
 
 
 def wrapped_by(name):

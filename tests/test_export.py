@@ -1,16 +1,22 @@
 """Invariants of export_truncated: equals its grid cell, loads without this package, leaves the original alone."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import BoW, Normalize, Pooling, StaticEmbedding, Transformer
+from transformers import LongformerConfig, RwkvConfig
 
-from conftest import sentences
+from conftest import TAILS, WIDTH, assemble, make_tokenizer, save_encoder, sentences
 from evaluation_fixtures import tiny_model
+from mipic_st import set_matryoshka_config
 from mipic_st.embedding_store import EmbeddingStore
 from mipic_st.export import export_truncated, measure_speedup
+from mipic_st.layers import encode_layers
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "modernbert", "qwen3"])
@@ -23,6 +29,57 @@ def test_export_equals_its_grid_cell(tmp_path, kind, layer, dim):
     cell = store.view(dim or 32, layer=layer).encode(texts, show_progress_bar=False)
     exported = export_truncated(model, layer, dim)
     np.testing.assert_allclose(exported.encode(texts), cell, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+@pytest.mark.parametrize("name", TAILS)
+def test_every_tail_can_be_cut(tmp_path, name, layer):
+    """Also one that ends in an activation, a residual or a norm, behind which the cut is a module of its own."""
+    model = assemble(save_encoder(tmp_path / "encoder"), tail=name)
+    cell = EmbeddingStore(model, None if layer is None else [layer]).view(8, layer=layer).encode(sentences(20))
+    exported = export_truncated(model, layer, 8)
+    np.testing.assert_allclose(exported.encode(sentences(20)), cell, atol=1e-5)
+    exported.save_pretrained(str(tmp_path / "small"))
+    loaded = SentenceTransformer(str(tmp_path / "small"), device="cpu")
+    np.testing.assert_allclose(loaded.encode(sentences(20)), cell, atol=1e-5)
+
+
+@pytest.mark.parametrize("behind", [[], [Normalize()]])
+def test_static_embeddings_can_be_cut(behind):
+    """They have no layers, but dims."""
+    words = StaticEmbedding(make_tokenizer().backend_tokenizer, embedding_dim=16)
+    model = SentenceTransformer(modules=[words, *behind], device="cpu")
+    cell = EmbeddingStore(model).view(4).encode(sentences(20))
+    np.testing.assert_allclose(export_truncated(model, dim=4).encode(sentences(20)), cell, atol=1e-5)
+
+
+def test_a_model_without_weights_is_refused():
+    """A bag of words has nothing to cut."""
+    model = SentenceTransformer(modules=[BoW(["cat", "dog"])], device="cpu")
+    with pytest.raises(TypeError, match="the model's BoW has no weights"):
+        export_truncated(model, dim=1)
+
+
+def encoder_of(kind, **options):
+    """A config's maker, for conftest's save_encoder."""
+    return lambda layers: kind(hidden_size=WIDTH, num_hidden_layers=layers, **options)
+
+
+def test_settings_per_layer_are_cut_with_the_layers(tmp_path):
+    """Longformer has a window for each layer, and counts them."""
+    sizes = {"num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 70, "pad_token_id": 0}
+    encoder = encoder_of(LongformerConfig, attention_window=[4, 4, 8], **sizes)
+    model = assemble(save_encoder(tmp_path / "encoder", encoder))
+    exported = export_truncated(model, layer=2)
+    assert exported[0].auto_model.config.attention_window == [4, 4]
+    np.testing.assert_allclose(exported.encode(sentences(9)), encode_layers(model, sentences(9), [2])[:, 0], atol=1e-4)
+
+
+def test_what_cannot_be_built_smaller_is_named(tmp_path):
+    """RWKV divides by the number of its layers less one: what its own code raises is said, and what to do."""
+    model = assemble(save_encoder(tmp_path / "encoder", encoder_of(RwkvConfig, attention_hidden_size=WIDTH)))
+    with pytest.raises(TypeError, match=r"RwkvModel cannot be built with 1 of its 3 layers \(.*\); leave layer out"):
+        export_truncated(model, layer=1)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "modernbert"])
@@ -69,6 +126,74 @@ def test_export_leaves_the_original_alone(tmp_path):
     np.testing.assert_array_equal(model.encode(["the cat sits"]), before)
     assert model[0].auto_model.config.num_hidden_layers == 4
     assert exported[0].auto_model.config.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "dim", "dims", "chain"),
+    [
+        (2, 8, [4, 8], [[8, 1]]),
+        (None, 12, [4, 8, 12], [[8, 1]]),
+        (2, None, [4, 8, 16, 32], [[8, 1], [16, 2]]),
+        (None, 4, None, None),
+    ],
+)
+def test_the_config_says_what_the_cut_model_can(tmp_path, layer, dim, dims, chain):
+    """Dims up to its width, its width among them, and pairs of layers that it still has; the original keeps its own."""
+    model = tiny_model(tmp_path)
+    set_matryoshka_config(model, [4, 8, 16, 32], [(8, 1), (16, 2), (32, 3)])
+    export_truncated(model, layer, dim).save_pretrained(str(tmp_path / "small"))
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    found = [config.get(name) for name in ("is_matryoshka", "matryoshka_dimensions", "mipic_chain")]
+    assert found == [dims and True, dims, chain]
+    assert model[0].auto_model.config.matryoshka_dimensions == [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize(("layer", "dim"), [(2, None), (None, 8), (2, 8)])
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_adapters_are_merged(tmp_path, way, layer, dim):
+    """Added by either way of PEFT: the export is a plain model with the adapted vectors, and the original stays."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model = assemble(save_encoder(tmp_path / "encoder"))
+    plain = model.encode(sentences(9))
+    encoder, config = model[0].auto_model, peft.LoraConfig(r=4, target_modules=["query", "value"])
+    if way == "get_peft_model":
+        model[0].auto_model = peft.get_peft_model(encoder, config)
+    else:
+        # what transformers' add_adapter does, without its check of PEFT's version
+        peft.inject_adapter_in_model(config, encoder)
+        encoder._hf_peft_config_loaded = True
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted = model.eval().encode(sentences(9))
+    assert np.abs(adapted - plain).max() > 0.1
+    cell = EmbeddingStore(model, None if layer is None else [layer]).view(dim or WIDTH, layer=layer)
+    expected = cell.encode(sentences(9))
+    exported = export_truncated(model, layer, dim)
+    np.testing.assert_allclose(exported.encode(sentences(9)), expected, atol=1e-5)
+    assert type(exported[0].auto_model) is type(encoder)
+    assert not any("lora" in name for name in exported.state_dict())
+    np.testing.assert_array_equal(model.encode(sentences(9)), adapted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("architecture", "kept"), [("qwen3", "inv_freq"), ("modernbert", "inv_freq"), ("t5", "DenseReluDense.wo.weight")]
+)
+def test_every_tensor_keeps_its_precision(tmp_path, architecture, kept, dtype):
+    """What transformers holds in float32 beside half-precision weights stays so: rotary frequencies, T5's output."""
+    transformer = Transformer(str(save_encoder(tmp_path / "encoder", architecture)), model_kwargs={"dtype": dtype})
+    model = SentenceTransformer(modules=[transformer, Pooling(WIDTH, "mean")], device="cpu")
+
+    def precisions(model):
+        encoder = model[0].auto_model
+        return {name: value.dtype for name, value in (*encoder.named_parameters(), *encoder.named_buffers())}
+
+    before = precisions(model)
+    if (architecture, dtype) != ("t5", torch.bfloat16):  # which holds all of it
+        assert any(kept in name and found == torch.float32 for name, found in before.items())
+    after = precisions(export_truncated(model, 2, 8))
+    assert after == {name: before[name] for name in after}
 
 
 def test_export_keeps_prompts_and_similarity(tmp_path):

@@ -174,6 +174,17 @@ def test_where_the_base_loss_cannot_bear_them_they_are_named_at_that_step(tiny_m
     assert all(parameter.isfinite().all() for parameter in loss.parameters())
 
 
+@pytest.mark.parametrize("alpha", [1, 0.5])
+@pytest.mark.parametrize("base", list(BASES))
+def test_a_column_of_empty_texts_is_named(tiny_model, base, alpha):
+    """The encoder has nothing to run on: the texts' places, not a shape of it."""
+    model = bare(tiny_model(training=True))
+    loss = MIPICLoss(model, BASES[base](model), DIMS, alpha=alpha)
+    features = [model.preprocess(texts) for texts in (sentences(2), ["", "  "])]
+    with pytest.raises(ValueError, match=r"no token at all.*no token in text 1 of input column 2, text 2 of input"):
+        loss(features, None)
+
+
 @pytest.mark.parametrize("base", list(BASES))
 @pytest.mark.parametrize("dims", [[32], [32, 16], DIMS])
 def test_what_does_not_overflow_is_not_refused(tiny_model, dims, base):

@@ -719,6 +719,24 @@ def test_a_damaged_result_file_is_named(model, tiny_tasks, tmp_path, monkeypatch
     assert run(model, tiny_tasks[:1], [8], tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entries: entries[0].update(main_score="high"),
+        lambda entries: entries.append({**entries[0], "main_score": 0.9}),
+    ],
+)
+def test_scores_that_cannot_be_are_named(model, tiny_tasks, tmp_path, damage):
+    """A text in the place of a score, and two scores of one subset, whose mean would pass for one."""
+    run(model, tiny_tasks[:1], [8], tmp_path)
+    (path,) = tmp_path.rglob("STS13.json")
+    content = json.loads(path.read_text())
+    damage(content["scores"]["test"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"is no result file of mteb for STS13.*Delete it, or run"):
+        run(model, tiny_tasks[:1], [8], tmp_path)
+
+
 def test_a_file_of_another_task_is_refused(model, tiny_tasks, tmp_path):
     """A copied or renamed file is no result."""
     run(model, tiny_tasks, [8], tmp_path)

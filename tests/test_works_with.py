@@ -52,7 +52,7 @@ LINES = [
      ["test_callback.py::test_the_config_says_matryoshka", "test_callback.py::test_the_model_card_lists_the_loss"]),
     ("Flattened inputs (flash attention)", "refused, with the switch that helps",
      ["test_modes.py::test_flattened_inputs_are_refused"]),
-    ("FSDP", "without projections (`attention_weight=0, pic_weight=0`, or `alpha=1`); projections are refused",
+    ("FSDP", "without projections (the defaults: `lift_init=\"frozen\", pic_weight=0`); projections are refused",
      ["test_distributed.py::test_without_projections_a_sharded_model_trains",
       "test_distributed.py::test_projections_beside_a_sharded_model_are_refused",
       "test_distributed.py::test_the_trainer_refuses_projections_at_its_construction"]),

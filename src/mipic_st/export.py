@@ -59,7 +59,8 @@ def export_truncated(
         A SentenceTransformer on the same device, in evaluation mode. `measure_speedup` says how much faster it is.
 
     Raises:
-        TypeError: If ``layer`` is given for a model without layers.
+        TypeError: If ``layer`` is given for a model without layers, or whose code does not allow fewer of them, or the
+            model has no weights at all.
         ValueError: If layer or dim is out of range, neither is given, or ``texts`` or ``cuts`` are given without a
             layer below the depth, both, or for another layer.
         RuntimeError: If the cut model does not reproduce what it should.
@@ -75,6 +76,8 @@ def export_truncated(
     if dim is not None:
         (dim,) = checked_dims("dim", [dim], full_width(model))
     normalize = checked_flag("normalize", normalize)
+    if next(model.parameters(), None) is None:
+        raise TypeError(f"the model's {type(model[0]).__name__} has no weights, so there is nothing to cut.")
     memo: dict[int, Any] = {}
     auto_models = [module.auto_model for module in model.modules() if isinstance(module, Transformer)]
     for auto_model in auto_models:
@@ -179,11 +182,18 @@ def _cut_backbone(auto_model: Any, layer: int) -> Any:
     text_config = config.get_text_config()
     depth = text_config.num_hidden_layers
     text_config.num_hidden_layers = layer
-    # per-layer lists (attention kinds of Qwen3, Gemma3, ModernBERT) follow the number of layers
-    for name, value in list(vars(text_config).items()):
-        if name == "layer_types" and isinstance(value, (list, tuple)) and len(value) == depth:
+    # lists whose length is checked: attention kinds of Qwen3, Gemma3, ModernBERT, windows of Longformer
+    for name in ("layer_types", "attention_window"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, (list, tuple)) and len(value) == depth:
             setattr(text_config, name, list(value[:layer]))
-    cut = type(auto_model)(config)
+    try:
+        cut = type(auto_model)(config)
+    except Exception as error:  # the architecture's own code may raise anything
+        raise TypeError(
+            f"{type(auto_model).__name__} cannot be built with {layer} of its {depth} layers "
+            f"({type(error).__name__}: {error}); leave layer out."
+        ) from error
     weights = dict(auto_model.named_parameters())
     missing = [
         name for name, value in cut.named_parameters() if name not in weights or weights[name].shape != value.shape
@@ -207,7 +217,8 @@ def _first_values(modules: list[Any], dim: int, width: int) -> list[Any]:
     last = modules[-1]
     if not ends_linearly(last):
         # sentence-transformers has no module that cuts
-        return [*modules, identity_dense(torch.eye(width, dim), torch.nn.Sequential(*modules))]
+        like = next(module for module in reversed(modules) if next(module.parameters(), None) is not None)
+        return [*modules, identity_dense(torch.eye(width, dim), like)]
     cut = Dense(
         in_features=last.in_features,
         out_features=dim,

@@ -470,6 +470,7 @@ class MIPICLoss(nn.Module):
 
         Raises:
             TypeError: If ``sentence_features`` is no list of dicts.
+            ValueError: If all texts of a column are empty.
         """
         # A single dict would be taken for a list of its keys.
         features = list(sentence_features)
@@ -480,6 +481,11 @@ class MIPICLoss(nn.Module):
                 f"{type(features[0]).__name__}."
             )
         self._batches += self.model.training
+        masks = [column.get("attention_mask") for column in features]
+        if any(isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == 0 for mask in masks):
+            # encoders fail on a column of length 0, each in its own words
+            where = self._empty_texts(features)
+            raise ValueError(f"MIPICLoss: a column has no token at all at {self._place()}. {where}")
         if self._batches < 2:
             check_not_sharded(self.model, self.mipic_projections)
         if self._uses_cache:

@@ -609,10 +609,14 @@ class _Results:
     def _read(self, path: Path, name: str) -> Any:
         try:
             result = _import_mteb().TaskResult.from_disk(path)
-            if result.task_name != name or not all(
-                {"hf_subset", "main_score"} <= set(entry) for entries in result.scores.values() for entry in entries
-            ):
+            entries = [(split, entry) for split, entries in result.scores.items() for entry in entries]
+            if result.task_name != name or not all({"hf_subset", "main_score"} <= set(entry) for _, entry in entries):
                 raise ValueError(f"it holds no scores of {name}")
+            if len({(split, entry["hf_subset"]) for split, entry in entries}) < len(entries):
+                raise ValueError("it holds two scores of one subset")
+            for _, entry in entries:
+                if entry["main_score"] is not None:
+                    float(entry["main_score"])
         except Exception as error:
             raise ValueError(
                 f"{str(path)!r} is no result file of mteb for {name}, perhaps it was cut off while it was written "

@@ -107,8 +107,8 @@ def check_not_sharded(model: nn.Module, projections: nn.Module) -> None:
     if name is not None:
         raise ValueError(
             f"{name} takes over the optimizer with the parameters of the model, and would lose the projections of "
-            "MIPICLoss. Train with DistributedDataParallel, or without projections: attention_weight=0 and "
-            "pic_weight=0 (SIA's CKA term has none), or alpha=1."
+            "MIPICLoss. Train with DistributedDataParallel, or without projections, as the defaults do: "
+            "lift_init='frozen' and pic_weight=0; or alpha=1."
         )
 
 
