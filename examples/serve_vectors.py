@@ -20,6 +20,7 @@ stored vectors. Recall is the share of the ten nearest vectors at full width, in
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import tempfile
@@ -335,8 +336,22 @@ def measure(
         yield [engine.title, str(dim), stored, str(size), *scores, f"{took[dim, kind]:.2f}"]
 
 
+def installed(names: Sequence[str]) -> list[str]:
+    """The engines that can be used; says how to install the others, and the versions of these."""
+    present, versions = [], []
+    for name in names:
+        if any(importlib.util.find_spec(package) is None for package in ENGINES[name].packages):
+            print(f"{ENGINES[name].title} is left out: pip install {INSTALL[name]}")
+            continue
+        present.append(name)
+        versions += [f"{each} {importlib.metadata.version(each.split('[')[0])}" for each in INSTALL[name].split()]
+    print(f"with {', '.join(versions) or 'nothing'}")
+    return present
+
+
 def main() -> None:
     args = parse_args()
+    present = installed(args.engines)
     if args.vectors:
         vectors, queries = (unit_length(np.load(file).astype(np.float32)) for file in (args.vectors, args.queries))
     else:
@@ -349,12 +364,8 @@ def main() -> None:
     truth = [np.argsort(-row)[:NEIGHBORS] for row in queries @ vectors.T]
     names = ["engine", "dims", "type", "bytes", *(f"recall@{NEIGHBORS}, {space}" for space in spaces), "ms"]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}", flush=True)
-    for name in args.engines:
-        engine = ENGINES[name]
-        if any(importlib.util.find_spec(package) is None for package in engine.packages):
-            print(f"{engine.title} is left out: pip install {INSTALL[name]}")
-            continue
-        for row in measure(engine, spaces, truth, args):
+    for name in present:
+        for row in measure(ENGINES[name], spaces, truth, args):
             print(f"| {' | '.join(row)} |", flush=True)
 
 
