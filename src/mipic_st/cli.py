@@ -145,8 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     served = commands.add_parser(
         "save",
         help="save a model in the form that a server reads",
-        description="tei: text-embeddings-inference, whose module paths and pooling keys are older ones. onnx: a file "
-        "whose token states are behind the model's linear tail, for runtimes that pool by themselves.",
+        description="tei: the form of text-embeddings-inference, with older module paths and pooling keys, which older "
+        "releases of vLLM, and infinity, need too. onnx: a file whose token states are behind the model's linear tail, "
+        "for runtimes that pool by themselves.",
         epilog="example:\n  mipic-st save ./rotated --format onnx --output ./rotated-onnx",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """What serving engines need beyond a saved model, and a check that they give the model's vectors.
 
-- :func:`save_for_tei` writes the folder in the older form that text-embeddings-inference reads.
+- :func:`save_for_tei` writes the folder in the older form that text-embeddings-inference reads, and others with it.
 - :func:`export_onnx` writes an ONNX file whose ``last_hidden_state`` is behind the model's linear tail already, for
   runtimes that pool by themselves and know no Dense layers.
 - :func:`check_endpoint` compares a running server with the model, where a missing Dense layer shows: full-width
@@ -9,10 +9,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -51,7 +52,8 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
 
     What sentence-transformers 5.4 and newer save has other module paths and pooling keys: there the server leaves Dense
     layers out, and a rotated model would serve vectors that were not rotated. sentence-transformers itself reads this
-    form too, with the same vectors.
+    form too, with the same vectors. So do vLLM, whose releases before September 2026 know no other, and infinity, which
+    runs sentence-transformers 3.
 
     Args:
         model: A model of Transformer, Pooling, and Dense and Normalize behind it.
@@ -278,7 +280,8 @@ def check_endpoint(
 
     Args:
         model: The model that the server is meant to serve.
-        url: Address of the server, e.g. ``http://localhost:8000``, or of its ``.../embeddings`` route.
+        url: Address of the server, e.g. ``http://localhost:8000``, which gets ``/v1/embeddings``, or of its route if
+            that ends with ``/embeddings``, as infinity's does without ``/v1``.
         dim: Asks the server for so many dims (``dimensions`` in the request). None asks for the full width.
         name: The model's name in the request.
         texts: What is embedded; no prompt is put before it.
@@ -318,9 +321,10 @@ def check_endpoint(
     common = min(served.shape[1], width)
     worst = _distance(served, own[:, :common])
     if not worst <= tolerance:
-        bare = _without_tail(model, texts)
-        if bare is not None and bare.shape[1] >= common and _distance(served, bare[:, :common]) <= tolerance:
-            findings.append("its vectors are those in front of the Dense layers: the server leaves them out")
+        for finding, vectors in _misread(model, texts):
+            if vectors.shape[1] >= common and _distance(served, vectors[:, :common]) <= tolerance:
+                findings.append(finding)
+                break
         else:
             findings.append(f"its vectors are others than the model's, by {worst:.2f}")
     return EndpointCheck(not findings, worst, tuple(findings))
@@ -330,14 +334,31 @@ def _distance(vectors: np.ndarray, others: np.ndarray) -> float:
     return float(np.linalg.norm(unit_length(vectors) - unit_length(others), axis=1).max())
 
 
-def _without_tail(model: SentenceTransformer, texts: list[str]) -> np.ndarray | None:
-    """The pooled states, or None if the model has no tail that a server could leave out."""
-    if not any(isinstance(module, Dense) for module in model.children()):
-        return None
-    kept = [module for module in model.children() if not isinstance(module, Dense)]
-    bare = SentenceTransformer(modules=kept, device=str(model.device))
+def _misread(model: SentenceTransformer, texts: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """What a server gives that skips Dense layers, or that pools as it likes, and how to say so."""
+    modules = list(model.children())
+    left_out = "its vectors are those in front of the Dense layers: the server leaves them out"
+    without_tail = [module for module in modules if not isinstance(module, Dense)]
+    tails = [("", modules)] + ([(left_out, without_tail)] if len(without_tail) < len(modules) else [])
+    if tails[1:]:
+        yield left_out, _encoded(model, without_tail, texts)
+    if len(modules) < 2 or not isinstance(modules[1], Pooling):
+        return
+    own, width = modules[1].pooling_mode, modules[1].embedding_dimension
+    for mode in ("mean", "cls", "lasttoken"):
+        if mode == own:
+            continue
+        said = f"its vectors are pooled by {mode!r} where the model has {own!r}: the server does not read the pooling"
+        for also, kept in tails:
+            pooled = [kept[0], Pooling(width, mode), *kept[2:]]
+            yield f"{said}{', and leaves the Dense layers out' if also else ''}", _encoded(model, pooled, texts)
+
+
+def _encoded(model: SentenceTransformer, modules: list[nn.Module], texts: list[str]) -> np.ndarray:
+    """Vectors of the model with other modules behind its encoder."""
+    other = SentenceTransformer(modules=modules, device=str(model.device))
     with evaluation_mode(model):
-        return np.asarray(bare.encode(texts, prompt="", show_progress_bar=False), np.float32)
+        return np.asarray(other.encode(texts, prompt="", show_progress_bar=False), np.float32)
 
 
 def _ask(url: str, texts: list[str], dim: int | None, name: str, api_key: str | None, timeout: float) -> np.ndarray:
@@ -354,8 +375,11 @@ def _ask(url: str, texts: list[str], dim: int | None, name: str, api_key: str | 
             given = answer.read()
     except urllib.error.HTTPError as error:
         told = error.read(500).decode(errors="replace")
-        raise ConnectionError(f"{route} refuses the request with status {error.code}: {told}") from error
-    except OSError as error:
+        hint = "; if its route is another one, give it whole, as in http://host:port/embeddings"
+        raise ConnectionError(
+            f"{route} refuses the request with status {error.code}: {told}{hint if error.code == 404 else ''}"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:  # the second is what no HTTP server, or no address, gives
         raise ConnectionError(f"{route} cannot be reached: {error}; is the server running?") from error
     try:
         rows = sorted(json.loads(given)["data"], key=lambda row: row["index"])
