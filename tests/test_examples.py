@@ -56,6 +56,66 @@ def test_retrieval_scores_both_measures_before_and_after():
     assert table_rows(printed)[384] != rows[384]
 
 
+@pytest.fixture
+def own_retrieval(tiny_model, tmp_path):
+    """The arguments of retrieval.py for a tiny model and files, with a word of prompt on each side; what they hold."""
+    import pandas as pd
+
+    from conftest import sentences
+
+    tiny_model(normalize=True).save_pretrained(str(tmp_path / "tiny"))
+    queries = {f"q{row}": text for row, text in enumerate(sentences(8, 1))}
+    corpus = {f"d{row}": text for row, text in enumerate(sentences(30, 2))}
+    relevant = {query: {f"d{row}", f"d{row + 5}"} for row, query in enumerate(queries)}
+    for name, texts in (("queries", queries), ("corpus", corpus)):
+        pd.DataFrame({"id": texts.keys(), "text": texts.values()}).to_csv(tmp_path / f"{name}.csv", index=False)
+    rows = [{"query_id": query, "doc_id": document} for query, both in relevant.items() for document in both]
+    pd.DataFrame(rows).to_csv(tmp_path / "qrels.csv", index=False)
+    pairs = {"query": sentences(80, 3), "document": sentences(80, 4)}
+    pd.DataFrame(pairs).to_csv(tmp_path / "pairs.csv", index=False)
+    prompts = ["--query-prompt", "woman ", "--document-prompt", "book "]
+    files = [f"--{name}={tmp_path / name}.csv" for name in ("queries", "corpus", "qrels", "pairs")]
+    arguments = ["retrieval.py", "--smoke", "--model", tmp_path / "tiny", "--dims", 32, 8, *prompts]
+    return arguments, files, (queries, corpus, relevant)
+
+
+def test_retrieval_of_own_files_is_what_sentence_transformers_finds(run_here, own_retrieval, tmp_path):
+    """Both measures, before the rotation, are those of its own evaluator on cut vectors, with the prompts."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    arguments, files, data = own_retrieval
+    rows = table_rows(run_here(*arguments, *files))
+    model = SentenceTransformer(str(tmp_path / "tiny"), device="cpu")
+    for dim in (32, 8):
+        native = InformationRetrievalEvaluator(
+            *data, name="own", query_prompt="woman ", corpus_prompt="book ", truncate_dim=dim
+        )(model)
+        expected = [100 * native[f"own_cosine_{measure}"] for measure in ("ndcg@10", "accuracy@1")]
+        assert rows[dim][::2] == pytest.approx(expected, abs=0.011)
+
+
+def test_retrieval_of_nano_beir_prints_its_mean(run_here, own_retrieval, tmp_path, monkeypatch):
+    """With --nano-beir the table has the mean over the named sets, here made on the spot."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import NanoBEIREvaluator
+
+    arguments, files, (queries, corpus, relevant) = own_retrieval
+    parts = {
+        "corpus": [{"_id": name, "text": text} for name, text in corpus.items()],
+        "queries": [{"_id": name, "text": text} for name, text in queries.items()],
+        "qrels": [{"query-id": name, "corpus-id": document} for name, both in relevant.items() for document in both],
+    }
+    monkeypatch.setattr(
+        NanoBEIREvaluator, "_load_dataset_subset_split", lambda self, subset, split, required_columns: parts[subset]
+    )
+    rows = table_rows(run_here(*arguments, "--nano-beir", "msmarco", "nq", files[-1]))
+    model = SentenceTransformer(str(tmp_path / "tiny"), device="cpu")
+    native = NanoBEIREvaluator(["msmarco", "nq"], query_prompts="woman ", corpus_prompts="book ")(model)
+    expected = [100 * native[f"NanoBEIR_mean_cosine_{measure}"] for measure in ("ndcg@10", "accuracy@1")]
+    assert rows[32][::2] == pytest.approx(expected, abs=0.011)
+
+
 @needs_model
 def test_quickstart_prints_scores_before_and_after():
     """A number for each stage and the whole gain at each dim; the terms of the loss are logged one by one."""
