@@ -569,6 +569,31 @@ def test_the_model_card_lists_the_loss(tiny_model, tmp_path):
     assert "2604.24374" in card
 
 
+def test_the_card_of_a_trained_model_says_how_to_cut(tiny_model, tmp_path):
+    """The saved README.md has the tag and a line with truncate_dim; in place of the line of a rotation before it."""
+    model, loss = fresh(tiny_model)
+    set_matryoshka_config(model, [2, 32])
+    make_trainer(model, loss, tmp_path / "run", max_steps=1, callbacks=[MIPICCallback(loss)]).train()
+    model.save(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "generated_from_trainer" in card
+    assert card.count("- matryoshka\n") == 1
+    line = "can be cut to 4, 8 or 16 values: load the model with `SentenceTransformer(..., truncate_dim=8)`"
+    assert card.count("truncate_dim") == card.count(line) == 1
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu", truncate_dim=8)
+    assert loaded.encode("a red house", normalize_embeddings=True).shape == (8,)
+
+
+def test_a_model_without_smaller_dims_has_no_such_line(tiny_model, tmp_path):
+    """The full width alone is no Matryoshka model to a reader."""
+    model = tiny_model()
+    set_matryoshka_config(model, [WIDTH])
+    model.save(str(tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    assert "truncate_dim" not in card
+    assert "- matryoshka\n" not in card
+
+
 # --- the keeper -------------------------------------------------------------------------------------------------------
 
 

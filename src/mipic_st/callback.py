@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mipic_st.backbone import unwrap
 from mipic_st.loss import MIPICLoss
-from mipic_st.model_config import set_matryoshka_config
+from mipic_st.model_config import extend_model_card, set_matryoshka_config
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class MIPICCallback(TrainerCallback):
       have it.
     - In fp16 training, batches whose loss is not finite are left to the gradient scaler, which skips them.
     - ``config.json`` of checkpoints and of the trained model gets the keys of
-      :func:`mipic_st.model_config.set_matryoshka_config`.
+      :func:`mipic_st.model_config.set_matryoshka_config`, and the model card the tag ``matryoshka`` and a line on
+      loading with ``truncate_dim``.
 
     With ``hub_strategy="checkpoint"`` the upload starts before callbacks see the checkpoint, so the projections may be
     missing in it. Under FSDP and DeepSpeed, MIPICLoss refuses to have projections.
@@ -263,6 +265,8 @@ class MIPICCallback(TrainerCallback):
         chain = {pair for loss in self.losses.values() for pair in loss.pic_chain}
         if any(isinstance(module, Transformer) for module in model.modules()):
             set_matryoshka_config(model, sorted(dims), sorted(chain))
+        else:  # no config, but a card
+            extend_model_card(unwrap(model), dims)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

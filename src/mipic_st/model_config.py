@@ -1,8 +1,10 @@
-"""What the model's ``config.json`` says about dims, for serving engines and for readers."""
+"""What the model's ``config.json`` and its model card say about dims, for serving engines and for readers."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
@@ -10,6 +12,9 @@ from torch import nn
 
 from mipic_st._checks import checked_dims, checked_pairs
 from mipic_st.backbone import embedding_width, full_width, layer_count, unwrap
+
+_CUT = "Its vectors can be cut"
+_SECTION = "## Truncated embeddings"
 
 
 def set_matryoshka_config(
@@ -19,7 +24,8 @@ def set_matryoshka_config(
 
     The keys are ``is_matryoshka: true``, ``matryoshka_dimensions: [...]`` and, with a chain,
     ``mipic_chain: [[dim, layer], ...]``. A model with several encoders (Router) gets them in each. Saving a model
-    with adapters (PEFT) writes no ``config.json``: call this again after merging them.
+    with adapters (PEFT) writes no ``config.json``: call this again after merging them. The model card gets the tag
+    ``matryoshka`` and a line on loading with ``truncate_dim``.
 
     Args:
         model: SentenceTransformer model.
@@ -49,6 +55,52 @@ def set_matryoshka_config(
         config.matryoshka_dimensions = dims
         if pairs:
             config.mipic_chain = [list(pair) for pair in pairs]
+    extend_model_card(inner, dims)
+
+
+def extend_model_card(model: nn.Module, dims: Iterable[int], introduction: str = "") -> None:
+    """Say in the model card at which dims the model can be used: the tag ``matryoshka``, and a line on how to load it.
+
+    A card that sentence-transformers writes anew, as it does after training, has the line behind what the model can be
+    used for. A card that came with the model is saved again as it is, so it gets a section. What was said about other
+    dims before is replaced.
+
+    Args:
+        model: The model whose card it is; anything else is passed over.
+        dims: Its dims. If none is below the width, nothing is said.
+        introduction: What comes before the line in the section of a loaded card.
+    """
+    if not isinstance(model, SentenceTransformer):
+        return
+    smaller = sorted(dim for dim in set(dims) if dim < full_width(model))
+    if not smaller:
+        return
+    listed = " or ".join(filter(None, [", ".join(map(str, smaller[:-1])), str(smaller[-1])]))
+    usage = (
+        f"{_CUT} to {listed} values: load the model with `SentenceTransformer(..., truncate_dim="
+        f"{smaller[len(smaller) // 2]})` and encode with `normalize_embeddings=True`"
+    )
+    data = model.model_card_data
+    data.add_tags(["matryoshka"])
+    if data.task_name is not None:
+        # the template ends the sentence with a full stop
+        data.task_name = f"{data.task_name.partition(f'. {_CUT}')[0]}. {usage}"
+    _extend_loaded_card(model, f"{introduction} {usage}.".strip())
+
+
+def _extend_loaded_card(model: SentenceTransformer, text: str) -> None:
+    from huggingface_hub import ModelCard
+
+    # private: sentence-transformers has no other way to a loaded card. Without it the tag remains.
+    content = getattr(model, "_model_card_text", None)
+    if not isinstance(content, str):
+        return
+    card: Any = ModelCard(content, ignore_metadata_errors=True)
+    tags = card.data.get("tags") or []
+    card.data.tags = tags if "matryoshka" in tags else [*tags, "matryoshka"]
+    others = re.sub(rf"\n+{_SECTION}\n.*?(?=\n#|\Z)", "", card.text.rstrip(), flags=re.DOTALL)
+    card.text = f"{others.rstrip()}\n\n{_SECTION}\n\n{text}\n"
+    model._model_card_text = str(card)  # type: ignore[assignment]
 
 
 def restate_config(exported: SentenceTransformer, layer: int | None, dim: int | None) -> None:
@@ -70,6 +122,7 @@ def restate_config(exported: SentenceTransformer, layer: int | None, dim: int | 
                 delattr(config, name)
         if dims:
             config.is_matryoshka, config.matryoshka_dimensions = True, [*sorted(dims), width]
+            extend_model_card(exported, dims)
         pairs = getattr(config, "mipic_chain", None)
         if pairs is not None:
             delattr(config, "mipic_chain")

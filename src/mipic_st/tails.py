@@ -56,7 +56,7 @@ from mipic_st.backbone import (
 )
 from mipic_st.embedding_store import unit_length
 from mipic_st.layers import encode_layers
-from mipic_st.model_config import set_matryoshka_config
+from mipic_st.model_config import extend_model_card, set_matryoshka_config
 from mipic_st.sia import no_autocast
 
 if TYPE_CHECKING:
@@ -969,29 +969,12 @@ def _describe_rotation(model: SentenceTransformer, dims: Sequence[int], rotation
     inner = unwrap(model)
     if any(isinstance(module, Transformer) for module in inner.modules()):
         set_matryoshka_config(inner, sorted({*dims, width}))
-    _extend_model_card(
+    extend_model_card(
         inner,
-        "Truncated embeddings",
+        dims,
         "The embedding space was rotated with mipic-st, so that the first values of a vector say most. Full-width "
-        "cosine similarities are those of the original model. Load the model with `truncate_dim` set to one of "
-        f"{list(rotation.dims)} and encode with `normalize_embeddings=True`.",
+        "cosine similarities are those of the original model.",
     )
-
-
-def _extend_model_card(model: SentenceTransformer, heading: str, text: str) -> None:
-    """Say it in the card: by a tag, and in the text of a card that came with the model and is saved again as it is."""
-    from huggingface_hub import ModelCard
-
-    model.model_card_data.add_tags(["matryoshka"])
-    # private: sentence-transformers has no other way to a loaded card. Without it the tag remains.
-    content = getattr(model, "_model_card_text", None)
-    if not isinstance(content, str) or text in content:
-        return
-    card: Any = ModelCard(content, ignore_metadata_errors=True)
-    tags = card.data.get("tags") or []
-    card.data.tags = tags if "matryoshka" in tags else [*tags, "matryoshka"]
-    card.text = f"{card.text.rstrip()}\n\n## {heading}\n\n{text}\n"
-    model._model_card_text = str(card)  # type: ignore[assignment]
 
 
 # --- layer cuts -------------------------------------------------------------------------------------------------------
