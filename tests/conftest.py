@@ -291,3 +291,18 @@ def add_lora(model: SentenceTransformer, **config: Any) -> None:
         if "version of PEFT" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+def put_lora(model: SentenceTransformer, way: str) -> None:
+    """Adapters that change the vectors, by PEFT alone: no version of transformers refuses that."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    encoder, config = model[0].auto_model, peft.LoraConfig(r=4, target_modules=["query", "value"])
+    if way == "get_peft_model":
+        model[0].auto_model = peft.get_peft_model(encoder, config)
+    else:  # what transformers' add_adapter does
+        peft.inject_adapter_in_model(config, encoder)
+        encoder._hf_peft_config_loaded = True
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.eval()

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import BoW, Normalize, Pooling, StaticEmbedding, Transformer
 from transformers import LongformerConfig, RwkvConfig
 
-from conftest import TAILS, WIDTH, assemble, make_tokenizer, save_encoder, sentences
+from conftest import TAILS, WIDTH, assemble, make_tokenizer, put_lora, save_encoder, sentences
 from evaluation_fixtures import tiny_model
 from mipic_st import set_matryoshka_config
 from mipic_st.embedding_store import EmbeddingStore
@@ -152,26 +152,16 @@ def test_the_config_says_what_the_cut_model_can(tmp_path, layer, dim, dims, chai
 @pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
 def test_adapters_are_merged(tmp_path, way, layer, dim):
     """Added by either way of PEFT: the export is a plain model with the adapted vectors, and the original stays."""
-    peft = pytest.importorskip("peft", reason="needs peft")
     model = assemble(save_encoder(tmp_path / "encoder"))
-    plain = model.encode(sentences(9))
-    encoder, config = model[0].auto_model, peft.LoraConfig(r=4, target_modules=["query", "value"])
-    if way == "get_peft_model":
-        model[0].auto_model = peft.get_peft_model(encoder, config)
-    else:
-        # what transformers' add_adapter does, without its check of PEFT's version
-        peft.inject_adapter_in_model(config, encoder)
-        encoder._hf_peft_config_loaded = True
-    for name, parameter in model.named_parameters():
-        if "lora" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    adapted = model.eval().encode(sentences(9))
+    plain, kind = model.encode(sentences(9)), type(model[0].auto_model)
+    put_lora(model, way)
+    adapted = model.encode(sentences(9))
     assert np.abs(adapted - plain).max() > 0.1
     cell = EmbeddingStore(model, None if layer is None else [layer]).view(dim or WIDTH, layer=layer)
     expected = cell.encode(sentences(9))
     exported = export_truncated(model, layer, dim)
     np.testing.assert_allclose(exported.encode(sentences(9)), expected, atol=1e-5)
-    assert type(exported[0].auto_model) is type(encoder)
+    assert type(exported[0].auto_model) is kind
     assert not any("lora" in name for name in exported.state_dict())
     np.testing.assert_array_equal(model.encode(sentences(9)), adapted)
 

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling
 from torch import nn
 
-from conftest import WIDTH
+from conftest import WIDTH, put_lora
 from mipic_st import check_endpoint, cli, export_onnx, save_for_tei
 from mipic_st.serving import linear_tail
 
@@ -55,6 +55,21 @@ def test_tei_form_is_read_by_sentence_transformers_too(tiny_model, tmp_path, tai
     loaded = SentenceTransformer(str(tmp_path / "tei"), device="cpu")
     np.testing.assert_array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
     assert loaded.max_seq_length == (model.max_seq_length or 512)
+
+
+@pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
+def test_tei_form_has_adapters_merged(tiny_model, tmp_path, way):
+    """Saved as they are, they would be lost without a word; the model itself keeps them."""
+    model = tiny_model(normalize=True)
+    plain = model.encode(TEXTS)
+    put_lora(model, way)
+    adapted = model.encode(TEXTS)
+    assert np.abs(adapted - plain).max() > 0.1
+    save_for_tei(model, tmp_path / "tei")
+    assert not list((tmp_path / "tei").glob("adapter*"))
+    loaded = SentenceTransformer(str(tmp_path / "tei"), device="cpu")
+    np.testing.assert_allclose(loaded.encode(TEXTS), adapted, atol=1e-5)
+    np.testing.assert_array_equal(model.encode(TEXTS), adapted)
 
 
 @pytest.mark.parametrize(

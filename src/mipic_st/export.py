@@ -78,11 +78,7 @@ def export_truncated(
     normalize = checked_flag("normalize", normalize)
     if next(model.parameters(), None) is None:
         raise TypeError(f"the model's {type(model[0]).__name__} has no weights, so there is nothing to cut.")
-    memo: dict[int, Any] = {}
-    auto_models = [module.auto_model for module in model.modules() if isinstance(module, Transformer)]
-    for auto_model in auto_models:
-        if has_adapter(auto_model):
-            memo[id(auto_model)] = _merged(auto_model)
+    memo = merged_encoders(model)
     if layer is not None:
         (layer,) = checked_layers("layer", [layer], model_depth(model))
         auto_model = transformer_of(model).auto_model
@@ -155,6 +151,19 @@ def has_adapter(auto_model: Any) -> bool:
         True if there are any.
     """
     return hasattr(auto_model, "peft_config") or bool(getattr(auto_model, "_hf_peft_config_loaded", False))
+
+
+def merged_encoders(model: SentenceTransformer) -> dict[int, Any]:
+    """Copies of the encoders that carry adapters, with these merged into the weights.
+
+    Args:
+        model: The model; it stays as it is.
+
+    Returns:
+        The copies by the id of the original, as the memo of a deepcopy takes them; empty if there are no adapters.
+    """
+    encoders = [module.auto_model for module in model.modules() if isinstance(module, Transformer)]
+    return {id(encoder): _merged(encoder) for encoder in encoders if has_adapter(encoder)}
 
 
 def _merged(auto_model: Any) -> Any:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import urllib.error
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from mipic_st._checks import checked_dims, checked_number, missing_extra
 from mipic_st.backbone import NO_CUT, describe, evaluation_mode, full_width
 from mipic_st.embedding_store import unit_length
+from mipic_st.export import merged_encoders
 
 __all__ = ["EndpointCheck", "check_endpoint", "export_onnx", "save_for_tei"]
 
@@ -53,7 +55,7 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
     What sentence-transformers 5.4 and newer save has other module paths and pooling keys: there the server leaves Dense
     layers out, and a rotated model would serve vectors that were not rotated. sentence-transformers itself reads this
     form too, with the same vectors. So do vLLM, whose releases before September 2026 know no other, and infinity, which
-    runs sentence-transformers 3.
+    runs sentence-transformers 3. Adapters are merged in the saved copy.
 
     Args:
         model: A model of Transformer, Pooling, and Dense and Normalize behind it.
@@ -72,6 +74,8 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
     for place, module in enumerate(modules):
         if reason := _not_for_tei(module, place):
             raise ValueError(f"{reason}, which text-embeddings-inference does not know.")
+    if merged := merged_encoders(model):  # what is saved of adapters, no server reads
+        model = copy.deepcopy(model, merged)
     model.save_pretrained(str(folder))
     listed = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
     for entry, module in zip(listed, modules, strict=True):
