@@ -493,7 +493,9 @@ def test_an_optimizer_without_the_projections_is_refused(tiny_model, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("bad", ["a string", {"one": "x"}, {}, lambda model: None], ids=["text", "dict of text", "empty dict", "function"])
+@pytest.mark.parametrize(
+    "bad", ["a string", {"one": "x"}, {}, lambda model: None], ids=["text", "dict of text", "empty dict", "function"]
+)
 def test_the_callback_wants_the_loss(bad):
     """Anything else is a TypeError that says what is wanted."""
     with pytest.raises(TypeError, match="loss must be the MIPICLoss that the trainer gets"):
