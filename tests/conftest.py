@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For scripts that tests start too: threads of several processes on few cores wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
 from collections.abc import Callable
