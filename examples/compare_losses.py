@@ -178,7 +178,6 @@ ABLATION: dict[str, dict[str, Any]] = {
     "mipic-cka": {"attention_weight": 0, "pic_weight": 0},
     "mipic-pic": {"attention_weight": 0, "cka_weight": 0, "pic_weight": 0.5},
     "mipic-all": {"lift_init": "identity", "pic_weight": 0.5},
-    "mipic-free": {"lift_init": "frozen", "pic_weight": 0},
 }
 
 

@@ -29,8 +29,6 @@ ROWS = {
     "specialist-8": "`MatryoshkaLoss`, 8 dims only",
     "rotation+matryoshka": "rotation, then `MatryoshkaLoss`",
     "rotation+mipic": "**rotation, then `MIPICLoss`**",
-    "rotation+mipic-all": "rotation, then `MIPICLoss` with PIC and trained lifts",
-    "rotation+teacher": "rotation, then `MatryoshkaLoss` and a frozen teacher",
 }
 PLAIN_ROWS = {
     "untrained": "untrained, truncated",

@@ -30,6 +30,7 @@ from mipic_st._checks import checked_dims, checked_number, missing_extra
 from mipic_st.backbone import NO_CUT, describe, evaluation_mode, full_width
 from mipic_st.embedding_store import unit_length
 from mipic_st.export import merged_encoders
+from mipic_st.tails import ends_linearly
 
 __all__ = ["EndpointCheck", "check_endpoint", "export_onnx", "save_for_tei"]
 
@@ -67,9 +68,7 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
     Example:
         >>> save_for_tei(model, "for-the-server")  # doctest: +SKIP
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"folder {str(folder)!r} exists and is not empty; name a new one.")
+    folder = _new_folder(folder)
     modules = list(model.children())
     for place, module in enumerate(modules):
         if reason := _not_for_tei(module, place):
@@ -111,6 +110,13 @@ def _not_for_tei(module: nn.Module, place: int) -> str:
     return ""
 
 
+def _new_folder(folder: str | PathLike[str]) -> Path:
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"folder {str(folder)!r} exists and is not empty; name a new one.")
+    return folder
+
+
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -137,8 +143,7 @@ def linear_tail(model: SentenceTransformer) -> Tensor | None:
     product: Tensor | None = None
     module: Any
     for module in description.steps:
-        linear = isinstance(module, Dense) and isinstance(module.activation_function, nn.Identity)
-        if not linear or module.linear.bias is not None or getattr(module, "use_residual", False):
+        if not ends_linearly(module) or module.linear.bias is not None:
             raise ValueError(
                 f"behind its pooling the model has a {type(module).__name__} that is no bias-free linear map, so it "
                 "cannot go before the pooling."
@@ -191,9 +196,7 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(missing_extra("the ONNX export needs onnx, onnxscript and onnxruntime", "onnx")) from error
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"folder {str(folder)!r} exists and is not empty; name a new one.")
+    folder = _new_folder(folder)
     product = linear_tail(model)
     transformer: Any = model[0]
     file = folder / "onnx" / "model.onnx"
