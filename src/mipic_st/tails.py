@@ -25,6 +25,7 @@ reflections, Matryoshka-Adaptor (arXiv 2407.20243) a residual network that chang
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -89,35 +90,23 @@ _CHECK_EVERY = 10
 # --- the objective ----------------------------------------------------------------------------------------------------
 
 
-def prefix_cosines(anchors: Tensor, positives: Tensor, dims: Sequence[int]) -> list[Tensor]:
-    """Cosines of every anchor with every positive at each dim, for the price of one product at the largest.
-
-    Products and squared lengths of a prefix are those of the one before plus the block in between.
+def prefix_cosines(anchors: Tensor, positives: Tensor, dim: int) -> Tensor:
+    """Cosine of every anchor with every positive after the cut to ``dim``.
 
     Args:
         anchors: (B, m).
         positives: (M, m).
-        dims: Ascending, the last at most m.
+        dim: At most m.
 
     Returns:
-        One (B, M) tensor per dim.
+        (B, M).
 
     Example:
-        >>> prefix_cosines(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]), dims=[1, 2])
-        [tensor([[1.]]), tensor([[0.6000]])]
+        >>> prefix_cosines(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]), dim=2)
+        tensor([[0.6000]])
     """
-    cosines: list[Tensor] = []
-    products: Any = 0.0
-    lengths: list[Any] = [0.0, 0.0]
-    start = 0
-    for dim in dims:
-        left, right = anchors[:, start:dim], positives[:, start:dim]
-        products = products + left @ right.T
-        lengths = [length + part.square().sum(dim=1) for length, part in zip(lengths, (left, right), strict=True)]
-        scale = [length.clamp(min=1e-12).rsqrt() for length in lengths]
-        cosines.append(products * scale[0][:, None] * scale[1])
-        start = dim
-    return cosines
+    left, right = (F.normalize(part[:, :dim], dim=1, eps=1e-6) for part in (anchors, positives))
+    return left @ right.T
 
 
 def rotation_objective(
@@ -157,20 +146,19 @@ def rotation_objective(
     """
     total = frame.new_zeros(())
     turned, others = anchors @ frame, positives @ frame
-    if set(dims) - set(contrastive_dims):
+    if distilled := [dim for dim in dims if dim not in contrastive_dims]:
         teacher = (anchors @ positives.T / similarity_temperature).log_softmax(dim=1)
-        for dim, cosine in zip(dims, prefix_cosines(turned, others, dims), strict=True):
-            if dim not in contrastive_dims:
-                student = (cosine / similarity_temperature).log_softmax(dim=1)
-                total = total + similarity_weight * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        for dim in distilled:
+            student = (prefix_cosines(turned, others, dim) / similarity_temperature).log_softmax(dim=1)
+            total = total + similarity_weight * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     if contrastive_dims:
-        most = max(contrastive_dims)
-        candidates = others[:, :most]
+        candidates = others[:, : max(contrastive_dims)]
         if negatives is not None:
-            candidates = torch.cat([candidates, negatives @ frame[:, :most]])
+            candidates = torch.cat([candidates, negatives @ frame[:, : max(contrastive_dims)]])
         own = torch.arange(len(anchors), device=anchors.device)
-        for cosine in prefix_cosines(turned, candidates, sorted(contrastive_dims)):
-            total = total + F.cross_entropy(_masked(cosine, same) / contrastive_temperature, own)
+        for dim in contrastive_dims:
+            cosines = _masked(prefix_cosines(turned, candidates, dim), same)
+            total = total + F.cross_entropy(cosines / contrastive_temperature, own)
     return total
 
 
@@ -420,7 +408,7 @@ def fit_rotation(
     with no_autocast(anchors), torch.inference_mode(False), torch.enable_grad():
         training, test = (part.with_positives() for part in pairs.split(held_out, generator))
         if positives is None:
-            max_steps = min(max_steps, math.ceil(_TEXT_PASSES * len(training.anchors) / batch_size))
+            max_steps = min(max_steps, math.ceil(_TEXT_PASSES * len(training) / batch_size))
         frame = _fit_frame(
             training,
             test,
@@ -473,19 +461,26 @@ def _checked_vectors(name: str, vectors: Any) -> Tensor:
     return tensor
 
 
+def _digest(row: np.ndarray) -> bytes:
+    """A short name for a vector; the rows' own bytes would hold all vectors once more."""
+    return hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+
+
 @dataclass(frozen=True, eq=False)
 class _Pairs:
-    """Vectors as they came, and which of them are the same text.
+    """Which vectors belong together, and which of them are the same text. The vectors stay where they came in.
 
     Attributes:
-        anchors: (N, D).
-        positives: (N, D), or None where there are texts only, each once.
-        ids: (N, 2) or (N, 1): one number per distinct vector, of anchors and positives.
+        anchors: (A, D).
+        positives: (P, D), or None where there are texts only.
+        rows: (N, 2), of anchors and positives, or (N, 1) where there are texts only, each once.
+        ids: As rows: one number per distinct vector, of anchors and positives.
         texts: Number of distinct vectors.
     """
 
     anchors: Tensor
     positives: Tensor | None
+    rows: Tensor
     ids: Tensor
     texts: int
 
@@ -494,7 +489,7 @@ class _Pairs:
         known: dict[bytes, int] = {}
         columns = [anchors] if positives is None else [anchors, positives]
         ids = torch.tensor(
-            [[known.setdefault(row.tobytes(), len(known)) for row in column.cpu().numpy()] for column in columns]
+            [[known.setdefault(_digest(row), len(known)) for row in column.cpu().numpy()] for column in columns]
         ).T
         if positives is None:
             rows = torch.as_tensor(np.sort(np.unique(ids[:, 0].numpy(), return_index=True)[1]))
@@ -502,20 +497,19 @@ class _Pairs:
             rows = (ids[:, 0] != ids[:, 1]).nonzero().flatten()
             if not len(rows):
                 raise ValueError("anchors and positives are the same vectors: give anchors only.")
-        pairs = cls(anchors, positives, ids, len(known))
-        if len(rows) == len(anchors):
-            return pairs
-        logger.info("%d of %d rows repeat a text and are left out.", len(anchors) - len(rows), len(anchors))
-        return pairs.take(rows)
+        if len(rows) < len(anchors):
+            logger.info("%d of %d rows repeat a text and are left out.", len(anchors) - len(rows), len(anchors))
+        return cls(anchors, positives, rows[:, None].expand(-1, len(columns)), ids[rows], len(known))
 
-    def take(self, rows: Tensor) -> _Pairs:
-        index = rows.to(self.anchors.device)
-        positives = None if self.positives is None else self.positives[index]
-        return _Pairs(self.anchors[index], positives, self.ids[rows], self.texts)
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, chosen: Tensor) -> _Pairs:
+        return _Pairs(self.anchors, self.positives, self.rows[chosen], self.ids[chosen], self.texts)
 
     def split(self, share: float, generator: torch.Generator) -> tuple[_Pairs, _Pairs]:
         """Rows to fit on and rows held out, none of whose texts is in the others."""
-        order = torch.randperm(len(self.anchors), generator=generator)
+        order = torch.randperm(len(self), generator=generator)
         if self.positives is None:
             order = order[:_NEIGHBOURHOOD]
         test, rest = order.tensor_split([min(_BLOCK, max(2, round(share * len(order))))])
@@ -533,26 +527,26 @@ class _Pairs:
         """Pairs as they are; texts with their nearest neighbours at full width."""
         if self.positives is not None:
             return self
-        vectors = F.normalize(self.anchors, dim=1)
-        nearest = []
+        vectors = F.normalize(self.anchors[self.rows[:, 0].to(self.anchors.device)], dim=1)
+        found = []
         for start in range(0, len(vectors), _BLOCK):
             cosines = vectors[start : start + _BLOCK] @ vectors.T
             cosines.diagonal(start).fill_(-2.0)
-            nearest.append(cosines.argmax(dim=1))
-        rows = torch.cat(nearest)
-        ids = torch.cat([self.ids, self.ids[rows.cpu()]], dim=1)
-        return _Pairs(self.anchors, self.anchors[rows], ids, self.texts)
+            found.append(cosines.argmax(dim=1))
+        nearest = torch.cat(found).cpu()
+        rows, ids = (torch.cat([part, part[nearest]], dim=1) for part in (self.rows, self.ids))
+        return _Pairs(self.anchors, self.anchors, rows, ids, self.texts)
 
-    def batch(self, rows: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Anchors and positives of the first ``size`` rows, positives of the others, and which are no negatives."""
+    def batch(self, chosen: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Anchors and positives of the first ``size`` pairs, positives of the others, and which are no negatives."""
         assert self.positives is not None
-        index = rows.to(self.anchors.device)
-        anchor, positive = self.ids[rows[:size], :1], self.ids[rows, 1]
+        rows = self.rows[chosen].to(self.anchors.device)
+        anchor, positive = self.ids[chosen[:size], :1], self.ids[chosen, 1]
         same = (positive == positive[:size, None]) | (positive == anchor)
         same.fill_diagonal_(False)
-        positives = F.normalize(self.positives[index], dim=1)
+        positives = F.normalize(self.positives[rows[:, 1]], dim=1)
         mask = same.to(self.anchors.device) if bool(same.any()) else None
-        return F.normalize(self.anchors[index[:size]], dim=1), positives[:size], positives[size:], mask
+        return F.normalize(self.anchors[rows[:size, 0]], dim=1), positives[:size], positives[size:], mask
 
 
 class _Frame(nn.Module):
@@ -586,7 +580,7 @@ def _fit_frame(
     """Minimise the objective over frames, (D, m); the one that the held-out part likes best is returned."""
     from tqdm.auto import trange
 
-    count, width = training.anchors.shape
+    count, width = len(training), training.anchors.shape[1]
     device = training.anchors.device
     batch_size = min(batch_size, count)
     if show_progress_bar is None:
@@ -607,7 +601,7 @@ def _fit_frame(
     for step in trange(max_steps, desc="Rotation", disable=not show_progress_bar):
         if step % _CHECK_EVERY == 0 or step == max_steps - 1:
             with torch.no_grad():
-                held = torch.arange(len(test.anchors))
+                held = torch.arange(len(test))
                 value, frame = float(objective(test, held, batch_size)), module.columns
             if value < best_value:
                 best, best_value = frame.clone(), value
@@ -630,8 +624,8 @@ def _completed(frame: Tensor, training: _Pairs) -> Tensor:
     leading = orthonormal * triangle.diagonal().sign()
     rest = torch.linalg.qr(leading, mode="complete").Q[:, columns:]
     second = torch.zeros(width - columns, width - columns, dtype=torch.double, device=rest.device)
-    for block in training.anchors.split(_BLOCK):
-        part = F.normalize(block.double(), dim=1) @ rest
+    for block in training.rows[:, 0].to(rest.device).split(_BLOCK):
+        part = F.normalize(training.anchors[block].double(), dim=1) @ rest
         second += part.T @ part
     order = torch.linalg.eigh(second).eigenvectors.flip(1)
     return torch.cat([leading, rest @ order], dim=1).float()
@@ -639,17 +633,18 @@ def _completed(frame: Tensor, training: _Pairs) -> Tensor:
 
 def _held_out_report(test: _Pairs, matrix: Tensor, dims: Sequence[int]) -> list[dict[str, float]]:
     """Truncation before and after the rotation, on rows that no step has seen."""
-    anchors, positives, _, same = test.batch(torch.arange(len(test.anchors)), len(test.anchors))
+    anchors, positives, _, same = test.batch(torch.arange(len(test)), len(test))
     wanted = torch.arange(len(anchors), device=anchors.device)
     # ranks of all pairs of 2,048 rows would take more memory than the fit
     some = slice(_RANKED)
     reference = (anchors[some] @ positives[some].T).flatten().cpu().numpy()
-    found: dict[str, list[Tensor]] = {}
-    kept: dict[str, list[float]] = {}
-    for when, turned in (("before", torch.eye(len(matrix), device=matrix.device)), ("after", matrix)):
-        cosines = prefix_cosines(anchors @ turned, positives @ turned, dims)
-        found[when] = [(_masked(cosine, same).argmax(dim=1) == wanted).double() for cosine in cosines]
-        kept[when] = [_spearman(cosine[some, some].flatten().cpu().numpy(), reference) for cosine in cosines]
+    found: dict[str, list[Tensor]] = {"before": [], "after": []}
+    kept: dict[str, list[float]] = {"before": [], "after": []}
+    for when, turned in (("before", (anchors, positives)), ("after", (anchors @ matrix, positives @ matrix))):
+        for dim in dims:
+            cosines = prefix_cosines(*turned, dim)
+            kept[when].append(_spearman(cosines[some, some].flatten().cpu().numpy(), reference))
+            found[when].append((_masked(cosines, same).argmax(dim=1) == wanted).double())
     report = []
     for index, dim in enumerate(dims):
         change = found["after"][index] - found["before"][index]
