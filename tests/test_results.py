@@ -1,6 +1,6 @@
-"""Every figure of README and results page is the committed report's, digit for digit.
+"""Every figure of README, results and tails page is the committed report's, digit for digit.
 
-After new results: python tests/test_results.py puts the tables into both documents.
+After new results: python tests/test_results.py puts the tables into these documents.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / ".docs" / "pages" / "results.md"]
-# the comparison from the rotated start, and the earlier one of plain starts, good and weak
-FILES = {"rotated": "compare_losses.json", "plain": "plain_starts.json"}
+DOCUMENTS = [ROOT / "README.md", *(ROOT / ".docs" / "pages" / name for name in ("results.md", "tails.md"))]
+# the comparison from the rotated start, the earlier one of plain starts, good and weak, and what needs no training
+FILES = {"rotated": "compare_losses.json", "plain": "plain_starts.json", "untrained": "rotations.json"}
 
 ROWS = {
     "truncation": "truncation, no training",
@@ -128,6 +128,38 @@ def ablation(entry):
     return table(["", *(f"{start} {dim}" for start, dim in columns)], rows)
 
 
+# in rotations.json: what has another name on the page
+WAYS = {
+    "ITQ": "ITQ (PCA to 256 dims, then turned)",
+    "rotation, pairs": "**rotation, pairs**",
+    "rotation, texts only": "rotation, their texts only",
+    "rotation, topics alone": "rotation, pairs of Banking77 alone",
+}
+
+
+def rotations(entry):
+    dims = (384, 256, 128, 64, 32, 16, 8)
+    columns = [*(f"sts {dim}" for dim in dims), *(f"1-NN {dim}" for dim in (64, 16, 8))]
+    rows = [
+        [
+            WAYS.get(name, name),
+            f"{about['seconds']:.1f}" if about["seconds"] > 0.05 else "",
+            *(f"{about[column]:.1f}" for column in columns),
+            " ".join(map(str, about["warned"])) or "none",
+        ]
+        for name, about in entry.items()
+    ]
+    return table(["", "fit, s", *dims, "1-NN 64", "16", "8", "warns of"], rows)
+
+
+def cuts(entry):
+    bold = {name: f"**{name}**" if name.startswith("layer") and name.endswith("rotated") else name for name in entry}
+    return table(
+        ["", *next(iter(entry.values()))],
+        [[bold[name], *(f"{value:.1f}" for value in by_dim.values())] for name, by_dim in entry.items()],
+    )
+
+
 # name of the table: (file, part of it, what makes the table)
 TABLES = {
     "headline": ("rotated", "good", headline),
@@ -142,6 +174,8 @@ TABLES = {
     "plain good": ("plain", "good", plain("good")),
     "plain weak": ("plain", "weak", plain("weak")),
     "ablation": ("plain", "ablation", ablation),
+    "rotations": ("untrained", "rotations", rotations),
+    "cuts": ("untrained", "cuts", cuts),
 }
 MARKED = re.compile(r"(<!-- results: (.+?) -->\n\n)((?:\|.*\n)*)\n*")
 
