@@ -33,7 +33,13 @@ def on_page_content(content: str, **kwargs: Any) -> str:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Put a section of the README in the place of ``<!-- readme: its heading -->``, so that tables exist once."""
+    """Put a section of the README in the place of ``<!-- readme: its heading -->``, so that tables exist once.
+
+    Pictures of the checkout, which pages name from where they lie, are named from where they are published.
+    """
+    markdown = _IMAGE.sub(
+        lambda match: match[1] + _published(match[2].removeprefix("../../")), markdown
+    )
     return _SECTION.sub(lambda match: readme_section(match[1]), markdown)
 
 
