@@ -1,11 +1,13 @@
 """Invariants of the synthetic data: deterministic, well-formed, graded as documented, splits without overlap."""
 
+import hashlib
 import os
 import random
 import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,3 +236,9 @@ def test_scores_table_in_the_docstring():
 
     documented = dict(re.findall(r"^\| (\w+) +\| (\d\.\d)", demo.__doc__, re.MULTILINE))
     assert {kind: float(score) for kind, score in documented.items()} == SCORES
+
+
+def test_the_packaged_weights_are_the_published_ones(minilm_path):
+    """The demo extra's package is a third party's copy; its weights are those of the model that it is named after."""
+    published = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+    assert hashlib.sha256((Path(minilm_path) / "model.safetensors").read_bytes()).hexdigest() == published

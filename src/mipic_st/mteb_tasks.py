@@ -64,6 +64,7 @@ class TaskGroup:
 
 TASK_GROUPS: dict[str, TaskGroup] = {
     "sts": TaskGroup(("STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark"), 27_846, 2.0),
+    # what three small files give without a network
     "sts-local": TaskGroup(("STS13", "STS14", "STS15"), 16_500, 1.0),
     "classification": TaskGroup(
         ("Banking77Classification", "EmotionClassification", "TweetSentimentExtractionClassification"), 16_500, 2.0
