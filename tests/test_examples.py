@@ -240,6 +240,26 @@ def test_training_script(run_here, script, says):
 
 
 @needs_model
+def test_half_depth_teaches_the_cut(run_here, tmp_path):
+    """Rotated, cut, fitted, trained: four rows over all dims, the fitted cut above the bare one; and a saved model."""
+    report, folder = tmp_path / "half.json", tmp_path / "half"
+    printed = run_here(
+        "half_depth.py", "--smoke", "--layer", 3, "--dims", 64, 16, "--json", report, "--output-dir", folder
+    )
+    stages = json.loads(report.read_text(encoding="utf-8"))["scores"]
+    assert list(stages) == ["full depth", "layer 3, as it is", "layer 3, fitted", "layer 3, fitted and trained"]
+    assert all(name in printed for name in stages)
+    plain, fitted, trained = (stages[name][0] for name in list(stages)[1:])
+    assert fitted["64"] > plain["64"]
+    assert trained != fitted
+    from sentence_transformers import SentenceTransformer
+
+    half = SentenceTransformer(str(folder), truncate_dim=16)
+    assert half[0].auto_model.config.num_hidden_layers == 3
+    assert half.encode(["a text"]).shape == (1, 16)
+
+
+@needs_model
 def test_serve_vectors_prints_a_row_for_each_search(run_here):
     """An exact row, then each dim as numbers and as bits; what is not installed is named with its command."""
     pytest.importorskip("faiss", reason="needs faiss-cpu")
