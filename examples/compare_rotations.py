@@ -33,6 +33,7 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
 
 from common import load_model
 from mipic_st import Rotation, export_truncated, fit_layer_cuts, fit_rotation
@@ -50,7 +51,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cut-sts", nargs="+", default=[], help="for the layer cuts (default: those of --sts)")
     parser.add_argument("--topics", nargs=2, metavar=("TRAIN", "TEST"), help="text, label (default: synthetic)")
     parser.add_argument("--dims", type=int, nargs="+", default=[256, 128, 64, 32, 16, 8])
-    parser.add_argument("--layers", type=int, nargs="+", default=[3, 4])
+    parser.add_argument("--layers", type=int, nargs="*", default=[3, 4], help="none: no layer cuts")
+    parser.add_argument("--pairs", type=int, help="fit on so many of the pairs (default: all)")
+    parser.add_argument("--bf16", action="store_true", help="encode in bfloat16 autocast, for large models on a CPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of fit_rotation; figures are their mean")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to this file, too")
     parser.add_argument("--smoke", action="store_true", help="a few steps on a few rows, to see that all runs")
@@ -137,6 +140,36 @@ def table_of(title: str, rows: dict[str, dict[str, str]]) -> Table:
     return table
 
 
+def layer_cuts(
+    model: SentenceTransformer,
+    train: Dataset,
+    layers: list[int],
+    dims: list[int],
+    turn: Rotation,
+    sts: list[Dataset],
+    encode_pairs: Callable[[Dataset, SentenceTransformer], tuple],
+) -> tuple[dict[str, dict[str, float]], list[dict[str, float]]]:
+    """Score each layer cut as it is, fitted, and fitted to rotated vectors; and what held-out texts say."""
+    columns = [column for column in train.column_names if column != "score"]
+    texts = list(dict.fromkeys(text for column in columns for text in train[column]))
+    started = time.perf_counter()
+    cuts = fit_layer_cuts(model, texts, layers=layers, dims=dims, batch_size=64)
+    print(f"layer cuts: one encoding and all fits in {time.perf_counter() - started:.0f} s")
+    models = {"full depth": model}
+    for layer in layers:
+        models[f"layer {layer}, as it is"] = export_truncated(model, layer)
+        models[f"layer {layer}, fitted"] = export_truncated(model, layer, cuts=cuts)
+    scores = {}
+    for name, cut_model in models.items():
+        found = [encode_pairs(part, cut_model) for part in sts]
+        scores[name] = {str(dim): mean_spearman(found, dim) for dim in dims}
+        if "as it is" not in name:
+            # the least-squares fit to rotated vectors is the fit to the others, rotated
+            turned = [(turn(a), turn(b), gold) for a, b, gold in found]
+            scores[f"{name}, rotated"] = {str(dim): mean_spearman(turned, dim) for dim in dims}
+    return scores, cuts.report
+
+
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(min(2, os.cpu_count() or 1))
@@ -146,16 +179,19 @@ def main() -> None:
     cut_sts = [load_sts_file(file) for file in args.cut_sts] or sts
     topics = [pd.read_csv(file, keep_default_na=False) for file in args.topics or []]
     if not topics:
-        rows = pd.DataFrame(synthetic_topics())
-        topics = [rows[::2], rows[1::2]]
+        topics = [pd.DataFrame(synthetic_topics(split=split)) for split in ("train", "eval")]
+    if args.pairs:
+        train = train.shuffle(seed=0).select(range(min(args.pairs, len(train))))
     if args.smoke:
-        train, sts = train.select(range(500)), [sts[0].select(range(60))]
+        train, sts = train.select(range(min(500, len(train)))), [sts[0].select(range(60))]
         cut_sts = sts
         topics = [topics[0][:400], topics[1][:80]]
     steps = {"max_steps": 10} if args.smoke else {}
 
     def encode(texts, with_model=model) -> np.ndarray:
-        return with_model.encode(list(texts), batch_size=64, show_progress_bar=False)
+        with torch.autocast(with_model.device.type, torch.bfloat16, enabled=args.bf16):
+            vectors = with_model.encode(list(texts), batch_size=64, convert_to_tensor=True, show_progress_bar=False)
+        return vectors.float().cpu().numpy()
 
     def encode_pairs(data: Dataset, with_model=model) -> tuple:
         return *(encode(data[name], with_model) for name in ("sentence1", "sentence2")), data["score"]
@@ -223,28 +259,15 @@ def main() -> None:
     console = Console(width=160)
     console.print(table_of("mean Spearman x100 of the STS sets, and 1-NN accuracy x100", shown))
 
-    columns = [column for column in train.column_names if column != "score"]
-    some = list(dict.fromkeys(text for column in columns for text in train[column]))
-    started = time.perf_counter()
-    cuts = fit_layer_cuts(model, some, layers=args.layers, dims=[width, *dims], batch_size=64)
-    print(f"layer cuts: one encoding and all fits in {time.perf_counter() - started:.0f} s")
-    models = {"full depth": model}
-    for layer in args.layers:
-        models[f"layer {layer}, as it is"] = export_truncated(model, layer)
-        models[f"layer {layer}, fitted"] = export_truncated(model, layer, cuts=cuts)
-    by_layer = {}
-    turn = rotations["rotation, pairs"]
-    for name, cut_model in models.items():
-        found = [encode_pairs(part, cut_model) for part in cut_sts]
-        by_layer[name] = {str(dim): mean_spearman(found, dim) for dim in [width, *dims]}
-        if "as it is" not in name:
-            # the least-squares fit to rotated vectors is the fit to the others, rotated
-            turned = [(turn(a), turn(b), scores) for a, b, scores in found]
-            by_layer[f"{name}, rotated"] = {str(dim): mean_spearman(turned, dim) for dim in [width, *dims]}
-    rounded = {name: {dim: f"{value:.1f}" for dim, value in row.items()} for name, row in by_layer.items()}
-    console.print(table_of("layer cuts: mean Spearman x100 of the STS sets", rounded))
+    by_layer, report = {}, []
+    if args.layers:
+        by_layer, report = layer_cuts(
+            model, train, args.layers, [width, *dims], rotations["rotation, pairs"], cut_sts, encode_pairs
+        )
+        rounded = {name: {dim: f"{value:.1f}" for dim, value in row.items()} for name, row in by_layer.items()}
+        console.print(table_of("layer cuts: mean Spearman x100 of the STS sets", rounded))
     if args.json:
-        report = {"rotations": results, "cuts": by_layer, "cuts, held-out texts": cuts.report}
+        report = {"rotations": results, "cuts": by_layer, "cuts, held-out texts": report}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -532,6 +532,7 @@ def test_compare_rotations_prints_every_way(tmp_path):
     whole = figures["rotations"]["truncation"]["sts 384"]
     assert all(row["sts 384"] == pytest.approx(whole, abs=0.01) for row in figures["rotations"].values())
     assert len({row["sts 8"] for row in figures["rotations"].values()}) > 4
+    assert figures["rotations"]["truncation"]["1-NN 64"] > 20
     cuts = figures["cuts"]
     kinds = [f"layer {layer}, {kind}" for layer in (3, 4) for kind in ("as it is", "fitted", "fitted, rotated")]
     assert list(cuts) == ["full depth", "full depth, rotated", *kinds]
