@@ -181,8 +181,8 @@ def test_texts_only_are_passed_over_eight_times_at_most():
     assert (most - fewer).abs().max() > 1e-4
 
 
-def test_wide_vectors_take_the_householder_form():
-    """Beyond 1,024 values no D x D system is solved, and the result is as orthogonal."""
+def test_wide_vectors_solve_no_large_system():
+    """Beyond 1,024 values only the frame is kept orthonormal, and the result is as orthogonal."""
     anchors, positives = hidden_signal(count=80, width=1100)
     rotation = fit_rotation(anchors, positives, dims=DIMS, **QUICK | {"max_steps": 12})
     product = rotation.matrix.T @ rotation.matrix
