@@ -1,4 +1,4 @@
-"""What the site needs beyond its plugins: formulas as MathML, sections of the README on its pages."""
+"""What the site needs beyond its plugins: formulas as MathML, and the pictures of the checkout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
-from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 README = Path(__file__).parents[1] / "README.md"
@@ -16,10 +15,8 @@ README = Path(__file__).parents[1] / "README.md"
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
 )
-_SECTION = re.compile(r"<!-- readme: (.+?) -->")
 # ![...](path) and <img src="path">
 _IMAGE = re.compile(r'(!\[[^]]*\]\(|\bsrc(?:set)?=")(?!https?:)([^)"]+)')
-_LINK = re.compile(r"(?<!!)\[([^]]*)\]\((?!https?:)([^)]+)\)")
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
@@ -33,14 +30,10 @@ def on_page_content(content: str, **kwargs: Any) -> str:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Put a section of the README in the place of ``<!-- readme: its heading -->``, so that tables exist once.
-
-    Pictures of the checkout, which pages name from where they lie, are named from where they are published.
-    """
-    markdown = _IMAGE.sub(
+    """Pictures of the checkout, which pages name from where they lie, are named from where they are published."""
+    return _IMAGE.sub(
         lambda match: match[1] + _published(match[2].removeprefix("../../")), markdown
     )
-    return _SECTION.sub(lambda match: readme_section(match[1]), markdown)
 
 
 def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
@@ -50,19 +43,6 @@ def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
         source = str(README.parent / path)
         files.append(File.generated(config, _published(path), abs_src_path=source))
     return files
-
-
-def readme_section(heading: str) -> str:
-    """The text under one heading of the README; relative links, which lead nowhere on the site, become plain text."""
-    found = re.search(
-        rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)",
-        README.read_text(encoding="utf-8"),
-        re.M | re.S,
-    )
-    if found is None:
-        raise PluginError(f"README.md has no section {heading!r}")
-    text = _IMAGE.sub(lambda match: match[1] + _published(match[2]), found[1])
-    return _LINK.sub(r"\1", text).strip()
 
 
 def _published(path: str) -> str:

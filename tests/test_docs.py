@@ -180,17 +180,26 @@ def resolve(dotted):
     return found
 
 
-@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=name_of)
-def test_linked_names_exist(page):
-    """Every name that a page links to can be imported."""
-    for dotted in set(re.findall(r"\]\[(mipic_st[\w.]+)\]", page.read_text(encoding="utf-8"))):
+def test_linked_names_exist():
+    """Every name that a page of the API links to can be imported; code hosts do not resolve such links on other pages."""
+    linked = {
+        page: re.findall(r"\]\[(mipic_st[\w.]+)\]", page.read_text(encoding="utf-8")) for page in PAGES.rglob("*.md")
+    }
+    assert {page.parent.name for page, names in linked.items() if names} == {"api"}
+    for dotted in sorted({name for names in linked.values() for name in names}):
         assert resolve(dotted) is not None, dotted
 
 
 def test_every_equation_has_its_function():
     """The table of "How it works" has a row with a function for each of Eq. 4 to 18."""
     mapped = set()
-    for row in re.findall(r"^\| Eq\. (.+?) \|.*\]\[mipic_st", (PAGES / "how-it-works.md").read_text(), re.MULTILINE):
+    rows = re.findall(r"^\| Eq\. (.+?) \|.*\| (.+?) \|$", (PAGES / "how-it-works.md").read_text(), re.MULTILINE)
+    for row, functions in rows:
+        named = [name.split(".") for name in re.findall(r"`(\w+\.\w+)`", functions)]
+        for module, name in named:
+            owner = mipic_st.MIPICLoss if module == "MIPICLoss" else importlib.import_module(f"mipic_st.{module}")
+            assert hasattr(owner, name), f"{module}.{name}"
+        assert named or "`MIPICLoss`" in functions
         for first, last in re.findall(r"(?<![.\w])(\d+)(?:-(\d+))?", row.split(", App")[0]):
             mapped |= set(range(int(first), int(last or first) + 1))
     assert mapped == set(range(4, 19))
@@ -265,33 +274,20 @@ def documented_build():
 
 
 @pytest.fixture
-def hooks(monkeypatch, tmp_path):
-    """The site's hooks, reading a README of one section with a picture and links."""
+def hooks():
+    """The site's hooks."""
     for package in ("mkdocs", "latex2mathml"):
         pytest.importorskip(package, reason="needs the docs extra")
     spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / ".docs" / "hooks.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    readme = tmp_path / "README.md"
-    readme.write_text(
-        '# x\n\n## Results\n\n![curve](.pictures/a.png) <img src="./b.svg">\n[log](LOG.md), [web](https://x.org)\n'
-        "\n## Next\n\nother\n",
-        encoding="utf-8",
-    )
-    monkeypatch.setattr(module, "README", readme)
     return module
 
 
-def test_readme_sections_are_put_in(hooks):
-    """A page gets the section alone; pictures get the site's paths, links to files of the checkout become text."""
-    expected = '![curve](pictures/a.png) <img src="b.svg">\nlog, [web](https://x.org)'
-    assert hooks.on_page_markdown("a\n<!-- readme: Results -->\nb") == f"a\n{expected}\nb"
-
-
-def test_a_missing_readme_section_stops_the_build(hooks):
-    """A heading that was renamed in the README is an error, not an empty page."""
-    with pytest.raises(Exception, match="no section 'Resultats'"):
-        hooks.on_page_markdown("<!-- readme: Resultats -->")
+def test_pictures_are_named_from_where_they_are_published(hooks):
+    """A page names a picture from its own place in the checkout; what lies elsewhere stays."""
+    page = "![curve](../../.pictures/a.png) ![web](https://x.org/b.png)"
+    assert hooks.on_page_markdown(page) == "![curve](pictures/a.png) ![web](https://x.org/b.png)"
 
 
 def test_formulas_become_mathml(hooks):
