@@ -213,7 +213,7 @@ def test_a_server_of_the_model_agrees(model, serve, dim):
 @pytest.mark.parametrize(
     ("vectors", "dim", "findings"),
     [
-        (lambda m, t, d: unit(m.encode(t)), 8, ["it gives 32 values where 8 were asked for: cut and normalize them"]),
+        (lambda m, t, d: unit(m.encode(t)), 8, ["it gives 32 values where 8 were asked for: cut and normalise them"]),
         (lambda m, t, d: m.encode(t)[:, :d], 8, ["its vectors have lengths from 0."]),
         (
             lambda m, t, d: unit(SentenceTransformer(modules=[m[0], m[1]], device="cpu").encode(t)[:, :d]),

@@ -50,7 +50,7 @@ def export_truncated(
         layer: Last layer to keep, 1 to L; None keeps all.
         dim: Values to keep, 1 to D; None keeps what the model gives: its ``truncate_dim`` if it was loaded with one,
             else all.
-        texts: Texts to fit the tail of a layer cut on, some thousands, without labels. What is lost at this cell on
+        texts: Texts to fit the tail of a layer cut on, a few thousand, without labels. What is lost at this cell on
             held-out ones goes to the log.
         cuts: A grid that :func:`mipic_st.tails.fit_layer_cuts` has fitted, in the place of ``texts``.
         normalize: Put Normalize after the cut.

@@ -321,10 +321,10 @@ def check_endpoint(
     wanted = dim or width
     findings = []
     if served.shape[1] != wanted:
-        findings.append(f"it gives {served.shape[1]} values where {wanted} were asked for: cut and normalize them")
+        findings.append(f"it gives {served.shape[1]} values where {wanted} were asked for: cut and normalise them")
     lengths = np.linalg.norm(served, axis=1)
     if np.abs(lengths - 1).max() > 0.01:
-        findings.append(f"its vectors have lengths from {lengths.min():.3f} to {lengths.max():.3f}: normalize them")
+        findings.append(f"its vectors have lengths from {lengths.min():.3f} to {lengths.max():.3f}: normalise them")
     common = min(served.shape[1], width)
     worst = _distance(served, own[:, :common])
     if not worst <= tolerance:

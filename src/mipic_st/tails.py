@@ -331,8 +331,8 @@ def fit_rotation(
         batch_size: Rows per step; memory grows with its square.
         negatives: How many positives each anchor of a step is compared with in the contrastive term, its own among
             them; at least ``batch_size`` are. Many help the smallest dims, and cost little without an encoder.
-        max_steps: Steps; fewer if the held-out part was better before. With texts only, also no more than eight passes
-            over them: nearest neighbors are weak labels, which 1,000 texts followed for longer than that made STS
+        max_steps: Steps; the best of them on the held-out part is kept. With texts only, also no more than eight passes
+            over them: nearest neighbours are weak labels, which 1,000 texts followed for longer than that made STS
             worse than truncation.
         learning_rate: Adam's first learning rate, decayed along a cosine, > 0.
         held_out: Share of the rows that is held out, in (0, 0.5]; at most 2,048 rows are.
@@ -556,7 +556,7 @@ class _Orthonormal(nn.Module):
     def forward(self, free: Tensor) -> Tensor:
         frame, triangle = torch.linalg.qr(free)
         # QR may turn a column's sign
-        return frame * triangle.diagonal().sign()
+        return frame * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
 
     def right_inverse(self, frame: Tensor) -> Tensor:
         return frame
@@ -1041,7 +1041,7 @@ def fit_layer_cuts(
 
     Args:
         model: A SentenceTransformer of Transformer, Pooling and any tail.
-        texts: Texts like those that will be encoded, without labels; some thousands.
+        texts: Texts like those that will be encoded, without labels; a few thousand.
         layers: Layers to cut after, 1 to the depth - 1. Default: all of them.
         dims: Truncation dimensions of the grid. Default: powers of two from 16, and the full width.
         sts: Scored pairs for the report: a Dataset with ``sentence1``, ``sentence2``, ``score``, or three lists.
