@@ -443,15 +443,16 @@ def topic_rows(parts: list[np.ndarray], data: Data) -> dict[str, np.ndarray]:
 
 # --------------------------------------------------------------------------------------------------- training
 class Curve(TrainerCallback):
-    """Scores of the test sets at some steps, and the training seconds until then."""
+    """Scores of the test sets at some steps, 0 being the start, and the seconds of rotation and training until then."""
 
-    def __init__(self, model: SentenceTransformer, data: Data) -> None:
-        self.model, self.data = model, data
+    def __init__(self, model: SentenceTransformer, data: Data, rotation_seconds: float) -> None:
+        self.model, self.data, self.rotation_seconds = model, data, rotation_seconds
         self.points: list[dict[str, Any]] = []
         self.paused = 0.0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         self.began = time.perf_counter()
+        self.on_step_end(_, state)
 
     def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
         if state.global_step not in args.curve:
@@ -459,14 +460,23 @@ class Curve(TrainerCallback):
         stopped = time.perf_counter()
         plain = Data(self.data.train, {}, self.data.test, None)
         scores = score(Vectors(self.model, plain, []).sets(lambda vectors: vectors), plain)[0]
-        self.points.append({"step": state.global_step, "seconds": stopped - self.began - self.paused, "scores": scores})
+        seconds = self.rotation_seconds + stopped - self.began - self.paused
+        self.points.append({"step": state.global_step, "seconds": seconds, "scores": scores})
         self.paused += time.perf_counter() - stopped
 
 
-def train(model: SentenceTransformer, loss: nn.Module, data: Data, rate: float, seed: int, scratch: Path) -> dict:
+def train(
+    model: SentenceTransformer,
+    loss: nn.Module,
+    data: Data,
+    rate: float,
+    seed: int,
+    scratch: Path,
+    rotation_seconds: float = 0.0,
+) -> dict:
     """One training. Returns its seconds, the first and last log of each term, and the curve."""
     own_length, model.max_seq_length = model.max_seq_length, args.max_seq_length
-    curve = Curve(model, data)
+    curve = Curve(model, data, rotation_seconds)
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
@@ -562,7 +572,7 @@ def trained_model(runs: Runs, data: Data, start: str, row: Row, rate: float, see
     model, seconds = load_start(runs.folder, start, seed, row.rotated, data)
     line: dict[str, Any] = {**key, "loss": row.loss, "settings": all_settings(row.loss), "rotation_seconds": seconds}
     loss = make_loss(row.loss, model, data.train)
-    line |= train(model, loss, data, rate, seed, runs.folder / "scratch")
+    line |= train(model, loss, data, rate, seed, runs.folder / "scratch", seconds)
     line["dev"] = score(Vectors(model, Data(data.train, data.dev, {}, None), []).sets(lambda vectors: vectors), data)[0]
     model.save_pretrained(str(runs.model_folder(start, row.trained, rate, seed)), create_model_card=False)
     runs.write("trainings", line)

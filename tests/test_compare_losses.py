@@ -30,7 +30,7 @@ def script(monkeypatch):
 def test_comparison_resumes_merges_and_reports(tmp_path):
     """Each row once; a second call trains nothing more; differences are those of the means, inside their interval."""
     first, second = tmp_path / "first", tmp_path / "second"
-    call = ["compare_losses.py", "--smoke", "--starts", "weak", "--dims", 384, 8, "--layers", 3, "--curve", 1]
+    call = ["compare_losses.py", "--smoke", "--starts", "weak", "--dims", 384, 8, "--layers", 3, "--curve", 0, 1]
     code, _, errors = run(*call, *ROWS[:-1], "--output", first)
     assert code == 0, errors
     code, _, errors = run(*call, "--rows", ROWS[-1], "--output", second)
@@ -49,7 +49,11 @@ def test_comparison_resumes_merges_and_reports(tmp_path):
     report = json.loads((first / "report.json").read_text(encoding="utf-8"))["weak"]
     assert list(report) == ROWS[1:]
     assert report["rotation"]["sts"]["384"] == report["truncation"]["sts"]["384"]
-    assert report["rotation+mipic"]["curve"][0][0]["step"] == 1
+    start, one = report["rotation+mipic"]["curve"][0]
+    fitted = json.loads((second / "starts" / "weak_0.json").read_text(encoding="utf-8"))["seconds"]
+    assert [start["step"], one["step"]] == [0, 1]
+    assert one["seconds"] > start["seconds"] >= fitted, "the rotation's own seconds are counted"
+    assert start["scores"]["synthetic"]["8"] == pytest.approx(report["rotation"]["sts"]["8"]["mean"], abs=0.01)
     for measure in ("sts", "topics", "accuracy@1", "ndcg@10", "sts, layer 3 cut", "sts, layer 3 fitted"):
         found = report["rotation+mipic"][f"{measure} differences"]
         assert list(found) == ["truncation", "base", "matryoshka", "specialist", "rotation"]

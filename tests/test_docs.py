@@ -181,7 +181,7 @@ def resolve(dotted):
 
 
 def test_linked_names_exist():
-    """Every name that a page of the API links to can be imported; code hosts do not resolve such links on other pages."""
+    """Every name that an API page links to can be imported; code hosts do not resolve such links on other pages."""
     linked = {
         page: re.findall(r"\]\[(mipic_st[\w.]+)\]", page.read_text(encoding="utf-8")) for page in PAGES.rglob("*.md")
     }

@@ -8,13 +8,22 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *(ROOT / ".docs" / "pages" / name for name in ("results.md", "tails.md"))]
 # the comparison from the rotated start, the earlier one of plain starts, good and weak, and what needs no training
-FILES = {"rotated": "compare_losses.json", "plain": "plain_starts.json", "untrained": "rotations.json"}
+FILES = {
+    "rotated": "compare_losses.json",
+    "weak": "weak_start.json",
+    "curve": "curve.json",
+    "half": "half_depth.json",
+    "plain": "plain_starts.json",
+    "untrained": "rotations.json",
+    "wide": "rotations_mpnet.json",
+}
 
 ROWS = {
     "truncation": "truncation, no training",
@@ -28,6 +37,7 @@ ROWS = {
     "specialist-16": "`MatryoshkaLoss`, 16 dims only",
     "specialist-8": "`MatryoshkaLoss`, 8 dims only",
     "rotation+matryoshka": "rotation, then `MatryoshkaLoss`",
+    "mipic": "`MIPICLoss`",
     "rotation+mipic": "**rotation, then `MIPICLoss`**",
 }
 PLAIN_ROWS = {
@@ -99,6 +109,28 @@ def differences(name, measure, dims):
     return made
 
 
+def curve(entry):
+    """STS by seconds of rotation and training."""
+    dims = (384, 64, 16, 8)
+    rows = []
+    for name in ("matryoshka", "rotation+mipic"):
+        for point in entry[name]["curve"][0]:
+            cells = [f"{mean(by_dim[str(dim)] for by_dim in point['scores'].values()):.1f}" for dim in dims]
+            rows.append([ROWS[name], point["step"], f"{point['seconds']:.0f}", *cells])
+    return table(["", "steps", "seconds", *dims], rows)
+
+
+def half_depth(stages):
+    """Mean and, over several trainings, standard deviation."""
+    dims = list(next(iter(stages.values()))[0])
+
+    def shown(values):
+        return f"{mean(values):.1f}" + (f" ±{stdev(values):.1f}" if len(values) > 1 else "")
+
+    rows = [[name, *(shown([run[dim] for run in runs]) for dim in dims)] for name, runs in stages.items()]
+    return table(["", *dims], rows)
+
+
 def plain(start):
     def made(entry):
         columns = [("sts", 384), ("sts", 64), ("sts", 16), ("sts", 8), ("probe", 16), ("probe", 8)]
@@ -138,7 +170,7 @@ WAYS = {
 
 
 def rotations(entry):
-    dims = (384, 256, 128, 64, 32, 16, 8)
+    dims = [column.split()[1] for column in entry["truncation"] if column.startswith("sts ")]
     columns = [*(f"sts {dim}" for dim in dims), *(f"1-NN {dim}" for dim in (64, 16, 8))]
     rows = [
         [
@@ -171,11 +203,17 @@ TABLES = {
     "retrieval differences": ("rotated", "good", differences("rotation+mipic", "accuracy@1", (64, 32, 16, 8))),
     "layer 3 cut": ("rotated", "good", scores("sts, layer 3 cut", (384, 64, 32, 16, 8))),
     "layer 3 fitted": ("rotated", "good", scores("sts, layer 3 fitted", (384, 64, 32, 16, 8))),
+    "weak": ("weak", "weak", scores("sts")),
+    "weak differences": ("weak", "weak", differences("mipic", "sts", (384, 256, 128, 64, 32, 16, 8))),
+    "weak rotated differences": ("weak", "weak", differences("rotation+mipic", "sts", (384, 256, 128, 64, 32, 16, 8))),
+    "curve": ("curve", "good", curve),
+    "half depth": ("half", "scores", half_depth),
     "plain good": ("plain", "good", plain("good")),
     "plain weak": ("plain", "weak", plain("weak")),
     "ablation": ("plain", "ablation", ablation),
     "rotations": ("untrained", "rotations", rotations),
     "cuts": ("untrained", "cuts", cuts),
+    "wide": ("wide", "rotations", rotations),
 }
 MARKED = re.compile(r"(<!-- results: (.+?) -->\n\n)((?:\|.*\n)*)\n*")
 
