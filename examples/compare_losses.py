@@ -750,9 +750,22 @@ def differences(
     return found
 
 
+def named_files(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings whose local files are given by name."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, list):
+            return [short(each) for each in value]
+        return Path(value).name if isinstance(value, str) and Path(value).exists() else value
+
+    return {key: short(value) for key, value in settings.items()}
+
+
 def report(runs: Runs, data: Data, rows: list[Row]) -> dict[str, Any]:
     console = Console(width=180)
-    made: dict[str, Any] = {"settings": json.loads((runs.folder / "settings.json").read_text(encoding="utf-8"))}
+    # a report is shown to others: files by their names, not by where they lie
+    settings = json.loads((runs.folder / "settings.json").read_text(encoding="utf-8"), object_hook=named_files)
+    made: dict[str, Any] = {"settings": settings}
     for start in args.starts:
         picked = {row.name: chosen for row in rows if (chosen := chosen_runs(runs, start, row))}
         entry: dict[str, Any] = {}

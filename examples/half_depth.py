@@ -48,7 +48,7 @@ SMOKE_PAIRS = 300
 
 
 def main() -> None:
-    parser = make_parser(__doc__, batch_size=64, learning_rate=2e-4)
+    parser = make_parser(__doc__, batch_size=64, learning_rate=5e-4)
     parser.add_argument("--layer", type=positive, help="layer to cut after (default: half of the model's depth)")
     parser.add_argument("--no-rotation", action="store_true", help="the model is rotated already, or shall not be")
     parser.add_argument("--more-eval-files", nargs="+", default=[], help="the scores are the mean over all files")

@@ -50,7 +50,7 @@ PLAIN_ROWS = {
     "specialist-8": "`MatryoshkaLoss`, 8 dims only",
     "matryoshka-2d": "`Matryoshka2dLoss`",
     "mipic-paper": "`MIPICLoss`, paper preset",
-    "mipic": "`MIPICLoss`, defaults of then",
+    "mipic": "`MIPICLoss`, defaults at that time",
 }
 HEADLINE = ["truncation", "rotation", "base", "base+pca", "matryoshka", "rotation+matryoshka", "rotation+mipic"]
 RIVALS = ["truncation", "base", "matryoshka", "matryoshka-2d", "specialist", "rotation", "rotation+matryoshka"]
@@ -243,6 +243,12 @@ def test_every_table_is_shown():
     assert "| wrong |" not in filled("<!-- results: headline -->\n\n| wrong |\n\nNext")
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_reports_name_files_and_no_places(name):
+    """What a report was made from is named as others have it, too."""
+    assert "/" not in json.dumps(load(name).get("settings", {}))
+
+
 def test_the_headline_is_true():
     """The README's sentence about 8 dims quotes the report."""
     entry = load("rotated")["good"]
@@ -258,6 +264,7 @@ def test_the_comparison_is_over_seeds():
     """What was trained was trained with three seeds at its own rate, and one folder of settings made all of it."""
     report = load("rotated")
     trained = {name: about for name, about in report["good"].items() if about["learning_rate"]}
+    trained |= {f"weak {name}": about for name, about in load("weak")["weak"].items()}
     assert {"matryoshka", "rotation+matryoshka", "rotation+mipic"} <= set(trained)
     assert {about["seeds"] for about in trained.values()} == {3}
     assert report["settings"]["steps"] >= 150
