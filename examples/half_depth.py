@@ -79,7 +79,8 @@ def main() -> None:
     evaluators = [make_evaluator(argparse.Namespace(**{**vars(args), "eval_file": file}), dims) for file in files]
 
     def mean_score(model: SentenceTransformer) -> dict[int, float]:
-        return pd.DataFrame([score(model, evaluator) for evaluator in evaluators]).mean().to_dict()
+        scores = pd.DataFrame([score(model, evaluator) for evaluator in evaluators]).mean()
+        return {dim: float(scores[dim]) for dim in dims}
 
     cuts = fit_layer_cuts(teacher, texts, layers=[layer], dims=dims, batch_size=64)
     stages = {
@@ -108,8 +109,8 @@ def main() -> None:
         table.add_column(heading, justify="right" if heading else "left")
     for stage, runs in stages.items():
         frame = pd.DataFrame(runs)
-        spread = [f" ±{value:.1f}" for value in frame.std()] if len(runs) > 1 else [""] * len(dims)
-        table.add_row(stage, *(f"{mean:.1f}{more}" for mean, more in zip(frame.mean(), spread, strict=True)))
+        spread = {dim: f" ±{frame[dim].std():.1f}" if len(runs) > 1 else "" for dim in dims}
+        table.add_row(stage, *(f"{frame[dim].mean():.1f}{spread[dim]}" for dim in dims))
     Console().print(table)
     if args.json:
         about = {name: getattr(args, name) for name in ("layer", "steps", "epochs", "batch_size", "learning_rate")}

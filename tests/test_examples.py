@@ -249,7 +249,9 @@ def test_half_depth_teaches_the_cut(run_here, tmp_path):
     stages = json.loads(report.read_text(encoding="utf-8"))["scores"]
     assert list(stages) == ["full depth", "layer 3, as it is", "layer 3, fitted", "layer 3, fitted and trained"]
     assert all(name in printed for name in stages)
-    plain, fitted, trained = (stages[name][0] for name in list(stages)[1:])
+    full, plain, fitted, trained = (runs[0] for runs in stages.values())
+    row = next(line for line in printed.splitlines() if "full depth" in line)
+    assert re.findall(r"\d+\.\d", row) == [f"{full[dim]:.1f}" for dim in ("64", "16")], "each under its own dim"
     assert fitted["64"] > plain["64"]
     assert trained != fitted
     from sentence_transformers import SentenceTransformer
