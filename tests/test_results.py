@@ -162,7 +162,7 @@ def ablation(entry):
 
 # in rotations.json: what has another name on the page
 WAYS = {
-    "ITQ": "ITQ (PCA to 256 dims, then turned)",
+    "ITQ": "ITQ (PCA to the largest dim, then turned)",
     "rotation, pairs": "**rotation, pairs**",
     "rotation, texts only": "rotation, their texts only",
     "rotation, topics alone": "rotation, pairs of Banking77 alone",
