@@ -35,7 +35,7 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 
-from common import load_model
+from common import load_model, sentences_of
 from mipic_st import Rotation, export_truncated, fit_layer_cuts, fit_rotation
 from mipic_st.data import load_sts_file, load_training_file
 from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
@@ -150,10 +150,8 @@ def layer_cuts(
     encode_pairs: Callable[[Dataset, SentenceTransformer], tuple],
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, float]]]:
     """Score each layer cut as it is, fitted, and fitted to rotated vectors; and what held-out texts say."""
-    columns = [column for column in train.column_names if column != "score"]
-    texts = list(dict.fromkeys(text for column in columns for text in train[column]))
     started = time.perf_counter()
-    cuts = fit_layer_cuts(model, texts, layers=layers, dims=dims, batch_size=64)
+    cuts = fit_layer_cuts(model, sentences_of(train), layers=layers, dims=dims, batch_size=64)
     print(f"layer cuts: one encoding and all fits in {time.perf_counter() - started:.0f} s")
     models = {"full depth": model}
     for layer in layers:
@@ -259,15 +257,15 @@ def main() -> None:
     console = Console(width=160)
     console.print(table_of("mean Spearman x100 of the STS sets, and 1-NN accuracy x100", shown))
 
-    by_layer, report = {}, []
+    by_layer, held_out = {}, []
     if args.layers:
-        by_layer, report = layer_cuts(
+        by_layer, held_out = layer_cuts(
             model, train, args.layers, [width, *dims], rotations["rotation, pairs"], cut_sts, encode_pairs
         )
         rounded = {name: {dim: f"{value:.1f}" for dim, value in row.items()} for name, row in by_layer.items()}
         console.print(table_of("layer cuts: mean Spearman x100 of the STS sets", rounded))
     if args.json:
-        report = {"rotations": results, "cuts": by_layer, "cuts, held-out texts": report}
+        report = {"rotations": results, "cuts": by_layer, "cuts, held-out texts": held_out}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -4,9 +4,9 @@
     python examples/half_depth.py --model my-model --train-file pairs.csv --eval-file sts.csv --output-dir my-half-model
     python examples/half_depth.py --dataset sentence-transformers/all-nli:pair --layer 4
 
-A model that is not rotated yet is rotated first, so that the cut is good at few dims, too. The teacher's vectors of the
-training texts are encoded once: the tail is fitted to them by least squares, and MSELoss then trains the whole cut on
-them. No label is needed, texts are enough. What is saved is a plain SentenceTransformer.
+A model that is not rotated yet is rotated first, so that the cut is good at few dims, too. The tail is fitted by least
+squares to the teacher's vectors of the training texts, and MSELoss then trains the whole cut on them. No label is
+needed, texts are enough. What is saved is a plain SentenceTransformer.
 """
 
 from __future__ import annotations

@@ -244,7 +244,20 @@ def test_half_depth_teaches_the_cut(run_here, tmp_path):
     """Rotated, cut, fitted, trained: four rows over all dims, the fitted cut above the bare one; and a saved model."""
     report, folder = tmp_path / "half.json", tmp_path / "half"
     printed = run_here(
-        "half_depth.py", "--smoke", "--layer", 3, "--dims", 64, 16, "--json", report, "--output-dir", folder
+        "half_depth.py",
+        "--smoke",
+        "--layer",
+        3,
+        "--dims",
+        64,
+        16,
+        "--seeds",
+        0,
+        1,
+        "--json",
+        report,
+        "--output-dir",
+        folder,
     )
     stages = json.loads(report.read_text(encoding="utf-8"))["scores"]
     assert list(stages) == ["full depth", "layer 3, as it is", "layer 3, fitted", "layer 3, fitted and trained"]
@@ -254,6 +267,8 @@ def test_half_depth_teaches_the_cut(run_here, tmp_path):
     assert re.findall(r"\d+\.\d", row) == [f"{full[dim]:.1f}" for dim in ("64", "16")], "each under its own dim"
     assert fitted["64"] > plain["64"]
     assert trained != fitted
+    assert [len(runs) for runs in stages.values()] == [1, 1, 1, 2]
+    assert trained != stages["layer 3, fitted and trained"][1], "another seed, another training"
     from sentence_transformers import SentenceTransformer
 
     half = SentenceTransformer(str(folder), truncate_dim=16)

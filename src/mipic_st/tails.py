@@ -558,9 +558,6 @@ class _Orthonormal(nn.Module):
         # QR may turn a column's sign
         return frame * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
 
-    def right_inverse(self, frame: Tensor) -> Tensor:
-        return frame
-
 
 class _Frame(nn.Module):
     """The first columns of an orthogonal matrix, started at the identity."""
