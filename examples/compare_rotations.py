@@ -34,13 +34,14 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize
 
 from common import load_model, sentences_of
 from mipic_st import Rotation, export_truncated, fit_layer_cuts, fit_rotation
 from mipic_st.data import load_sts_file, load_training_file
 from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
 from mipic_st.embedding_store import unit_length
-from mipic_st.tails import rotation_objective
+from mipic_st.tails import identity_dense, rotation_objective
 
 
 def parse_args() -> argparse.Namespace:
@@ -148,24 +149,26 @@ def layer_cuts(
     turn: Rotation,
     sts: list[Dataset],
     encode_pairs: Callable[[Dataset, SentenceTransformer], tuple],
+    steps: dict[str, int],
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, float]]]:
     """Score each layer cut as it is, fitted, and fitted to rotated vectors; and what held-out texts say."""
-    started = time.perf_counter()
-    cuts = fit_layer_cuts(model, sentences_of(train), layers=layers, dims=dims, batch_size=64)
-    print(f"layer cuts: one encoding and all fits in {time.perf_counter() - started:.0f} s")
-    models = {"full depth": model}
-    for layer in layers:
-        models[f"layer {layer}, as it is"] = export_truncated(model, layer)
-        models[f"layer {layer}, fitted"] = export_truncated(model, layer, cuts=cuts)
+    unscaled = [module for module in model if not isinstance(module, Normalize)]
+    rotated = SentenceTransformer(modules=[*unscaled, identity_dense(turn.matrix, model), Normalize()])
+    models, report = {"full depth": model, "full depth, rotated": rotated}, []
+    for what, start in (("fitted", model), ("fitted, rotated", rotated)):
+        started = time.perf_counter()
+        cuts = fit_layer_cuts(start, sentences_of(train), layers=layers, dims=dims, batch_size=64, **steps)
+        print(f"layer cuts, {what}: one encoding and all fits in {time.perf_counter() - started:.0f} s")
+        report += [{"model": what, **cell} for cell in cuts.report]
+        for layer in layers:
+            if start is model:
+                models[f"layer {layer}, as it is"] = export_truncated(model, layer)
+            models[f"layer {layer}, {what}"] = export_truncated(start, layer, cuts=cuts)
     scores = {}
-    for name, cut_model in models.items():
-        found = [encode_pairs(part, cut_model) for part in sts]
+    for name in sorted(models, key=lambda name: name.split(",")[0]):
+        found = [encode_pairs(part, models[name]) for part in sts]
         scores[name] = {str(dim): mean_spearman(found, dim) for dim in dims}
-        if "as it is" not in name:
-            # the least-squares fit to rotated vectors is the fit to the others, rotated
-            turned = [(turn(a), turn(b), gold) for a, b, gold in found]
-            scores[f"{name}, rotated"] = {str(dim): mean_spearman(turned, dim) for dim in dims}
-    return scores, cuts.report
+    return scores, report
 
 
 def main() -> None:
@@ -260,7 +263,7 @@ def main() -> None:
     by_layer, held_out = {}, []
     if args.layers:
         by_layer, held_out = layer_cuts(
-            model, train, args.layers, [width, *dims], rotations["rotation, pairs"], cut_sts, encode_pairs
+            model, train, args.layers, [width, *dims], rotations["rotation, pairs"], cut_sts, encode_pairs, steps
         )
         rounded = {name: {dim: f"{value:.1f}" for dim, value in row.items()} for name, row in by_layer.items()}
         console.print(table_of("layer cuts: mean Spearman x100 of the STS sets", rounded))

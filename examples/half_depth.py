@@ -82,7 +82,8 @@ def main() -> None:
         scores = pd.DataFrame([score(model, evaluator) for evaluator in evaluators]).mean()
         return {dim: float(scores[dim]) for dim in dims}
 
-    cuts = fit_layer_cuts(teacher, texts, layers=[layer], dims=dims, batch_size=64)
+    # least squares alone: the training does what further steps of the fit would do
+    cuts = fit_layer_cuts(teacher, texts, layers=[layer], dims=dims, max_steps=0, batch_size=64)
     stages = {
         "full depth": [mean_score(teacher)],
         f"layer {layer}, as it is": [mean_score(export_truncated(teacher, layer))],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,10 +29,12 @@ from mipic_st import MIPICLoss
 from mipic_st.export import export_truncated
 from mipic_st.tails import (
     Rotation,
+    cut_objective,
     fit_cut,
     fit_layer_cuts,
     fit_rotation,
     prefix_cosines,
+    refine_cut,
     rotate_model,
     rotation_objective,
 )
@@ -481,6 +484,100 @@ def test_bad_cuts_are_named(states, targets, ridge, message):
         fit_cut(states, targets, ridge=ridge)
 
 
+def cut_reference(states, targets, weight, dims, vector_weight, temperature):
+    """The objective of a cut, text by text."""
+    vectors, count = states @ weight, len(states)
+    total = 0.0
+    for dim in sorted({*dims, targets.shape[1]}):
+        for row, goal in zip(vectors[:, :dim], targets[:, :dim], strict=True):
+            total += vector_weight * ((row / np.linalg.norm(row) - goal / np.linalg.norm(goal)) ** 2).sum() / count
+
+    def shares(rows, i):
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        others = [np.exp(rows[i] @ rows[j] / temperature) for j in range(count) if j != i]
+        return np.array(others) / sum(others)
+
+    for dim in dims:
+        for i in range(count):
+            wanted, found = shares(targets, i), shares(vectors[:, :dim], i)
+            total += (wanted * np.log(wanted / found)).sum() / count
+    return total
+
+
+@pytest.mark.parametrize(("dims", "vector_weight"), [([4], 0.0), ([4], 1.0), ([2, 4, 7], 0.6)])
+def test_cut_objective_against_numpy(dims, vector_weight):
+    """Value against a loop over texts, gradient against finite differences."""
+    random = np.random.default_rng(0)
+    states, targets, weight = random.normal(size=(6, 5)), unit(random.normal(size=(6, 7))), random.normal(size=(5, 7))
+    tensors = [torch.from_numpy(part) for part in (states, targets, weight)]
+    expected = cut_reference(states, targets, weight, dims, vector_weight, 0.3)
+    objective = partial(cut_objective, dims=dims, vector_weight=vector_weight, temperature=0.3)
+    assert objective(*tensors).item() == pytest.approx(expected, rel=1e-6)
+    assert torch.autograd.gradcheck(lambda w: objective(*tensors[:2], w), tensors[2].requires_grad_())
+
+
+@pytest.fixture(scope="module")
+def bent():
+    """States whose targets no linear map reaches: least squares, and what a cut is refined on."""
+    random = np.random.default_rng(0)
+    states = random.normal(size=(900, 12)).astype(np.float32)
+    targets = unit(np.tanh(2 * states @ random.normal(size=(12, 10)))).astype(np.float32)
+    weight = fit_cut(states[100:], targets[100:])
+    return weight, states[100:], targets[100:], (states[:100], targets[:100])
+
+
+def test_refined_cuts_keep_similarities_better(bent):
+    """On rows that no step saw, cosines at the dims follow the full width better than after least squares alone."""
+    from scipy.stats import spearmanr
+
+    weight, states, targets, held = bent
+    refined = refine_cut(weight, states, targets, [2, 4], held_out=held)
+    upper = np.triu_indices(100, 1)
+    reference = (held[1] @ held[1].T)[upper]
+    for dim in (2, 4):
+        before, after = (
+            spearmanr((cut @ cut.T)[upper], reference)[0]
+            for cut in (unit(held[0] @ w.numpy()[:, :dim]) for w in (weight, refined))
+        )
+        assert after > before + 0.005
+    vectors = states @ refined.numpy()
+    # lengths stay those of the targets
+    assert (vectors * targets).sum() / (vectors**2).sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_high_vector_weight_keeps_the_space(bent):
+    """Vectors of the cut stay comparable with the full model's at small dims, the more the higher the weight."""
+    weight, states, targets, held = bent
+    near = []
+    for vector_weight in (0.0, 10.0):
+        refined = refine_cut(weight, states, targets, [2], held_out=held, vector_weight=vector_weight).numpy()
+        near.append((unit((held[0] @ refined)[:, :2]) * unit(held[1][:, :2])).sum(axis=1).mean())
+    assert near[0] < near[1] - 0.005
+    least_squares = (unit((held[0] @ weight.numpy())[:, :2]) * unit(held[1][:, :2])).sum(axis=1).mean()
+    assert near[1] > least_squares - 0.002
+
+
+def test_refined_cuts_are_repeatable(bent):
+    """The same with the same seed, another with another; states of any length; global generators are left alone."""
+    weight, states, targets, held = bent
+    state = torch.get_rng_state()
+    first, again, other = (
+        refine_cut(weight, states, targets, [4], held_out=held, max_steps=20, seed=seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+    longer = refine_cut(weight / 8, states * 8, targets, [4], held_out=(held[0] * 8, held[1]), max_steps=20)
+    torch.testing.assert_close(8 * longer, first, rtol=1e-3, atol=1e-4)
+
+
+def test_a_refinement_that_harms_is_dropped(bent):
+    """If no step is better on held-out rows, least squares stays, up to its length."""
+    weight, states, targets, held = bent
+    kept = refine_cut(weight, states, targets, [4], held_out=held, max_steps=10, learning_rate=50.0)
+    torch.testing.assert_close(kept / kept.norm(), weight / weight.norm())
+
+
 # --- on models --------------------------------------------------------------------------------------------------------
 
 TEXTS = sentences(300, seed=7, shortest=3)
@@ -790,7 +887,7 @@ def test_fitted_export_is_the_least_squares_map(tiny_model, architecture, tail, 
     if tail is not None and architecture != "bert":
         pytest.skip("one architecture is enough for the tails")
     model = tiny_model(architecture, tail=tail, normalize=tail is None)
-    cuts = fit_layer_cuts(model, TEXTS, layers=[2], dims=[8], ridge=0.01)
+    cuts = fit_layer_cuts(model, TEXTS, layers=[2], dims=[8], ridge=0.01, max_steps=0)
     export_truncated(model, 2, 8, cuts=cuts).save_pretrained(str(tmp_path / "cut"))
     loaded = SentenceTransformer(str(tmp_path / "cut"), device="cpu")
     assert loaded[0].auto_model.config.get_text_config().num_hidden_layers == 2
@@ -833,11 +930,23 @@ def test_grid_reports_every_cell(tiny_model):
         assert row[f"sts_{kind}"] == pytest.approx(spearmanr((first * second).sum(1), sts["score"])[0], abs=1e-3)
 
 
+def test_cuts_are_refined_for_their_dims(tiny_model):
+    """By default the map goes on from least squares, and what a dim keeps on held-out texts is not less."""
+    model = tiny_model(normalize=True)
+    plain, refined = (fit_layer_cuts(model, TEXTS, layers=[1], dims=[8], max_steps=steps) for steps in (0, 400))
+    assert not torch.equal(plain.maps[1], refined.maps[1])
+    free = fit_layer_cuts(model, TEXTS, layers=[1], dims=[8], vector_weight=0)
+    assert not torch.equal(free.maps[1], refined.maps[1])
+    assert torch.equal(refined.maps[1], fit_layer_cuts(model, TEXTS, layers=[1], dims=[8]).maps[1])
+    assert refined.report[0]["similarity_fitted"] > plain.report[0]["similarity_fitted"]
+
+
 def test_cut_of_a_rotated_model_aims_at_the_rotated_space(tiny_model):
     """After a rotation, the fitted cut gives the rotated vectors: at small dims it follows the full depth."""
     model = tiny_model(normalize=True)
     rotate_model(model, TEXTS, DIMS, **ROTATE)
-    small = export_truncated(model, 2, 8, texts=TEXTS)
+    cuts = fit_layer_cuts(model, TEXTS, layers=[2], dims=[8], vector_weight=10)
+    small = export_truncated(model, 2, 8, cuts=cuts)
     full = model.encode(TEXTS[:50], truncate_dim=8, normalize_embeddings=True)
     assert (small.encode(TEXTS[:50]) * full).sum(axis=1).mean() > 0.8
 
@@ -864,6 +973,8 @@ def test_fits_that_make_no_sense_are_refused(tiny_model, arguments, message):
         ({"texts": []}, ValueError, "texts has no texts"),
         ({"dims": [64]}, ValueError, "exceed the model's width of 32"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer >= 1, got 0"),
+        ({"vector_weight": -1}, ValueError, "vector_weight must be >= 0 and finite, got -1"),
+        ({"max_steps": -1}, ValueError, "max_steps must be an integer >= 0, got -1"),
         ({"sts": (["a"], ["b"], [1.0])}, ValueError, "sts must hold as many first texts"),
         ({"sts": (["a", "b"], ["b", "c"], [1.0, float("nan")])}, ValueError, "sts holds scores that are no finite"),
     ],
