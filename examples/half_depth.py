@@ -41,7 +41,6 @@ from common import (
     training_arguments,
 )
 from mipic_st import export_truncated, fit_layer_cuts, rotate_model, set_matryoshka_config
-from mipic_st.data import is_scored
 from mipic_st.demo import synthetic_pairs
 
 SMOKE_PAIRS = 300
@@ -65,9 +64,8 @@ def main() -> None:
     teacher = load_model(args.model)
     dims = choose_dims(args.dims, teacher.get_embedding_dimension())
     if not args.no_rotation and dims[-1] < dims[0]:
-        pairs = sentences_of(train) if is_scored(train) else train
         options = {"max_steps": 5} if args.smoke else {}
-        rotate_model(teacher, pairs, dims, batch_size=64, seed=args.seed, **options)
+        rotate_model(teacher, train, dims, batch_size=64, seed=args.seed, **options)
     layer = args.layer or teacher[0].auto_model.config.num_hidden_layers // 2
 
     # 2. Its vectors of every text: what the tail is fitted to, and what the cut is trained on

@@ -553,11 +553,30 @@ def test_compare_rotations_prints_every_way(tmp_path):
     cuts = figures["cuts"]
     kinds = [f"layer {layer}, {kind}" for layer in (3, 4) for kind in ("as it is", "fitted", "fitted, rotated")]
     assert list(cuts) == ["full depth", "full depth, rotated", *kinds]
+    assert cuts["full depth, rotated"]["384"] == pytest.approx(cuts["full depth"]["384"], abs=0.01)
     for name in ("full depth", "layer 3, fitted", "layer 4, fitted"):
-        assert cuts[f"{name}, rotated"]["384"] == pytest.approx(cuts[name]["384"], abs=0.01)
         assert cuts[f"{name}, rotated"]["8"] != cuts[name]["8"]
+    assert cuts["layer 3, fitted"]["64"] > cuts["layer 3, as it is"]["64"]
     assert cuts["full depth"]["384"] == pytest.approx(whole, abs=0.01), "the same sets"
     assert "warns of" in printed
+
+
+@needs_model
+@pytest.mark.slow
+def test_compare_rotations_on_fewer_pairs_without_cuts(tmp_path):
+    """--pairs fits on so many, --layers without a layer leaves the cuts out, --bf16 moves the vectors a little."""
+    found = {}
+    for name, flags in {"all": (), "few": ("--pairs", 400), "bf16": ("--bf16",)}.items():
+        report = tmp_path / f"{name}.json"
+        code, printed, errors = run("compare_rotations.py", "--smoke", "--layers", *flags, "--json", report)
+        assert code == 0, errors
+        assert f"{2 * (400 if name == 'few' else 500)} texts encoded" in printed
+        found[name] = json.loads(report.read_text(encoding="utf-8"))
+        assert found[name]["cuts"] == {}
+    scores = {name: figures["rotations"]["truncation"]["sts 384"] for name, figures in found.items()}
+    assert scores["few"] == scores["all"] != scores["bf16"]
+    assert scores["bf16"] == pytest.approx(scores["all"], abs=0.5)
+    assert len({figures["rotations"]["rotation, pairs"]["sts 8"] for figures in found.values()}) == 3
 
 
 def test_benchmark_tails_measures_both_fits():
