@@ -30,7 +30,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -616,7 +616,7 @@ def _fit_frame(
         anchors, positives, others, same = pairs.batch(rows, size)
         return rotation_objective(anchors, positives, module.columns, dims, negatives=others, same=same, **settings)
 
-    order, position = torch.randperm(count, generator=generator), 0
+    orders = _orders(count, batch_size, generator)
     for step in trange(max_steps, desc="Rotation", disable=not show_progress_bar):
         if step % _CHECK_EVERY == 0 or step == max_steps - 1:
             with torch.no_grad():
@@ -624,15 +624,20 @@ def _fit_frame(
                 value, frame = float(objective(test, held, batch_size)), module.columns
             if value < best_value:
                 best, best_value = frame.clone(), value
-        if position + batch_size > count:
-            order, position = torch.randperm(count, generator=generator), 0
-        rows = order.roll(-position)[: max(batch_size, negatives)]
-        position += batch_size
+        rows = next(orders)[: max(batch_size, negatives)]
         optimizer.zero_grad()
         objective(training, rows, batch_size).backward()
         optimizer.step()
         schedule.step()
     return best
+
+
+def _orders(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows for one step after the other: the step's batch first, then the others; each row once an epoch."""
+    while True:
+        order = torch.randperm(count, generator=generator)
+        for position in range(0, count - batch_size + 1, batch_size):
+            yield order.roll(-position)
 
 
 def _completed(frame: Tensor, training: _Pairs) -> Tensor:
@@ -818,7 +823,8 @@ def refine_cut(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
         objective = partial(cut_objective, dims=dims, vector_weight=vector_weight)
         best, best_value = free.detach().clone(), float("inf")
-        order, position = torch.randperm(len(z), generator=generator), 0
+        batch_size = min(batch_size, len(z))
+        orders = _orders(len(z), batch_size, generator)
         for step in trange(max_steps + 1, desc="Layer cut", disable=not show_progress_bar):
             if step % _CHECK_EVERY == 0 or step == max_steps:
                 with torch.no_grad():
@@ -827,10 +833,7 @@ def refine_cut(
                     best, best_value = free.detach().clone(), value
             if step == max_steps:
                 break
-            if position + batch_size > len(z):
-                order, position = torch.randperm(len(z), generator=generator), 0
-            rows = order[position : position + batch_size].to(z.device)
-            position += batch_size
+            rows = next(orders)[:batch_size].to(z.device)
             optimizer.zero_grad()
             objective(z[rows] / scale, f[rows], free).backward()
             optimizer.step()
