@@ -1,4 +1,4 @@
-"""Seconds and memory of fitting tails, on random vectors: rotation and least-squares cut.
+"""Seconds and memory of fitting tails, on random vectors: rotation, and the tail of one layer's cut, in two steps.
 
     python examples/benchmark_tails.py                  # 20,000 x 384 and 50,000 x 1,024, some minutes on two cores
     python examples/benchmark_tails.py --sizes 20000x384 9490x4096
@@ -40,20 +40,25 @@ def measure(what: str, size: str, threads: int) -> None:
 
     import torch
 
-    from mipic_st.tails import fit_cut, fit_rotation
+    from mipic_st.layer_cuts import fit_cut, refine_cut
+    from mipic_st.rotation import fit_rotation
 
     torch.set_num_threads(threads)
     count, width = map(int, size.split("x"))
     generator = torch.Generator().manual_seed(0)
     anchors = torch.randn(count, width, generator=generator)
     positives = torch.randn(count, width, generator=generator).mul_(0.5).add_(anchors)
-    if what == "rotation":  # what it imports should not count
+    dims = [dim for dim in DIMS if dim < width]
+    if what != "least squares":  # what it imports should not count
         fit_rotation(anchors[:600], positives[:600], dims=[8], max_steps=1)
     before, start = peak_bytes(), time.perf_counter()
     if what == "rotation":
-        fit_rotation(anchors, positives, dims=[dim for dim in DIMS if dim < width])
-    else:
+        fit_rotation(anchors, positives, dims=dims)
+    elif what == "least squares":
         fit_cut(anchors, positives)
+    else:
+        held = anchors[:512], positives[:512]
+        refine_cut(torch.eye(width), anchors[512:], positives[512:], [*dims, width], held_out=held)
     seconds = time.perf_counter() - start
     vectors = 2 * anchors.numel() * anchors.element_size()
     print(json.dumps({"seconds": seconds, "memory": (peak_bytes() - before) / vectors}))
@@ -64,13 +69,13 @@ def main() -> None:
     if args.one:
         measure(*args.one, args.threads)
         return
-    print(f"{'':10} {'vectors':>12} {'seconds':>8} {'added memory / vectors':>23}")
+    print(f"{'':14} {'vectors':>12} {'seconds':>8} {'added memory / vectors':>23}")
     for size in ["600x64"] if args.smoke else args.sizes:
-        for what in ("rotation", "cut"):
+        for what in ("rotation", "least squares", "refined cut"):
             command = [sys.executable, __file__, "--threads", str(args.threads), "--one", what, size]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             figures = json.loads(done.stdout.splitlines()[-1])
-            print(f"{what:10} {size:>12} {figures['seconds']:8.1f} {figures['memory']:23.2f}", flush=True)
+            print(f"{what:14} {size:>12} {figures['seconds']:8.1f} {figures['memory']:23.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -155,12 +155,12 @@ def test_embedding_width_ignores_truncate_dim(tiny_model):
 
 
 def test_is_linear():
-    """A plain matrix, and nothing else."""
+    """A map that takes another one into its weight, and nothing else."""
     assert is_linear(identity_dense(4, 3))
     assert is_linear(Dense(4, 3, bias=False, activation_function=None))
+    assert is_linear(identity_dense(4, 3, bias=True))
     others = [
         Dense(4, 3, bias=False),
-        identity_dense(4, 3, bias=True),
         identity_dense(4, 4, use_residual=True),
         identity_dense(4, 4, module_input_name="token_embeddings"),
         OwnForward(4, 4, bias=False, activation_function=nn.Identity()),

@@ -13,7 +13,7 @@ from conftest import assemble, save_encoder, sentences
 from evaluation_fixtures import tiny_model
 from mipic_st import cli
 from mipic_st.cli import main
-from mipic_st.tails import Rotation
+from mipic_st.rotation import Rotation
 
 
 def test_help_lists_the_commands(capsys):

@@ -27,17 +27,9 @@ from sentence_transformers.sentence_transformer.modules import (
 from conftest import TAILS, WIDTH, column_features, sentences
 from mipic_st import MIPICLoss
 from mipic_st.export import export_truncated
-from mipic_st.tails import (
-    Rotation,
-    cut_objective,
-    fit_cut,
-    fit_layer_cuts,
-    fit_rotation,
-    prefix_cosines,
-    refine_cut,
-    rotate_model,
-    rotation_objective,
-)
+from mipic_st.layer_cuts import cut_objective, fit_cut, fit_layer_cuts, refine_cut
+from mipic_st.rotation import Rotation, fit_rotation, rotate_model, rotation_objective
+from mipic_st.tails import prefix_cosines
 
 # small enough for tests, on data where every value is reached in a few steps
 QUICK = {"batch_size": 64, "max_steps": 30, "learning_rate": 0.03}
@@ -256,7 +248,7 @@ def test_lengths_do_not_count():
 
 def test_repeated_texts_are_no_negatives_and_never_on_both_sides():
     """A text that comes twice stays on one side of the split, and its copies are masked in a batch."""
-    from mipic_st.tails import _Pairs
+    from mipic_st.rotation import _Pairs
 
     anchors, positives = hidden_signal(60)
     anchors, positives = (torch.tensor(np.concatenate([vectors, vectors[:30]])) for vectors in (anchors, positives))
@@ -270,7 +262,7 @@ def test_repeated_texts_are_no_negatives_and_never_on_both_sides():
 
 def test_repeated_rows_of_texts_count_once():
     """Texts only: copies are left out, and no text is its own neighbour."""
-    from mipic_st.tails import _Pairs
+    from mipic_st.rotation import _Pairs
 
     vectors = torch.tensor(hidden_signal(50)[0])
     pairs = _Pairs.of(torch.cat([vectors, vectors[:10]]), None).with_positives()
@@ -288,8 +280,8 @@ HARM = {"dim": 8, "accuracy_before": 0.9, "accuracy_after": 0.5, "similarity_bef
 @pytest.mark.parametrize(("error", "warned"), [(0.1, True), (0.3, False)])
 def test_a_rotation_that_harms_says_so(caplog, monkeypatch, error, warned):
     """Held-out dims below truncation by two standard errors are named with the figures, smaller changes are not."""
-    monkeypatch.setattr("mipic_st.tails._held_out_report", lambda *_: [HARM | {"error": error}])
-    with caplog.at_level(logging.WARNING, logger="mipic_st.tails"):
+    monkeypatch.setattr("mipic_st.rotation._held_out_report", lambda *_: [HARM | {"error": error}])
+    with caplog.at_level(logging.WARNING, logger="mipic_st.rotation"):
         rotation = fit_rotation(*hidden_signal(50), dims=[8], **QUICK | {"max_steps": 2})
     assert rotation.worse_dims == ((8,) if warned else ())
     assert not rotation.gained
@@ -430,7 +422,7 @@ def test_report_is_readable(rotation):
     assert len(str(rotation).splitlines()) == 1 + len(DIMS)
     assert rotation.to_frame()["dim"].tolist() == DIMS
     anchors, positives = (torch.tensor(vectors) for vectors in hidden_signal())
-    from mipic_st.tails import _Pairs
+    from mipic_st.rotation import _Pairs
 
     _, test = _Pairs.of(anchors, positives).split(0.1, torch.Generator().manual_seed(0))
     first, second = test.anchors[test.rows[:, 0]].numpy(), test.positives[test.rows[:, 1]].numpy()
@@ -578,6 +570,48 @@ def test_a_refinement_that_harms_is_dropped(bent):
     torch.testing.assert_close(kept / kept.norm(), weight / weight.norm())
 
 
+@pytest.mark.parametrize(
+    "changed", [{"batch_size": 64}, {"learning_rate": 1e-2}, {"max_steps": 5}, {"vector_weight": 4.0}]
+)
+def test_every_argument_of_refine_cut_counts(bent, changed):
+    """Another value gives another map."""
+    weight, states, targets, held = bent
+    options = {"held_out": held, "max_steps": 10}
+    usual = refine_cut(weight, states, targets, [4], **options)
+    assert not torch.equal(usual, refine_cut(weight, states, targets, [4], **(options | changed)))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_refine_cut_shows_a_bar(bent, capsys, shown):
+    """If it is asked to."""
+    weight, states, targets, held = bent
+    refine_cut(weight, states, targets, [4], held_out=held, max_steps=2, show_progress_bar=shown)
+    assert ("Layer cut: 100%" in capsys.readouterr().err) is shown
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"states": np.ones((800, 11), dtype=np.float32)}, r"maps states \(N, 12\).*got \(800, 11\)"),
+        ({"targets": np.ones((799, 10), dtype=np.float32)}, r"got \(800, 12\) and \(799, 10\)"),
+        ({"states": np.full((800, 12), np.nan, dtype=np.float32)}, "states holds NaN"),
+        ({"held_out": (np.zeros((3, 12), dtype=np.float32), np.ones((3, 10), dtype=np.float32))}, "3 zero vectors"),
+        ({"dims": [11]}, "dims"),
+        ({"vector_weight": -1}, "vector_weight must be >= 0"),
+        ({"max_steps": 0}, "max_steps must be"),
+        ({"batch_size": 1}, "batch_size must be"),
+        ({"learning_rate": 0}, "learning_rate must be > 0"),
+        ({"seed": -1}, "seed must be"),
+    ],
+)
+def test_refine_cut_refuses(bent, changed, message):
+    """Rows that do not fit each other, and numbers out of range."""
+    weight, states, targets, held = bent
+    given = {"states": states, "targets": targets, "dims": [4], "held_out": held, "max_steps": 2}
+    with pytest.raises(ValueError, match=message):
+        refine_cut(weight, **(given | changed))
+
+
 # --- on models --------------------------------------------------------------------------------------------------------
 
 TEXTS = sentences(300, seed=7, shortest=3)
@@ -597,6 +631,25 @@ def cosines(model, texts=TEXTS[:40], **options):
 
 def dense_count(model):
     return sum(isinstance(module, Dense) for module in model.modules())
+
+
+class Doubled(Dense):
+    """A Dense whose forward is its own."""
+
+    def forward(self, features):
+        features = super().forward(features)
+        return features | {"sentence_embedding": 2 * features["sentence_embedding"].abs()}
+
+
+def test_a_dense_with_a_forward_of_its_own_is_not_folded(tiny_model):
+    """What it does to the vectors is not known, so the rotation stands behind it."""
+    model = tiny_model()
+    model.append(Doubled(WIDTH, WIDTH, bias=False, activation_function=None))
+    weight, vectors = model[-1].linear.weight.clone(), model.encode(TEXTS[:5])
+    rotation = rotate_until_gained(model)
+    assert type(model[-1]) is Dense
+    assert torch.equal(model[-2].linear.weight, weight)
+    np.testing.assert_allclose(model.encode(TEXTS[:5]), rotation(vectors), atol=1e-5)
 
 
 @pytest.mark.parametrize("tail", [None, *TAILS])
@@ -763,7 +816,7 @@ def test_what_is_taken_of_a_dataset(columns, expected):
     """The first two text columns; of scored pairs those that belong together."""
     from datasets import Dataset
 
-    from mipic_st.tails import _text_columns
+    from mipic_st.rotation import _text_columns
 
     got = _text_columns(Dataset.from_dict({name: list(values) for name, values in columns.items()}))
     assert got == {name: list(values) for name, values in expected.items()}
@@ -818,7 +871,7 @@ def test_nothing_gained_nothing_changed(tiny_model, caplog):
     """A fit that improves no dim leaves the model as it was and says so."""
     model = tiny_model(normalize=True)
     modules, before = list(model.children()), model.encode(TEXTS[:5])
-    with caplog.at_level(logging.WARNING, logger="mipic_st.tails"):
+    with caplog.at_level(logging.WARNING, logger="mipic_st.rotation"):
         rotation = rotate_model(model, TEXTS, DIMS, fit_batch_size=64, max_steps=1)
     assert not rotation.gained
     assert "No dim gained on held-out data, so the model was left as it is" in caplog.text
@@ -830,13 +883,13 @@ def test_nothing_gained_nothing_changed(tiny_model, caplog):
 @pytest.mark.parametrize("tail", [None, "stella"])
 def test_a_model_that_resists_is_left_as_it_was(tiny_model, tail, monkeypatch):
     """If full-width cosines change, modules and weights are restored and the error says by how much."""
-    from mipic_st import tails
+    from mipic_st import rotation as module
 
     model = tiny_model(normalize=tail is None, tail=tail)
     modules, names = list(model.children()), [name for name, _ in model.named_children()]
     before = model.encode(TEXTS[:5])
-    original = tails._put_in
-    monkeypatch.setattr(tails, "_put_in", lambda model, matrix: original(model, matrix * 1.01 + 0.01))
+    original = module._put_in
+    monkeypatch.setattr(module, "_put_in", lambda model, matrix: original(model, matrix * 1.01 + 0.01))
     with pytest.raises(RuntimeError, match="changed full-width cosines by"):
         rotate_model(model, TEXTS, DIMS, **ROTATE)
     assert list(model.children()) == modules

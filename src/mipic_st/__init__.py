@@ -11,12 +11,13 @@ if TYPE_CHECKING:  # for type checkers, editors and the documentation; the same 
     from mipic_st.callback import MIPICCallback
     from mipic_st.evaluation import ClassificationProbeEvaluator, MatryoshkaEvaluator
     from mipic_st.export import export_truncated, measure_speedup
+    from mipic_st.layer_cuts import LayerCuts, fit_layer_cuts
     from mipic_st.loss import MIPICLoss
     from mipic_st.model_config import set_matryoshka_config
     from mipic_st.mteb_tasks import evaluate_mteb
     from mipic_st.report import EvaluationReport
+    from mipic_st.rotation import Rotation, fit_rotation, rotate_model
     from mipic_st.serving import check_endpoint, export_onnx, save_for_tei
-    from mipic_st.tails import LayerCuts, Rotation, fit_layer_cuts, fit_rotation, rotate_model
 
 __version__ = "0.1.0"
 
@@ -44,19 +45,19 @@ __all__ = [
 _HOME = {
     "ClassificationProbeEvaluator": "evaluation",
     "EvaluationReport": "report",
-    "LayerCuts": "tails",
+    "LayerCuts": "layer_cuts",
     "MIPICCallback": "callback",
     "MIPICLoss": "loss",
     "MatryoshkaEvaluator": "evaluation",
-    "Rotation": "tails",
+    "Rotation": "rotation",
     "check_endpoint": "serving",
     "evaluate_mteb": "mteb_tasks",
     "export_onnx": "serving",
     "export_truncated": "export",
-    "fit_layer_cuts": "tails",
-    "fit_rotation": "tails",
+    "fit_layer_cuts": "layer_cuts",
+    "fit_rotation": "rotation",
     "measure_speedup": "export",
-    "rotate_model": "tails",
+    "rotate_model": "rotation",
     "save_for_tei": "serving",
     "set_matryoshka_config": "model_config",
 }

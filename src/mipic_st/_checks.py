@@ -40,6 +40,18 @@ def as_list(name: str, values: Any, example: str) -> list[Any]:
     return [plain(value) for value in values]
 
 
+def checked_texts(name: str, texts: Any, wanted: str = "a list of texts") -> list[str]:
+    """One text or more."""
+    if isinstance(texts, str):
+        raise TypeError(f"{name} must be {wanted}, got one text.")
+    texts = as_list(name, texts, '["a text", "another"]')
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{name} must be {wanted}, it holds {wrong[0]!r}.")
+    if not texts:
+        raise ValueError(f"{name} has no texts.")
+    return texts
+
+
 def checked_number(name: str, value: Any, least: float, most: float = float("inf"), exclusive: bool = False) -> float:
     """A real number within bounds, as int or float."""
     value = plain(value)

@@ -399,18 +399,17 @@ def tail_of(model: nn.Module) -> list[nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a plain matrix on the embedding: a Dense without bias, activation or residual.
+    """Whether a linear map behind a module can be multiplied into its weight (and bias).
 
     Args:
         module: Any module.
 
     Returns:
-        True if ``output = input @ module.linear.weight.T`` is all that it does.
+        True for a Dense on the embedding without activation and residual.
     """
     return (
         isinstance(module, Dense)
         and not _not_a_step(module)
-        and module.linear.bias is None
         and isinstance(module.activation_function, nn.Identity)
         and not getattr(module, "use_residual", False)
     )

@@ -325,7 +325,7 @@ def _rotate(arguments: argparse.Namespace) -> int:
     from mipic_st._checks import checked_dims
     from mipic_st.backbone import full_width
     from mipic_st.data import load_texts_file, load_training_file, load_training_hub
-    from mipic_st.tails import rotate_model
+    from mipic_st.rotation import rotate_model
 
     output: Path = arguments.output
     _check_empty(output)
@@ -361,7 +361,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from mipic_st.backbone import full_width
     from mipic_st.data import load_texts_file
     from mipic_st.export import export_truncated, measure_speedup
-    from mipic_st.tails import fit_layer_cuts
+    from mipic_st.layer_cuts import fit_layer_cuts
 
     output: Path = arguments.output
     _check_empty(output)

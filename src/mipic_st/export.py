@@ -14,11 +14,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Transformer
 
 from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_layers
-from mipic_st.backbone import full_width, in_half_precision, model_depth, tail_of, transformer_of
+from mipic_st.backbone import full_width, in_half_precision, is_linear, model_depth, tail_of, transformer_of
 from mipic_st.embedding_store import EmbeddingStore, unit_length
+from mipic_st.layer_cuts import LayerCuts, fit_layer_cuts
 from mipic_st.layers import encode_layers
 from mipic_st.model_config import restate_config
-from mipic_st.tails import LayerCuts, ends_linearly, fit_layer_cuts, identity_dense
+from mipic_st.tails import identity_dense
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def export_truncated(
             else all.
         texts: Texts to fit the tail of a layer cut on, a few thousand, without labels. What is lost at this cell on
             held-out ones goes to the log.
-        cuts: A grid that :func:`mipic_st.tails.fit_layer_cuts` has fitted, in the place of ``texts``.
+        cuts: A grid that :func:`mipic_st.layer_cuts.fit_layer_cuts` has fitted, in the place of ``texts``.
         normalize: Put Normalize after the cut.
 
     Returns:
@@ -224,7 +225,7 @@ def _cut_backbone(auto_model: Any, layer: int) -> Any:
 def _first_values(modules: list[Any], dim: int, width: int) -> list[Any]:
     """The modules, giving their first ``dim`` values: a last linear Dense is cut, any other gets one that selects."""
     last = modules[-1]
-    if not ends_linearly(last):
+    if not is_linear(last):
         # sentence-transformers has no module that cuts
         like = next(module for module in reversed(modules) if next(module.parameters(), None) is not None)
         return [*modules, identity_dense(torch.eye(width, dim), like)]

@@ -88,8 +88,8 @@ class MIPICLoss(nn.Module):
     as the full width does (the full width teaches, and by default takes no gradient), and PIC, if it is switched on,
     chains narrow, early sentence vectors to wide, late ones (each target is a constant). By default the loss has no
     parameters of its own, so it needs no callback and no checkpoint beside the model's. Use it when embeddings are
-    served at small dimensions, from a rotated start (:func:`mipic_st.tails.rotate_model`). Evaluation and serving need
-    nothing of it: the trained model is a plain SentenceTransformer.
+    served at small dimensions, from a rotated start (:func:`mipic_st.rotation.rotate_model`). Evaluation and serving
+    need nothing of it: the trained model is a plain SentenceTransformer.
 
     .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC}) \qquad \text{(Eq. 18)}
 

@@ -27,10 +27,9 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor, nn
 
 from mipic_st._checks import checked_dims, checked_number, missing_extra
-from mipic_st.backbone import NO_CUT, describe, evaluation_mode, full_width
+from mipic_st.backbone import NO_CUT, describe, evaluation_mode, full_width, is_linear
 from mipic_st.embedding_store import unit_length
 from mipic_st.export import merged_encoders
-from mipic_st.tails import ends_linearly
 
 __all__ = ["EndpointCheck", "check_endpoint", "export_onnx", "save_for_tei"]
 
@@ -143,7 +142,7 @@ def linear_tail(model: SentenceTransformer) -> Tensor | None:
     product: Tensor | None = None
     module: Any
     for module in description.steps:
-        if not ends_linearly(module) or module.linear.bias is not None:
+        if not is_linear(module) or module.linear.bias is not None:
             raise ValueError(
                 f"behind its pooling the model has a {type(module).__name__} that is no bias-free linear map, so it "
                 "cannot go before the pooling."
