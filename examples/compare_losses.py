@@ -65,6 +65,9 @@ def parse_args() -> argparse.Namespace:
     how.add_argument("--same-rate", action="store_true", help="one rate for all, the first: no grid")
     how.add_argument("--steps", type=int, default=150)
     how.add_argument("--batch-size", type=int, default=32)
+    how.add_argument(
+        "--mini-batch-size", type=int, metavar="N", help="for large batches: gradient cache, N texts per forward pass"
+    )
     how.add_argument("--max-seq-length", type=int, default=32, help="in training; scores use the model's own")
     how.add_argument("--bf16", action="store_true", help="bfloat16 autocast, in training and scoring")
     how.add_argument("--threads", type=int, help="torch's CPU threads")
@@ -220,7 +223,13 @@ def losses_by_name() -> dict[str, Callable[[SentenceTransformer, nn.Module], nn.
 
 
 def make_loss(name: str, model: SentenceTransformer, data: Dataset) -> nn.Module:
-    base = losses.CoSENTLoss(model) if is_scored(data) else losses.MultipleNegativesRankingLoss(model)
+    base: nn.Module
+    if is_scored(data):
+        base = losses.CoSENTLoss(model)
+    elif args.mini_batch_size:
+        base = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size)
+    else:
+        base = losses.MultipleNegativesRankingLoss(model)
     if name.startswith("specialist-"):
         return losses.MatryoshkaLoss(model, base, [int(name.removeprefix("specialist-"))])
     return losses_by_name()[name](model, base)
@@ -513,7 +522,7 @@ def train(
 
 # ------------------------------------------------------------------------------------------------ what is done
 SETTINGS = ("train", "dev", "test", "probe", "probe_shots", "model", "dims", "steps", "batch_size")
-SETTINGS += ("max_seq_length", "bf16", "smoke")
+SETTINGS += ("max_seq_length", "bf16", "smoke", "mini_batch_size")
 
 
 class Runs:
@@ -530,7 +539,8 @@ class Runs:
         for kept in (each / "settings.json" for each in self.folders):
             if not kept.exists():
                 raise SystemExit(f"{kept} is missing: {kept.parent} is no --output of this script.")
-            if json.loads(kept.read_text(encoding="utf-8")) != settings:
+            # an option that is younger than the folder was not given
+            if dict.fromkeys(SETTINGS) | json.loads(kept.read_text(encoding="utf-8")) != settings:
                 raise SystemExit(
                     f"{kept} has other settings than this command: name another --output or use the same ones."
                 )
@@ -860,6 +870,8 @@ def main() -> None:
         args.steps, args.batch_size, args.seeds, args.learning_rates, args.bootstrap = 2, 8, [0], [1e-4], 20
     rows = [row_of(name) for name in args.rows or DEFAULT_ROWS]
     data = load_data()
+    if args.mini_batch_size and is_scored(data.train):
+        raise SystemExit("--mini-batch-size is for pairs: there is no cached loss for scores.")
     runs = Runs(Path(args.output), [Path(each) for each in args.merge])
     runs.require_settings(rows)
     if not args.report_only:

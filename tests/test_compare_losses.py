@@ -7,7 +7,12 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset
 from scipy.stats import spearmanr
+from sentence_transformers.sentence_transformer.losses import (
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
 
 from test_examples import ROOT, needs_model, run
 
@@ -95,6 +100,24 @@ def test_comparison_refuses_wrong_arguments(tmp_path, arguments, message):
     code, _, errors = run("compare_losses.py", "--smoke", "--output", tmp_path, *arguments)
     assert code != 0
     assert message in errors
+
+
+@needs_model
+def test_large_batches_take_the_cached_loss(script, tiny_model, tmp_path):
+    """With --mini-batch-size, for any row; folders of before this option are read on, as without it."""
+    data = Dataset.from_dict({"anchor": ["a"], "positive": ["b"]})
+    model = tiny_model()
+    assert type(script.make_loss("matryoshka", model, data).loss) is MultipleNegativesRankingLoss
+    older = {name: getattr(script.args, name) for name in script.SETTINGS if name != "mini_batch_size"}
+    (tmp_path / "settings.json").write_text(json.dumps(older), encoding="utf-8")
+    script.Runs(tmp_path, [])
+    script.args.mini_batch_size = 3
+    for name in ("matryoshka", "mipic"):
+        base = script.make_loss(name, model, data).loss
+        assert type(base) is CachedMultipleNegativesRankingLoss
+        assert base.mini_batch_size == 3
+    with pytest.raises(SystemExit, match="has other settings than this command"):
+        script.Runs(tmp_path, [])
 
 
 @needs_model
