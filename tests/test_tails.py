@@ -981,6 +981,9 @@ def test_grid_reports_every_cell(tiny_model):
         assert row[f"similarity_{kind}"] == pytest.approx(spearmanr(cosines(cut, held)[upper], reference)[0], abs=1e-3)
         first, second = (unit(cut.encode(list(sts[name]))) for name in ("sentence1", "sentence2"))
         assert row[f"sts_{kind}"] == pytest.approx(spearmanr((first * second).sum(1), sts["score"])[0], abs=1e-3)
+    ours = unit(export_truncated(model, 2, 8, cuts=cuts).encode(held))
+    theirs = unit(model.encode(held)[:, :8])
+    assert row["similarity_mixed"] == pytest.approx(spearmanr((ours @ theirs.T)[upper], reference)[0], abs=1e-3)
 
 
 def test_cuts_are_refined_for_their_dims(tiny_model):
@@ -990,6 +993,7 @@ def test_cuts_are_refined_for_their_dims(tiny_model):
     assert not torch.equal(plain.maps[1], refined.maps[1])
     free = fit_layer_cuts(model, TEXTS, layers=[1], dims=[8], vector_weight=0)
     assert not torch.equal(free.maps[1], refined.maps[1])
+    assert free.report[0]["similarity_mixed"] < refined.report[0]["similarity_mixed"] - 0.02
     assert torch.equal(refined.maps[1], fit_layer_cuts(model, TEXTS, layers=[1], dims=[8]).maps[1])
     assert refined.report[0]["similarity_fitted"] > plain.report[0]["similarity_fitted"]
 

@@ -384,8 +384,9 @@ def _export(arguments: argparse.Namespace) -> int:
     (output / "export.json").write_text(json.dumps(statement, indent=1) + "\n", encoding="utf-8")
     if cell and not arguments.quiet:
         print("correlation of cosines with those of the full model, on held-out texts")
-        for kind, what in (("plain", "cut as it is"), ("fitted", "fitted"), ("full", "full depth")):
-            print(f"  {what:14} {100 * cell[f'similarity_{kind}']:6.1f}")
+        kinds = {"plain": "cut as it is", "fitted": "fitted", "mixed": "fitted with full depth", "full": "full depth"}
+        for kind, what in kinds.items():
+            print(f"  {what:22} {100 * cell[f'similarity_{kind}']:6.1f}")
     print(
         f"{output}: {figures['speedup']:.2f} times as fast ({figures['seconds_full']:.3f} s to "
         f"{figures['seconds_cut']:.3f} s for 128 sentences on {model.device}), "

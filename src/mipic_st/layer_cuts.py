@@ -222,7 +222,9 @@ class LayerCuts:
         dims: The dims of the grid, ascending.
         report: One dict per cell, measured on texts that were held out: ``layer``, ``dim``, and ``similarity_plain``,
             ``similarity_fitted``, ``similarity_full``: Spearman correlation with the full model's full-width cosines,
-            for the layer cut as it is, with its fitted tail, and for the full depth at that dim. With STS data also
+            for the layer cut as it is, with its fitted tail, and for the full depth at that dim; and
+            ``similarity_mixed``, the same for cosines of the fitted cut's vectors with the full depth's, which is what
+            counts if queries and documents are encoded by different ones of the two. With STS data also
             ``sts_plain``, ``sts_fitted``, ``sts_full``, Spearman correlation with the scores.
     """
 
@@ -377,6 +379,9 @@ def fit_layer_cuts(
             for cell, dim in zip(cells, dims, strict=True):
                 cut = unit_length(held[:, :dim])
                 cell[f"similarity_{kind}"] = spearman((cut @ cut.T)[upper], reference)
+                if kind == "fitted":
+                    whole = unit_length(held_full[:, :dim])
+                    cell["similarity_mixed"] = spearman((cut @ whole.T)[upper], reference)
                 if ends is not None and pairs is not None:
                     left, right = (unit_length(end[:, :dim]) for end in ends)
                     cell[f"sts_{kind}"] = spearman((left * right).sum(axis=1), pairs[2])
