@@ -219,7 +219,7 @@ def test_sequence_scores_every_evaluator(model):
         ({"dims": [0]}, "dims must be > 0"),
         ({"dims": [8], "primary": 9}, "primary must be"),
         ({"dims": [8], "primary": 8.0}, "primary must be .* got 8.0"),
-        ({"dims": [8], "layers": [-1]}, r"layers must be layers from 0 \(embeddings\), got \[-1\]"),
+        ({"dims": [8], "layers": [-1]}, r"layers must be from 0 \(embeddings\), got \[-1\]"),
         ({"dims": [8], "layers": [2, 2]}, "layers has duplicates"),
         ({"dims": [8], "precisions": ["int8"]}, "must include 'float32'"),
         ({"dims": [8], "precisions": ["float32", "int4"]}, "int4"),
@@ -238,7 +238,7 @@ def test_bad_arguments_are_named_at_construction(arguments, message):
     ("arguments", "message"),
     [
         ({"dims": 8}, "dims must be a sequence"),
-        ({"dims": [8.0]}, r"dims must be integers, got \[8.0\]"),
+        ({"dims": [8.0]}, r"dims must be integers, e\.g\. \[384, 64, 16\], got \[8.0\]"),
         ({"layers": 2}, "layers must be a sequence"),
         ({"precisions": "int8"}, "precisions must be a sequence"),
         ({"precisions": 8}, "precisions must be a sequence"),

@@ -638,7 +638,11 @@ BAD = [
     ({"matryoshka_dims": 32}, TypeError, "matryoshka_dims must be a sequence"),
     ({"matryoshka_weights": 2}, TypeError, "matryoshka_weights must be a sequence"),
     ({"gammas": 0.5}, TypeError, "gammas must be a sequence"),
-    ({"matryoshka_dims": [32, 8.0]}, TypeError, r"matryoshka_dims must be integers, got \[8.0\]"),
+    (
+        {"matryoshka_dims": [32, 8.0]},
+        TypeError,
+        r"matryoshka_dims must be integers, e\.g\. \[384, 64, 16\], got \[8.0\]",
+    ),
     ({"matryoshka_dims": [32, True]}, TypeError, "matryoshka_dims must be integers"),
     ({"matryoshka_dims": [32, 0]}, ValueError, r"matryoshka_dims must be > 0, got \[0\]"),
     ({"matryoshka_dims": [32, -4]}, ValueError, r"matryoshka_dims must be > 0, got \[-4\]"),

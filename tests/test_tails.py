@@ -419,7 +419,7 @@ def test_saved_and_loaded(rotation, tmp_path):
 
 def test_report_is_readable(rotation):
     """One line per dim, as text and as a frame; figures are those of the held-out rows, recomputed here."""
-    assert len(str(rotation).splitlines()) == 1 + len(DIMS)
+    assert len(str(rotation).splitlines()) == 2 + len(DIMS)
     assert rotation.to_frame()["dim"].tolist() == DIMS
     anchors, positives = (torch.tensor(vectors) for vectors in hidden_signal())
     from mipic_st.rotation import _Pairs
@@ -867,6 +867,18 @@ def test_options_that_fit_no_column_are_named(tiny_model, options, message):
         rotate_model(tiny_model(), data, DIMS, **options)
 
 
+def test_the_log_says_what_was_used(tiny_model, caplog):
+    """Columns go by their order, whatever they are called, so a user can see which ones were taken."""
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"number": list(range(150)), "anchr": TEXTS[:150], "postive": TEXTS[150:]})
+    with caplog.at_level(logging.INFO, logger="mipic_st.rotation"):
+        rotate_model(tiny_model(), data, DIMS, **ROTATE)
+        rotate_model(tiny_model(), data.remove_columns("postive"), DIMS, **ROTATE)
+    assert "fitted on 150 pairs of 'anchr' and 'postive'" in caplog.text
+    assert "fitted on 150 texts of 'anchr'" in caplog.text
+
+
 def test_nothing_gained_nothing_changed(tiny_model, caplog):
     """A fit that improves no dim leaves the model as it was and says so."""
     model = tiny_model(normalize=True)
@@ -875,6 +887,7 @@ def test_nothing_gained_nothing_changed(tiny_model, caplog):
         rotation = rotate_model(model, TEXTS, DIMS, fit_batch_size=64, max_steps=1)
     assert not rotation.gained
     assert "No dim gained on held-out data, so the model was left as it is" in caplog.text
+    assert f"fitted on {len(TEXTS)} texts of a list" in caplog.text
     assert list(model.children()) == modules
     np.testing.assert_array_equal(model.encode(TEXTS[:5]), before)
     assert not hasattr(model[0].auto_model.config, "is_matryoshka")

@@ -95,7 +95,7 @@ def checked_dims(name: str, dims: Any, width: int | None = None) -> list[int]:
     if not dims:
         raise ValueError(f"{name} is empty: give at least one dimension, e.g. [384, 64, 16].")
     if wrong := [dim for dim in dims if not is_whole(dim)]:
-        raise TypeError(f"{name} must be integers, got {wrong}.")
+        raise TypeError(f"{name} must be integers, e.g. [384, 64, 16], got {wrong}.")
     if wrong := [dim for dim in dims if dim < 1]:
         raise ValueError(f"{name} must be > 0, got {wrong}.")
     if len(set(dims)) < len(dims):
@@ -119,7 +119,7 @@ def checked_layers(
     ]:
         first = f"{least} (embeddings)" if least == 0 else str(least)
         last = "" if depth is None else f" to the model's depth of {depth}"
-        raise ValueError(f"{name} must be layers from {first}{last}, got {wrong}.")
+        raise ValueError(f"{name} must be from {first}{last}, got {wrong}.")
     if len(set(layers)) < len(layers):
         raise ValueError(f"{name} has duplicates: {layers}. Give each layer once.")
     return tuple(sorted(int(layer) for layer in layers))

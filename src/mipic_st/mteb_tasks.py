@@ -260,7 +260,7 @@ def _evaluate(
         message = (
             f"no data for {', '.join(absent)}: {where}, and loading it failed: "
             f"{'; '.join(reason for reasons in absent.values() for reason in reasons)}. "
-            "Put files into data_dir, or leave these tasks out."
+            "Put files into data_dir (--data-dir), or leave these tasks out; skip_missing (--skip-missing) does."
         )
         if not skip_missing:
             raise FileNotFoundError(message)

@@ -253,12 +253,14 @@ class Rotation:
         return table_of(self.report)
 
     def __str__(self) -> str:
-        rows = [("dim", "truncated", "rotated", "similarity truncated", "similarity rotated")]
+        rows = [("dim", "found, truncated", "found, rotated", "similarity, truncated", "similarity, rotated")]
         for row in self.report:
             values = (row[f"{kind}_{when}"] for kind in ("accuracy", "similarity") for when in ("before", "after"))
             rows.append((str(row["dim"]), *(f"{100 * value:.1f}" for value in values)))  # type: ignore[arg-type]
         widths = [len(head) for head in rows[0]]
-        return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        head = "held-out data, x100; found: own pair comes first; similarity: correlation of cosines with full width"
+        lines = ("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join([head, *lines])
 
 
 def fit_rotation(
@@ -649,6 +651,9 @@ def rotate_model(
         fit_options["batch_size"] = fit_options.pop("fit_batch_size")
     batch_size = checked_count("batch_size", batch_size)
     columns = _text_columns(data)
+    names = " and ".join(map(repr, columns)) if any(columns) else "a list"
+    used = f"{len(next(iter(columns.values())))} {'pairs' if len(columns) == 2 else 'texts'} of {names}"
+    logger.info("The rotation is fitted on %s.", used)
     routes = router_mapping or {}
     for argument, given in (("prompts", prompts), ("router_mapping", routes)):
         present = getattr(data, "column_names", [])
@@ -665,7 +670,12 @@ def rotate_model(
         arrays = [encode(name, texts) for name, texts in columns.items()]
         rotation = fit_rotation(*arrays, dims=dims, show_progress_bar=show_progress_bar, **fit_options)
         if not rotation.gained:
-            logger.warning("No dim gained on held-out data, so the model was left as it is:\n%s", rotation)
+            logger.warning(
+                "No dim gained on held-out data, so the model was left as it is. It was fitted on %s; more texts, or "
+                "pairs in the place of texts, may help.\n%s",
+                used,
+                rotation,
+            )
             return rotation
         name, probes = next((name, list(dict.fromkeys(texts))[:_PROBES]) for name, texts in columns.items())
         before = encode(name, probes)
