@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from mipic_st import presets
 
@@ -222,6 +225,7 @@ def test_no_steps_are_refused(run_here, capsys, script):
         ("sts_regression.py", "64 scored pairs"),
         ("large_batches.py", "64 pairs in batches of 256, embedded 32 at a time"),
         ("distillation.py", "the teacher at its full width:"),
+        ("larger_teacher.py", "the teacher at its full width:"),
         ("two_processes.py", "process 0 of 1 on"),
     ],
 )
@@ -577,6 +581,32 @@ def test_compare_rotations_on_fewer_pairs_without_cuts(tmp_path):
     assert scores["few"] == scores["all"] != scores["bf16"]
     assert scores["bf16"] == pytest.approx(scores["all"], abs=0.5)
     assert len({figures["rotations"]["rotation, pairs"]["sts 8"] for figures in found.values()}) == 3
+
+
+def test_a_larger_teacher_weighs(tiny_model, monkeypatch):
+    """In-batch negatives, and the weight times the KL from the teacher's similarities, of the rows that are named."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    taught = runpy.run_path(str(ROOT / "examples" / "larger_teacher.py"), run_name="module")["TaughtRankingLoss"]
+    model = tiny_model()
+    texts = [["a b", "c d e", "f"], ["b", "d e", "f a"]]
+    features = [model.preprocess(column) for column in texts]
+    random = np.random.default_rng(0)
+    vectors = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in random.normal(size=(2, 5, 7))]
+    rows = [4, 0, 2]
+
+    def shares(first, second):
+        terms = np.exp(first @ second.T / 0.1)
+        return terms / terms.sum(axis=1, keepdims=True)
+
+    wanted = shares(*(part[rows] for part in vectors))
+    found = shares(*(model.encode(column, normalize_embeddings=True).astype(float) for column in texts))
+    expected = (wanted * np.log(wanted / found)).sum(axis=1).mean()
+    tensors = [torch.tensor(part, dtype=torch.float32) for part in vectors]
+    with torch.no_grad():
+        losses = [taught(model, *tensors, weight)(features, torch.tensor(rows)).item() for weight in (0.0, 2.0)]
+        plain = MultipleNegativesRankingLoss(model)(features, torch.tensor(rows)).item()
+    assert losses[0] == pytest.approx(plain, rel=1e-5)
+    assert losses[1] - losses[0] == pytest.approx(2 * expected, rel=1e-3)
 
 
 def test_benchmark_tails_measures_every_fit():

@@ -14,9 +14,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *(ROOT / ".docs" / "pages" / name for name in ("results.md", "tails.md"))]
-# the comparison from the rotated start, the earlier one of plain starts, good and weak, and what needs no training
+# the comparison from the rotated start, more rows from it, the earlier one of plain starts, good and weak, and what
+# needs no training
 FILES = {
     "rotated": "compare_losses.json",
+    "more": "rotated_start.json",
     "weak": "weak_start.json",
     "curve": "curve.json",
     "half": "half_depth.json",
@@ -51,6 +53,19 @@ PLAIN_ROWS = {
     "matryoshka-2d": "`Matryoshka2dLoss`",
     "mipic-paper": "`MIPICLoss`, paper preset",
     "mipic": "`MIPICLoss`, defaults at that time",
+}
+# rows of fewer seeds, in float32
+MORE_ROWS = {
+    "base+rotation": "base loss, then rotation",
+    "rotation+mipic": "**rotation, then `MIPICLoss`**",
+    "rotation+mipic+rotation": "rotation, `MIPICLoss`, another rotation",
+    "rotation+mipic-released": "rotation, then `MIPICLoss`, released preset",
+    "rotation+mipic-paper": "rotation, then `MIPICLoss`, paper preset",
+    "rotation+specialist-16": "rotation, then `MatryoshkaLoss`, 16 dims only",
+    "rotation+specialist-8": "rotation, then `MatryoshkaLoss`, 8 dims only",
+    "rotation+matryoshka-2d": "rotation, then `Matryoshka2dLoss`",
+    "rotation+adaptive-layer": "rotation, then `AdaptiveLayerLoss`",
+    "adaptive-layer": "`AdaptiveLayerLoss`",
 }
 HEADLINE = ["truncation", "rotation", "base", "base+pca", "matryoshka", "rotation+matryoshka", "rotation+mipic"]
 RIVALS = ["truncation", "base", "matryoshka", "matryoshka-2d", "specialist", "rotation", "rotation+matryoshka"]
@@ -92,6 +107,23 @@ def scores(measure, dims=(384, 256, 128, 64, 32, 16, 8)):
         names = [name for name in ROWS if name in entry and measure in entry[name]]
         rows = [[ROWS[name], rate(entry[name]), *(cell(entry[name], measure, dim) for dim in dims)] for name in names]
         return table(["", "rate", *dims], rows)
+
+    return made
+
+
+def more(measure, dims=(384, 256, 128, 64, 32, 16, 8)):
+    def made(entry):
+        names = [name for name in MORE_ROWS if measure in entry[name]]
+        rows = [
+            [
+                MORE_ROWS[name],
+                rate(entry[name]),
+                entry[name]["seeds"],
+                *(cell(entry[name], measure, dim) for dim in dims),
+            ]
+            for name in names
+        ]
+        return table(["", "rate", "seeds", *dims], rows)
 
     return made
 
@@ -203,6 +235,9 @@ TABLES = {
     "retrieval differences": ("rotated", "good", differences("rotation+mipic", "accuracy@1", (64, 32, 16, 8))),
     "layer 3 cut": ("rotated", "good", scores("sts, layer 3 cut", (384, 64, 32, 16, 8))),
     "layer 3 fitted": ("rotated", "good", scores("sts, layer 3 fitted", (384, 64, 32, 16, 8))),
+    "more": ("more", "good", more("sts")),
+    "more layer 3 cut": ("more", "good", more("sts, layer 3 cut", (384, 64, 16, 8))),
+    "more layer 3 fitted": ("more", "good", more("sts, layer 3 fitted", (384, 64, 16, 8))),
     "weak": ("weak", "weak", scores("sts")),
     "weak differences": ("weak", "weak", differences("mipic", "sts", (384, 256, 128, 64, 32, 16, 8))),
     "weak rotated differences": ("weak", "weak", differences("rotation+mipic", "sts", (384, 256, 128, 64, 32, 16, 8))),
