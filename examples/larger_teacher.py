@@ -6,7 +6,8 @@
     python examples/larger_teacher.py --smoke                       # offline; the teacher is the model itself then
 
 The teacher encodes each text once, before training, so a step costs no more than without it. The loss is a base loss:
-`MIPICLoss` (or `MatryoshkaLoss`) applies it at every dim, whatever the teacher's width.
+`MIPICLoss` (or `MatryoshkaLoss`) applies it at every dim, whatever the teacher's width. With all-mpnet-base-v2 as the
+teacher of a rotated all-MiniLM-L6-v2 it gave 0.5 points of STS at 16 and 8 dims (.docs/pages/choosing.md).
 """
 
 from __future__ import annotations
