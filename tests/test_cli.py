@@ -52,7 +52,7 @@ def test_rotate_saves_a_rotated_model(files, capsys):
         "8",
     ]
     assert main([*arguments, "--output", str(files / "out")]) == 0, capsys.readouterr().err
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["dim", "4", "8"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["held-out", "dim", "4", "8"]
     models = [SentenceTransformer(str(files / name), device="cpu") for name in ("model", "out")]
     texts = sentences(10, seed=4)
     plain, turned = (model.encode(texts) for model in models)

@@ -537,7 +537,7 @@ def test_rotate_vectors_writes_vectors_and_matrix(tmp_path):
     files = [tmp_path / "vectors.npy", "--dims", "8", "4", "--output", tmp_path / "rotated.npy"]
     code, printed, errors = run("rotate_vectors.py", "--smoke", *files)
     assert code == 0, errors
-    assert [line.split()[0] for line in printed.splitlines()[:3]] == ["dim", "4", "8"]
+    assert [line.split()[0] for line in printed.splitlines()[:4]] == ["held-out", "dim", "4", "8"]
     rotation = Rotation.load(tmp_path / "rotated.safetensors")
     np.testing.assert_allclose(np.load(tmp_path / "rotated.npy"), rotation(vectors), atol=1e-6)
 

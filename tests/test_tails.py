@@ -981,7 +981,7 @@ def test_grid_reports_every_cell(tiny_model):
     )
     cuts = fit_layer_cuts(model, TEXTS, dims=[8, WIDTH], sts=sts)
     assert [(row["layer"], row["dim"]) for row in cuts.report] == [(1, 8), (1, 32), (2, 8), (2, 32)]
-    assert cuts.to_frame().shape == (4, 8)
+    assert cuts.to_frame().shape == (4, 9)
     held = [TEXTS[i] for i in np.random.default_rng(0).permutation(len(TEXTS))[:30]]
     upper = np.triu_indices(30, 1)
     reference = cosines(model, held)[upper]
