@@ -580,7 +580,8 @@ def test_compare_rotations_on_fewer_pairs_without_cuts(tmp_path):
     scores = {name: figures["rotations"]["truncation"]["sts 384"] for name, figures in found.items()}
     assert scores["few"] == scores["all"] != scores["bf16"]
     assert scores["bf16"] == pytest.approx(scores["all"], abs=0.5)
-    assert len({figures["rotations"]["rotation, pairs"]["sts 8"] for figures in found.values()}) == 3
+    fitted = {name: figures["rotations"]["rotation, pairs"]["sts 8"] for name, figures in found.items()}
+    assert fitted["few"] != fitted["all"]
 
 
 def test_a_larger_teacher_weighs(tiny_model, monkeypatch):
