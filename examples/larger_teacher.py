@@ -29,6 +29,7 @@ from common import (
     make_parser,
     save,
     score,
+    sentences_of,
     show,
     training_arguments,
 )
@@ -90,7 +91,7 @@ def main() -> None:
 
     # 2. The teacher sees each text once; a row's label is its place in the teacher's vectors
     teacher = load_model(args.teacher)
-    texts = list(dict.fromkeys(text for column in pairs.column_names for text in pairs[column]))
+    texts = sentences_of(pairs)
     vectors = teacher.encode(texts, batch_size=64, normalize_embeddings=True, convert_to_tensor=True).clone().cpu()
     row = {text: index for index, text in enumerate(texts)}
     first, second = (vectors[torch.tensor([row[text] for text in pairs[column]])] for column in pairs.column_names)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Rows that are held out at most, and rows per block of long sums.
 BLOCK = 2048
 # Steps between two looks at the held-out part.
-CHECK_EVERY = 10
+_CHECK_EVERY = 10
 _MASKED = -1e4
 
 
@@ -131,7 +131,7 @@ def minimise(
                 best, best_value = current().clone(), value
 
     for step in trange(max_steps, desc=description, disable=not wants_bar(show_progress_bar)):
-        if step % CHECK_EVERY == 0:
+        if step % _CHECK_EVERY == 0:
             look()
         optimizer.zero_grad()
         objective(next(orders)).backward()
