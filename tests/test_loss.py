@@ -661,6 +661,8 @@ BAD = [
     ({"attention_weight": -1}, ValueError, "attention_weight must be >= 0"),
     ({"cka_weight": float("inf")}, ValueError, "cka_weight must be >= 0 and finite"),
     ({"pic_weight": None}, TypeError, "pic_weight must be a number"),
+    ({"teacher_weight": -0.5}, ValueError, "teacher_weight must be >= 0"),
+    ({"teacher_temperature": 0}, ValueError, "teacher_temperature must be > 0"),
     ({"attention_temperature": 0}, ValueError, "attention_temperature must be > 0"),
     ({"chain_temperature": -1}, ValueError, "chain_temperature must be > 0"),
     ({"min_k": 0}, ValueError, "min_k must be an integer >= 1"),
@@ -796,7 +798,7 @@ def test_full_width_alone_has_nothing_to_align(tiny_model, caplog):
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
     ours, _ = run(all_terms(model, base, [WIDTH]), model)
-    assert "trains as MatryoshkaLoss" in caplog.text
+    assert "SIA and PIC are off" in caplog.text
     assert ours == {"matryoshka": run(losses.MatryoshkaLoss(model, base, [WIDTH]), model)[0]}
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # for type checkers, editors and the documentation; the same 
     from mipic_st.report import EvaluationReport
     from mipic_st.rotation import Rotation, fit_rotation, rotate_model
     from mipic_st.serving import check_endpoint, export_onnx, save_for_tei
+    from mipic_st.teacher import add_teacher_vectors
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "MatryoshkaEvaluator",
     "Rotation",
     "__version__",
+    "add_teacher_vectors",
     "check_endpoint",
     "evaluate_mteb",
     "export_onnx",
@@ -50,6 +52,7 @@ _HOME = {
     "MIPICLoss": "loss",
     "MatryoshkaEvaluator": "evaluation",
     "Rotation": "rotation",
+    "add_teacher_vectors": "teacher",
     "check_endpoint": "serving",
     "evaluate_mteb": "mteb_tasks",
     "export_onnx": "serving",

@@ -76,6 +76,7 @@ def cached_terms(
     observe: Callable[[RecordedPass], Tensor] | None = None,
     align: Callable[[list[Tensor]], dict[str, Tensor]] | None = None,
     guard: Callable[[list[Tensor], list[Tensor]], None] | None = None,
+    teach: Callable[[list[Tensor]], dict[str, Tensor]] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Run a cached base loss at every dim, and the alignment terms beside it.
 
@@ -89,6 +90,7 @@ def cached_terms(
         align: Turns these, one (B, X) tensor per column, into the weighted alignment terms.
         guard: Gets, before any gradient is computed, the embeddings of all mini-batches and the tensors that their
             gradients will arrive at.
+        teach: Turns the embeddings, one (B, D) tensor per column, into the weighted term of a teacher.
 
     Returns:
         The terms, without gradient, and their sum, which has the gradient of all.
@@ -147,12 +149,15 @@ def cached_terms(
                     if leaf.grad is not None:
                         rep.backward(weight * leaf.grad)
             total = total + weight * value
-        terms["matryoshka"] = total if align is None else total.float()
+        further: dict[str, Tensor] = {}
         if align is not None:
-            aligned = align([torch.cat([rep[..., width:] for rep in column]) for column in reps])
-            if with_backward:
-                torch.stack(list(aligned.values())).sum().backward()
-            terms.update({name: term.detach() for name, term in aligned.items()})
+            further |= align([torch.cat([rep[..., width:] for rep in column]) for column in reps])
+        if teach is not None:
+            further |= teach([torch.cat([_embedding(rep, width, dtype) for rep in column]) for column in reps])
+        terms["matryoshka"] = total.float() if further else total
+        if further and with_backward:
+            torch.stack(list(further.values())).sum().backward()
+        terms.update({name: term.detach() for name, term in further.items()})
         return torch.stack([term.detach() for term in terms.values()]).sum()
 
     methods: dict[str, Callable[..., Any]] = {"calculate_loss": calculate_loss}
@@ -171,7 +176,11 @@ def _flat(columns: Minibatches) -> Iterator[Tensor]:
     return (rep for column in columns for rep in column)
 
 
+def _embedding(rep: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The sentence embedding out of a packed one; nothing is packed where the width is negative."""
+    return rep if width < 0 else rep[..., :width].to(dtype)
+
+
 def _cut(rep: Tensor, width: int, dtype: torch.dtype, dim: int) -> Tensor:
-    """The sentence embedding out of a packed one, truncated and normalised as MatryoshkaLoss does it."""
-    embedding = rep if width < 0 else rep[..., :width].to(dtype)
-    return F.normalize(embedding[..., :dim], p=2, dim=-1)
+    """The sentence embedding truncated and normalised as MatryoshkaLoss does it."""
+    return F.normalize(_embedding(rep, width, dtype)[..., :dim], p=2, dim=-1)

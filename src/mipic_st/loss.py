@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Self
 
@@ -48,6 +48,7 @@ from mipic_st.recording import (
     require_eager_attention,
     truncated_passes,
 )
+from mipic_st.teacher import similarity_divergence
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +94,12 @@ class MIPICLoss(nn.Module):
 
     .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC}) \qquad \text{(Eq. 18)}
 
-    With ``alpha=1``, or all three weights zero, no alignment term is active: the base term is then not scaled, nothing
-    is recorded, and loss and gradients are those of ``MatryoshkaLoss`` to the last bit.
+    One more term is no part of MIPIC, and off by default: with ``teacher_weight``, the similarities within a batch
+    follow at every dim those that a larger, frozen model sees (:mod:`mipic_st.teacher`). It joins the alignment terms
+    in Eq. 18, and its vectors come with the data, see Teacher.
+
+    With ``alpha=1``, or all four weights zero, no such term is active: the base term is then not scaled, nothing is
+    recorded, and loss and gradients are those of ``MatryoshkaLoss`` to the last bit.
 
     Args:
         model: SentenceTransformer model: a Transformer and a Pooling module, behind which any chain of Dense,
@@ -112,6 +117,9 @@ class MIPICLoss(nn.Module):
         cka_weight: Weight of SIA's CKA term (Eq. 11), >= 0. Zero switches it off.
         pic_weight: Weight of PIC (Eq. 17), >= 0. Zero, the default, switches it off: its heads are parameters, and it
             added nothing on any start that was measured.
+        teacher_weight: Weight of the teacher's term, >= 0. Zero, the default, switches it off. With 4 and ``alpha=0.8``
+            it counts as much as the base loss, which is what was measured.
+        teacher_temperature: tau of the similarities that follow the teacher's, > 0.
         sia_layers: Layers that carry SIA, 1 to the model's depth. Default: the last one.
         pic_chain: Ordered (dim, layer) pairs for PIC (the paper's checkpoints), both ascending, at least two. Default:
             the published pairs for the backbones of the paper; for others one per dim on evenly spaced layers, an even
@@ -143,7 +151,13 @@ class MIPICLoss(nn.Module):
         | any   | any    |
         +-------+--------+
 
-        Whatever the base loss takes.
+        Whatever the base loss takes. With a teacher: two columns of texts or more, whose labels are its vectors.
+
+    Teacher:
+        :func:`mipic_st.teacher.add_teacher_vectors` encodes the texts of a dataset with the teacher and puts the
+        vectors into the column ``label``, so labels are then (B, columns, T), of any width T. They are not handed to
+        the base loss, which must be one that needs no labels, as ``MultipleNegativesRankingLoss``. The first column is
+        compared with all others, on each device by itself. All dims take part, also with ``n_dims_per_step``.
 
     Tails:
         Modules behind the pooling (EmbeddingGemma, sentence-t5, LaBSE and others have Dense layers there) change the
@@ -164,13 +178,14 @@ class MIPICLoss(nn.Module):
 
     Returns:
         dict[str, Tensor]: Scalars, already weighted, whose sum is the loss. Names are ``matryoshka``
-        (``matryoshka_<key>`` for each key of a dict-valued base loss), ``sia_attention``, ``sia_cka`` and ``pic``;
-        inactive terms are absent. The trainer logs each.
+        (``matryoshka_<key>`` for each key of a dict-valued base loss), ``sia_attention``, ``sia_cka``, ``pic`` and
+        ``teacher``; inactive terms are absent. The trainer logs each.
 
     Raises:
         ValueError: If an argument is out of its range, a dim exceeds the model's width, a layer its depth, or the
             model is not built of Transformer, Pooling and such a tail. The message names the argument and what is
-            allowed. In the first ``forward``, if the model does not pool its last hidden state.
+            allowed. In the first ``forward``, if the model does not pool its last hidden state. In ``forward``, if
+            labels are no vectors of a teacher where ``teacher_weight`` asks for them.
         TypeError: If ``model``, ``loss`` or another argument is of the wrong kind.
         FloatingPointError: In ``forward``, if a term is nan or inf, and in the backward pass, if the vector of an empty
             text makes the base loss's gradient overflow. The message names term, step and text. With fp16's gradient
@@ -178,10 +193,10 @@ class MIPICLoss(nn.Module):
         RuntimeError: In ``forward``, if the base loss never called ``model`` and nothing could be recorded.
 
     Numerics:
-        SIA, PIC, their softmaxes and norms run in float32 also under autocast and for bf16 models. A sentence with one
-        real token, or with equal tokens, has no CKA: it counts zero and is left out of that mean. One without any (an
-        empty text, a tokenizer without special tokens) adds nothing to the terms, and is no negative in PIC. Padding
-        and the other sentences of a batch do not change a sentence's SIA value.
+        SIA, PIC, the teacher's term, their softmaxes and norms run in float32 also under autocast and for bf16 models.
+        A sentence with one real token, or with equal tokens, has no CKA: it counts zero and is left out of that mean.
+        One without any (an empty text, a tokenizer without special tokens) adds nothing to SIA and PIC, and is no
+        negative in PIC. Padding and the other sentences of a batch do not change a sentence's SIA value.
 
     Source:
         Huy et al., "MIPIC", arXiv 2604.24374. Eq. 4-6 and 7-12 in :mod:`mipic_st.sia`, Eq. 15-17 in
@@ -218,12 +233,14 @@ class MIPICLoss(nn.Module):
         attention_weight: float = 0.1,
         cka_weight: float = 1.0,
         pic_weight: float = 0.0,
+        teacher_weight: float = 0.0,
         sia_layers: Sequence[int] | None = None,
         pic_chain: Sequence[tuple[int, int]] | None = None,
         gammas: Sequence[float] | None = None,
         min_k: int = 8,
         attention_temperature: float = 1.0,
         chain_temperature: float = 0.05,
+        teacher_temperature: float = 0.1,
         aggregation: Aggregation = "sum",
         kl_direction: sia.KLDirection = "student_teacher",
         detach_teacher: bool = True,
@@ -262,9 +279,11 @@ class MIPICLoss(nn.Module):
         self.attention_weight = checked_number("attention_weight", attention_weight, 0)
         self.cka_weight = checked_number("cka_weight", cka_weight, 0)
         self.pic_weight = checked_number("pic_weight", pic_weight, 0)
+        self.teacher_weight = checked_number("teacher_weight", teacher_weight, 0)
         self.min_k = checked_count("min_k", min_k)
         self.attention_temperature = checked_number("attention_temperature", attention_temperature, 0, exclusive=True)
         self.chain_temperature = checked_number("chain_temperature", chain_temperature, 0, exclusive=True)
+        self.teacher_temperature = checked_number("teacher_temperature", teacher_temperature, 0, exclusive=True)
         self.aggregation = checked_choice("aggregation", aggregation, ("sum", "mean"))
         self.kl_direction = checked_choice("kl_direction", kl_direction, ("student_teacher", "teacher_student"))
         self.detach_teacher = checked_flag("detach_teacher", detach_teacher)
@@ -385,7 +404,7 @@ class MIPICLoss(nn.Module):
                     )
         if not self.sia_layers and not self.pic_chain:
             logger.warning(
-                "matryoshka_dims=%s has no prefix below the width of %d to align: MIPICLoss trains as MatryoshkaLoss.",
+                "matryoshka_dims=%s has no prefix below the width of %d to align, so SIA and PIC are off.",
                 list(self.matryoshka_dims),
                 width,
             )
@@ -463,14 +482,15 @@ class MIPICLoss(nn.Module):
 
         Args:
             sentence_features: One dict of model inputs per column.
-            labels: Whatever the base loss takes.
+            labels: Whatever the base loss takes; with a teacher its vectors, (B, columns, T).
 
         Returns:
             Dict of scalars whose sum is the loss.
 
         Raises:
             TypeError: If ``sentence_features`` is no list of dicts.
-            ValueError: If all texts of a column are empty.
+            ValueError: If all texts of a column are empty, or ``teacher_weight`` asks for a teacher's vectors and
+                labels are none.
         """
         # A single dict would be taken for a list of its keys.
         features = list(sentence_features)
@@ -488,31 +508,50 @@ class MIPICLoss(nn.Module):
             raise ValueError(f"MIPICLoss: a column has no token at all at {self._place()}. {where}")
         if self._batches < 2:
             check_not_sharded(self.model, self.mipic_projections)
-        if self._uses_cache:
-            return self._forward_cached(features, labels)
-        if self._backbone is None:
-            terms, embeddings = self._base_terms(features, labels)
-            return self._check_finite(terms, features, embeddings)
+        compute = self._forward_cached if self._uses_cache else self._forward
+        if not self.teacher_weight or self.alpha == 1:
+            return compute(features, labels, None)
+        teacher = self._checked_teacher(features, labels)
+        try:
+            return compute(features, None, teacher)
+        except (AttributeError, TypeError) as error:
+            error.add_note(
+                f"With teacher_weight, labels are the teacher's vectors, and {type(self.loss).__name__} gets none. If "
+                "it needs labels, it cannot have a teacher: set teacher_weight=0."
+            )
+            raise
 
-        with self._recorded() as recorder:
+    def _forward(
+        self, features: list[dict[str, Tensor]], labels: Tensor | None, teacher: Tensor | None
+    ) -> dict[str, Tensor]:
+        """All terms, for a base loss that embeds in its forward pass."""
+        with nullcontext() if self._backbone is None else self._recorded() as recorder:
             terms, embeddings = self._base_terms(features, labels)
+        if recorder is None and teacher is None:
+            return self._check_finite(terms, features, embeddings)
         terms = {name: self.alpha * term.float() for name, term in terms.items()}
-        columns = self._columns(recorder, features)
-        terms |= self._alignment_terms([self._observe(recorded) for recorded in recorder.passes], columns)
-        self._model_checked = True
+        if recorder is not None:
+            columns = self._columns(recorder, features)
+            terms |= self._alignment_terms([self._observe(recorded) for recorded in recorder.passes], columns)
+            self._model_checked = True
+        if teacher is not None:
+            terms |= self._teacher_term(torch.cat(embeddings), teacher)
         return self._check_finite(terms, features, embeddings)
 
-    def _forward_cached(self, features: list[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
+    def _forward_cached(
+        self, features: list[dict[str, Tensor]], labels: Tensor | None, teacher: Tensor | None
+    ) -> dict[str, Tensor]:
         """The same for a base loss with gradient caching."""
-        scale = 1 if self._backbone is None else self.alpha
+        scale = 1 if self._backbone is None and teacher is None else self.alpha
         dims = [(self.matryoshka_dims[index], scale * self.matryoshka_weights[index]) for index in self._draw_dims()]
 
         def guard(embeddings: list[Tensor], leaves: list[Tensor]) -> None:
             if any(torch.stack([_has_zero_vector(embedding) for embedding in embeddings]).tolist()):
                 self._guard_gradients(leaves, features)
 
+        teach = None if teacher is None else lambda columns: self._teacher_term(torch.cat(columns), teacher)
         if self._backbone is None:
-            terms, total = cached_terms(self.loss, features, labels, dims, guard=guard)
+            terms, total = cached_terms(self.loss, features, labels, dims, guard=guard, teach=teach)
         else:
             terms, total = cached_terms(
                 self.loss,
@@ -523,6 +562,7 @@ class MIPICLoss(nn.Module):
                 lambda recorded: self._observe(recorded).pack(),
                 lambda columns: self._alignment_terms([self._unpack(torch.cat(columns))], len(columns[0])),
                 guard,
+                teach,
             )
             self._model_checked = True
         terms = self._check_finite(terms, features)
@@ -916,6 +956,40 @@ class MIPICLoss(nn.Module):
             links.append(pic.chain_info_nce(predicted, target, self.chain_temperature, offset, valid))
         return self.pic_weight * self._aggregate(torch.stack(links))
 
+    def _checked_teacher(self, features: list[dict[str, Tensor]], labels: Any) -> Tensor:
+        """The teacher's vectors, (B, columns, T)."""
+        if len(features) < 2:
+            raise ValueError("teacher_weight compares two columns of texts or more, and there is one. Give pairs.")
+        if not isinstance(labels, Tensor) or labels.ndim != 3 or labels.shape[1] != len(features):
+            got = f"a tensor of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+            raise ValueError(
+                f"teacher_weight={self.teacher_weight:g} needs the teacher's vectors of these {len(features)} columns "
+                f"as labels, (B, {len(features)}, T), got {got}. mipic_st.add_teacher_vectors puts them into a "
+                "dataset; an evaluation dataset needs them too."
+            )
+        return labels
+
+    def _teacher_term(self, vectors: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """The term of :mod:`mipic_st.teacher`, weighted.
+
+        Args:
+            vectors: The model's, one column after the other, (columns * B, D).
+            teacher: (B, columns, T).
+
+        Returns:
+            ``teacher``.
+        """
+        count, columns = teacher.shape[:2]
+        if len(vectors) != count * columns:
+            raise RuntimeError(
+                f"{type(self.loss).__name__} ran the model on {len(vectors)} sentences of a batch of {columns} columns "
+                f"of {count}, so the teacher's vectors cannot be matched. Set teacher_weight=0."
+            )
+        student = vectors.unflatten(0, (columns, count))
+        constant = teacher.to(vectors.device).transpose(0, 1)
+        divergences = similarity_divergence(student, constant, self.matryoshka_dims, self.teacher_temperature)
+        return {"teacher": (1 - self.alpha) * self.teacher_weight * self._aggregate(divergences)}
+
     def _lifts(self, layer: int) -> list[Tensor] | None:
         """The lifts P of one layer in ascending order of their prefix, or None if the attention term is off.
 
@@ -958,6 +1032,7 @@ class MIPICLoss(nn.Module):
             "attention_weight": self.attention_weight,
             "cka_weight": self.cka_weight,
             "pic_weight": self.pic_weight,
+            "teacher_weight": self.teacher_weight,
             "sia_layers": self.sia_layers,
             "pic_chain": self.pic_chain,
             "gammas": self.gammas,
@@ -966,6 +1041,7 @@ class MIPICLoss(nn.Module):
             "min_k",
             "attention_temperature",
             "chain_temperature",
+            "teacher_temperature",
             "aggregation",
             "kl_direction",
             "detach_teacher",
