@@ -27,7 +27,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from inspect import Parameter, signature
 from pathlib import Path
@@ -56,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--model", help="name on the hub or local folder (default: the packaged all-MiniLM-L6-v2)")
     what.add_argument("--rows", nargs="+", help="default: DEFAULT_ROWS; the losses are in losses_by_name")
     what.add_argument("--variants", help="TOML file of further MIPICLoss settings: [name] alpha = 0.5 ...")
+    what.add_argument("--teacher", help="name on the hub or local folder: for the row mipic-teacher, a larger model")
     what.add_argument("--starts", nargs="+", choices=["good", "weak"], default=["good"])
     what.add_argument("--dims", type=int, nargs="+", default=[384, 256, 128, 64, 32, 16, 8])
     what.add_argument("--layers", type=int, nargs="+", default=[], help="score these layers too, cut and fitted")
@@ -91,14 +92,14 @@ def parse_args() -> argparse.Namespace:
 
 
 args = parse_args()
-named = (args.model, args.train, *args.dev, *args.test, *(args.probe or []))
+named = (args.model, args.teacher, args.train, *args.dev, *args.test, *(args.probe or []))
 local = [name is None or Path(name).exists() for name in named]
 if all(local):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is asked of the hub, so don't wait for it
 
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_from_disk
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import rankdata, spearmanr
@@ -116,7 +117,7 @@ from sklearn.preprocessing import normalize
 from torch import nn
 from transformers import TrainerCallback
 
-from mipic_st import MIPICLoss, fit_rotation, rotate_model
+from mipic_st import MIPICLoss, add_teacher_vectors, fit_rotation, rotate_model
 from mipic_st.backbone import push_vectors, tail_of
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
 from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
@@ -188,6 +189,8 @@ ABLATION: dict[str, dict[str, Any]] = {
 def mipic_settings() -> dict[str, dict[str, Any]]:
     """Name -> arguments that differ from MIPICLoss's defaults: itself, its ablation and the user's variants."""
     made: dict[str, dict[str, Any]] = {"mipic": {}, **ABLATION}
+    if args.teacher:
+        made["mipic-teacher"] = {"teacher_weight": 4.0}
     if args.variants:
         made |= tomllib.loads(Path(args.variants).read_text(encoding="utf-8"))
     return made
@@ -201,7 +204,15 @@ def all_settings(loss: str) -> dict[str, Any]:
         return {}
     keywords = (each for each in signature(MIPICLoss).parameters.values() if each.kind is Parameter.KEYWORD_ONLY)
     defaults = {each.name: each.default for each in keywords}
-    return defaults | mipic_settings()[loss]
+    settings = defaults | mipic_settings()[loss]
+    return settings | {"teacher": Path(args.teacher).name} if taught(settings) else settings
+
+
+def taught(settings: dict[str, Any]) -> bool:
+    """Whether a run of MIPICLoss needs a teacher."""
+    if settings.get("teacher_weight") and not args.teacher:
+        raise SystemExit("teacher_weight needs --teacher, a model of sentence-transformers.")
+    return bool(settings.get("teacher_weight"))
 
 
 @cache
@@ -276,6 +287,15 @@ def load_start(folder: Path, start: str, seed: int, rotated: bool, data: Data) -
         model.save_pretrained(str(place))
         note.write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
     return SentenceTransformer(str(place)), json.loads(note.read_text(encoding="utf-8"))["seconds"]
+
+
+def with_teacher(folder: Path, data: Data) -> Data:
+    """The training data with the teacher's vectors, which are made once and kept."""
+    place = folder / "taught"
+    if not place.exists():
+        teacher = SentenceTransformer(args.teacher)
+        add_teacher_vectors(data.train, teacher, batch_size=128).save_to_disk(str(place))
+    return replace(data, train=load_from_disk(str(place)))
 
 
 def fit_options() -> dict[str, Any]:
@@ -511,7 +531,7 @@ def train(
     trainer.train()
     model.max_seq_length = own_length
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    terms = ("loss", "matryoshka", "sia_attention", "sia_cka", "pic")
+    terms = ("loss", "matryoshka", "sia_attention", "sia_cka", "pic", "teacher")
     runtime = next(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
     return {
         "train_seconds": runtime - curve.paused,
@@ -582,6 +602,8 @@ def trained_model(runs: Runs, data: Data, start: str, row: Row, rate: float, see
     model, seconds = load_start(runs.folder, start, seed, row.rotated, data)
     line: dict[str, Any] = {**key, "loss": row.loss, "settings": all_settings(row.loss), "rotation_seconds": seconds}
     loss = make_loss(row.loss, model, data.train)
+    if taught(line["settings"]):
+        data = with_teacher(runs.folder, data)
     line |= train(model, loss, data, rate, seed, runs.folder / "scratch", seconds)
     line["dev"] = score(Vectors(model, Data(data.train, data.dev, {}, None), []).sets(lambda vectors: vectors), data)[0]
     model.save_pretrained(str(runs.model_folder(start, row.trained, rate, seed)), create_model_card=False)
@@ -655,6 +677,7 @@ def finish_rows(runs: Runs, data: Data, start: str, rows: list[Row]) -> None:
 # ----------------------------------------------------------------------------------------------------- report
 # What every row is compared with, where both are there; "specialist" is the one of the dim.
 RIVALS = ("truncation", "base", "matryoshka", "matryoshka-2d", "specialist", "rotation", "rotation+matryoshka")
+RIVALS += ("rotation+mipic",)
 
 
 def resampled(rows: np.ndarray, gold: np.ndarray | None, counts: np.ndarray) -> np.ndarray:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from mipic_st import presets
 
@@ -528,7 +526,6 @@ def test_rotate_existing_model_saves_a_plain_model(tmp_path):
 
 def test_rotate_vectors_writes_vectors_and_matrix(tmp_path):
     """Vectors of a file are turned, and the saved matrix turns them in the same way."""
-    import numpy as np
 
     from mipic_st import Rotation
 
@@ -584,30 +581,16 @@ def test_compare_rotations_on_fewer_pairs_without_cuts(tmp_path):
     assert fitted["few"] != fitted["all"]
 
 
-def test_a_larger_teacher_weighs(tiny_model, monkeypatch):
-    """In-batch negatives, and the weight times the KL from the teacher's similarities, of the rows that are named."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    taught = runpy.run_path(str(ROOT / "examples" / "larger_teacher.py"), run_name="module")["TaughtRankingLoss"]
-    model = tiny_model()
-    texts = [["a b", "c d e", "f"], ["b", "d e", "f a"]]
-    features = [model.preprocess(column) for column in texts]
-    random = np.random.default_rng(0)
-    vectors = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in random.normal(size=(2, 5, 7))]
-    rows = [4, 0, 2]
-
-    def shares(first, second):
-        terms = np.exp(first @ second.T / 0.1)
-        return terms / terms.sum(axis=1, keepdims=True)
-
-    wanted = shares(*(part[rows] for part in vectors))
-    found = shares(*(model.encode(column, normalize_embeddings=True).astype(float) for column in texts))
-    expected = (wanted * np.log(wanted / found)).sum(axis=1).mean()
-    tensors = [torch.tensor(part, dtype=torch.float32) for part in vectors]
-    with torch.no_grad():
-        losses = [taught(model, *tensors, weight)(features, torch.tensor(rows)).item() for weight in (0.0, 2.0)]
-        plain = MultipleNegativesRankingLoss(model)(features, torch.tensor(rows)).item()
-    assert losses[0] == pytest.approx(plain, rel=1e-5)
-    assert losses[1] - losses[0] == pytest.approx(2 * expected, rel=1e-3)
+@needs_model
+def test_larger_teacher_is_for_pairs_and_has_a_weight(run_here, tmp_path):
+    """The term is logged with its weight and gone without; scored pairs are refused."""
+    logged = {weight: run_here("larger_teacher.py", "--smoke", "--teacher-weight", weight) for weight in ("0", "4")}
+    assert "'teacher':" not in logged["0"]
+    assert "'teacher':" in logged["4"]
+    scored = tmp_path / "scored.csv"
+    scored.write_text("sentence1,sentence2,score\na dog eats,the dog eats,0.9\na cat,the house,0.1\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"scored ones are for sts_regression\.py"):
+        run_here("larger_teacher.py", "--smoke", "--train-file", scored)
 
 
 def test_benchmark_tails_measures_every_fit():

@@ -130,7 +130,8 @@ class MIPICLoss(nn.Module):
         attention_temperature: tau in the two softmaxes of Eq. 4-5, > 0. The paper has 0.05, which makes them nearly
             one-hot.
         chain_temperature: tau of PIC's InfoNCE (Eq. 16), > 0.
-        aggregation: ``"sum"`` adds layers, prefixes and links as Eq. 13, 14 and 17 do; ``"mean"`` averages them.
+        aggregation: ``"sum"`` adds layers, prefixes and links as Eq. 13, 14 and 17 do, and the teacher's dims;
+            ``"mean"`` averages them.
         kl_direction: ``"student_teacher"`` for KL(prefix || full), the paper's Eq. 6; ``"teacher_student"`` for the
             reverse, as in the released notebooks.
         detach_teacher: Whether all of SIA's full-width side (query, distribution, Gram matrix) is a constant. Without,
