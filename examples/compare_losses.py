@@ -82,6 +82,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if any(dim < 1 for dim in args.dims):
         parser.error("--dims must be positive")
+    if args.mini_batch_size is not None and args.mini_batch_size < 1:
+        parser.error("--mini-batch-size must be at least 1")
     if args.steps < 1 or args.bootstrap < 1 or args.probe_shots < 1:
         parser.error("--steps, --bootstrap and --probe-shots must be at least 1")
     if bool(args.train) != bool(args.dev) or bool(args.train) != bool(args.test):
@@ -236,6 +238,8 @@ def losses_by_name() -> dict[str, Callable[[SentenceTransformer, nn.Module], nn.
 def make_loss(name: str, model: SentenceTransformer, data: Dataset) -> nn.Module:
     base: nn.Module
     if is_scored(data):
+        if args.mini_batch_size or taught(mipic_settings().get(name, {})):
+            raise SystemExit("--mini-batch-size and a teacher are for pairs, and the training data are scored.")
         base = losses.CoSENTLoss(model)
     elif args.mini_batch_size:
         base = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=args.mini_batch_size)

@@ -92,6 +92,8 @@ def test_comparison_resumes_merges_and_reports(tmp_path):
         (["--train", "mix.csv"], "--train, --dev and --test come together"),
         (["--probe", "a.csv", "b.csv"], "--probe needs --train, --dev and --test"),
         (["--dims", "384", "0"], "--dims must be positive"),
+        (["--mini-batch-size", "0"], "--mini-batch-size must be at least 1"),
+        (["--rows", "mipic-teacher"], "--rows mipic-teacher: unknown"),
         (["--steps", "0"], "--steps, --bootstrap and --probe-shots must be at least 1"),
     ],
 )
@@ -118,6 +120,37 @@ def test_large_batches_take_the_cached_loss(script, tiny_model, tmp_path):
         assert base.mini_batch_size == 3
     with pytest.raises(SystemExit, match="has other settings than this command"):
         script.Runs(tmp_path, [])
+    scored = Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]})
+    with pytest.raises(SystemExit, match="are for pairs, and the training data are scored"):
+        script.make_loss("mipic", model, scored)
+
+
+@needs_model
+def test_a_teacher_makes_a_row(script, tiny_model, tmp_path):
+    """The vectors are made once; the settings of the run name the teacher without its folder."""
+    teacher = tmp_path / "models" / "larger"
+    tiny_model().save_pretrained(str(teacher))
+    with pytest.raises(SystemExit, match="mipic-teacher: unknown"):
+        script.row_of("mipic-teacher")
+    script.args.teacher = str(teacher)
+    for cached in (script.mipic_settings, script.losses_by_name):
+        cached.cache_clear()
+    assert script.row_of("rotation+mipic-teacher").loss == "mipic-teacher"
+    settings = script.all_settings("mipic-teacher")
+    assert (settings["teacher"], settings["teacher_weight"], settings["alpha"]) == ("larger", 4.0, 0.8)
+    assert "teacher" not in script.all_settings("mipic")
+    pairs = Dataset.from_dict({"anchor": ["a", "b c"], "positive": ["d", "e"]})
+    data = script.Data(pairs, {}, {}, None)
+    made = script.with_teacher(tmp_path, data)
+    assert np.shape(made.train["label"][:]) == (2, 2, 32)
+    assert data.train is pairs
+    (teacher / "modules.json").unlink()
+    assert script.with_teacher(tmp_path, data).train["label"][:] == made.train["label"][:]
+    loss = script.make_loss("mipic-teacher", tiny_model(), pairs)
+    assert loss.teacher_weight == 4.0
+    scored = Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]})
+    with pytest.raises(SystemExit, match="are for pairs, and the training data are scored"):
+        script.make_loss("mipic-teacher", tiny_model(), scored)
 
 
 @needs_model
