@@ -48,7 +48,7 @@ def similarity_divergence(vectors: Tensor, teacher: Tensor, dims: Sequence[int],
         temperature: tau, > 0.
 
     Returns:
-        (len(dims),), float32: the mean over the B anchors.
+        One value per dim, float32, the mean over the B anchors.
 
     Example:
         >>> vectors = torch.eye(4).reshape(2, 2, 4)
@@ -95,8 +95,8 @@ def add_teacher_vectors(
         show_progress_bar: Show bars while encoding. Default: as the log level says, like ``encode``.
 
     Returns:
-        The dataset with the column ``label``: for each row a list of C vectors of T values. They are 4 * C * T bytes a
-        row, 6 kB for pairs and 768 values, and lie in memory.
+        The dataset with the column ``label``, which holds C vectors of T values in each row. They are 4 * C * T bytes,
+        6 kB for pairs and 768 values, and lie in memory.
 
     Raises:
         TypeError: If ``dataset`` is no ``datasets.Dataset``, ``teacher`` no SentenceTransformer, or a column holds
