@@ -295,10 +295,12 @@ def load_start(folder: Path, start: str, seed: int, rotated: bool, data: Data) -
 
 def with_teacher(folder: Path, data: Data) -> Data:
     """The training data with the teacher's vectors, which are made once and kept."""
-    place = folder / "taught"
+    place = folder / "taught" / Path(args.teacher).name
     if not place.exists():
         teacher = SentenceTransformer(args.teacher)
-        add_teacher_vectors(data.train, teacher, batch_size=128).save_to_disk(str(place))
+        unfinished = place.with_name(f"{place.name} of {os.getpid()}")
+        add_teacher_vectors(data.train, teacher, batch_size=128).save_to_disk(str(unfinished))
+        unfinished.rename(place)
     return replace(data, train=load_from_disk(str(place)))
 
 

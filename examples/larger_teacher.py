@@ -5,8 +5,8 @@
         --train-file pairs.csv
     python examples/larger_teacher.py --smoke                       # offline; the teacher is the model itself then
 
-The teacher encodes each text once, before training, so a step costs no more than without it. Its vectors may have any
-width. With all-mpnet-base-v2 as the teacher of a rotated all-MiniLM-L6-v2 it gave half a point of STS at 16 and 8 dims
+The teacher encodes each text once, before training, so no step runs it. Its vectors may have any width. With
+all-mpnet-base-v2 as the teacher of a rotated all-MiniLM-L6-v2 it gave half a point of STS at 16 and 8 dims
 (.docs/pages/results.md).
 """
 

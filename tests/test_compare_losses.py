@@ -145,7 +145,8 @@ def test_a_teacher_makes_a_row(script, tiny_model, tmp_path):
     assert np.shape(made.train["label"][:]) == (2, 2, 32)
     assert data.train is pairs
     (teacher / "modules.json").unlink()
-    assert script.with_teacher(tmp_path, data).train["label"][:] == made.train["label"][:]
+    assert (script.with_teacher(tmp_path, data).train["label"][:] == made.train["label"][:]).all()
+    assert [path.name for path in (tmp_path / "taught").iterdir()] == ["larger"]
     loss = script.make_loss("mipic-teacher", tiny_model(), pairs)
     assert loss.teacher_weight == 4.0
     scored = Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]})

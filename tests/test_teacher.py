@@ -7,7 +7,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.sentence_transformer.modules import Router, StaticEmbedding
 from torch.nn import functional as F
 
 from conftest import ARCHITECTURES, DIMS, WIDTH, all_terms, column_features, gradients, make_tokenizer, sentences, total
@@ -188,6 +188,11 @@ def test_base_losses_that_cannot_have_a_teacher(tiny_model):
     with pytest.raises((AttributeError, TypeError)) as caught:
         alone(model, losses.CoSENTLoss(model))(column_features(model), teacher_vectors())
     assert "CoSENTLoss gets none" in caught.value.__notes__[0]
+    with pytest.raises(ValueError, match="labels") as caught:
+        alone(model, losses.MSELoss(model))(column_features(model), teacher_vectors())
+    assert "MSELoss gets none" in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError, match="did not call the model that MIPICLoss holds"):
+        alone(model, losses.MultipleNegativesRankingLoss(tiny_model()))(column_features(model), teacher_vectors())
     with pytest.raises(ValueError, match="two columns of texts or more"):
         alone(model, losses.BatchAllTripletLoss(model))(column_features(model, 1), teacher_vectors(columns=1))
 
@@ -195,7 +200,7 @@ def test_base_losses_that_cannot_have_a_teacher(tiny_model):
         def forward(self, sentence_features, labels):
             return super().forward(sentence_features[:2], labels)
 
-    with pytest.raises(RuntimeError, match="12 sentences of a batch of 3 columns of 6"):
+    with pytest.raises(RuntimeError, match="12 sentences, and labels are the teacher's vectors of 3 columns of 6"):
         alone(model, Half(model))(column_features(model, 3), teacher_vectors(columns=3))
 
 
@@ -280,19 +285,61 @@ def test_other_wrong_arguments(tiny_model):
         add_teacher_vectors([("a", "b")], teacher)
     with pytest.raises(TypeError, match="teacher must be a SentenceTransformer, got str"):
         add_teacher_vectors(data, "all-mpnet-base-v2")
-    with pytest.raises(ValueError, match=r"prompts names \['query'\]"):
-        add_teacher_vectors(data, teacher, prompts={"query": "q: "})
+    with pytest.raises(TypeError, match="got IterableDataset"):
+        add_teacher_vectors(data.to_iterable_dataset(), teacher)
+    for hidden in (data.with_transform(lambda row: row), data.with_format(None, columns=["anchor"])):
+        with pytest.raises(ValueError, match="a transform, or a format that hides columns"):
+            add_teacher_vectors(hidden, teacher)
+    with pytest.raises(ValueError, match=r"prompts names \['5', 'query'\]"):
+        add_teacher_vectors(data, teacher, prompts={"query": "q: ", 5: "x"})
+    for prompts in (["a: "], 5, {"anchor": 5}):
+        with pytest.raises(TypeError, match="prompts must"):
+            add_teacher_vectors(data, teacher, prompts=prompts)
     with pytest.raises(ValueError, match="batch_size"):
         add_teacher_vectors(data, teacher, batch_size=0)
 
 
 def test_a_teacher_without_a_direction(tiny_model):
-    """A vector of zeros or of NaN would teach nothing, or everything."""
-    teacher = tiny_model()
-    # stands for a broken model
-    teacher.encode = lambda texts, **_: np.zeros((len(texts), 4), dtype=np.float32)
-    with pytest.raises(ValueError, match="zero vectors"):
-        add_teacher_vectors(triplets(), teacher)
+    """A vector of zeros or of NaN would teach nothing, or everything; the message names the text and its place."""
+    teacher, data = tiny_model(training=True), triplets()
+    encode, broken = teacher.encode, data["positive"][7]
+    for value in (0.0, np.nan):
+        # stands for a broken model
+        teacher.encode = lambda texts, value=value, **options: np.stack(
+            [row * (value if text == broken else 1) for text, row in zip(texts, encode(texts, **options), strict=True)]
+        )
+        with pytest.raises(ValueError, match=rf"vector of '{broken}' \(column 'positive', row 7\) is zero or not"):
+            add_teacher_vectors(data, teacher)
+        assert teacher.training
+
+
+def test_routes_of_the_teacher(tiny_model):
+    """A Router is asked for each column's route; without a mapping it takes its default."""
+    queries, documents = tiny_model(), tiny_model("mpnet")
+    router = Router.for_query_document([*queries], [*documents], default_route="query")
+    teacher = SentenceTransformer(modules=[router], device="cpu")
+    data = datasets.Dataset.from_dict({"query": ["a dog eats", "the cat sees"], "document": ["a dog eats", "a book"]})
+    labels = add_teacher_vectors(data, teacher, router_mapping={"document": "document"})["label"][:]
+    np.testing.assert_allclose(labels[:, 0], queries.encode(data["query"][:]), atol=1e-5)
+    np.testing.assert_allclose(labels[:, 1], documents.encode(data["document"][:]), atol=1e-5)
+    labels = add_teacher_vectors(data, teacher)["label"][:]
+    np.testing.assert_allclose(labels[:, 1], queries.encode(data["document"][:]), atol=1e-5)
+    with pytest.raises(ValueError, match=r"router_mapping names \['text'\]"):
+        add_teacher_vectors(data, teacher, router_mapping={"text": "query"})
+
+
+def test_later_steps_keep_rows_and_vectors_together(tiny_model, tmp_path):
+    """Shuffled, selected, joined, written and read: each row has the vectors of its texts, and two have two names."""
+    teacher, data = tiny_model(), triplets()
+    first = add_teacher_vectors(data.select(range(5)), teacher)
+    second = add_teacher_vectors(data.shuffle(seed=1), teacher)
+    assert first._fingerprint != add_teacher_vectors(data.select(range(5)), teacher)._fingerprint
+    datasets.concatenate_datasets([first, second]).shuffle(seed=2).save_to_disk(str(tmp_path / "taught"))
+    taught = datasets.load_from_disk(str(tmp_path / "taught"))
+    assert len(taught) == 17
+    assert taught["label"][:].dtype == torch.float32
+    for place, name in enumerate(data.column_names):
+        np.testing.assert_allclose(taught["label"][:][:, place], teacher.encode(taught[name][:]), atol=1e-5)
 
 
 def test_in_the_trainer(tiny_model, tmp_path):
@@ -320,6 +367,8 @@ def test_in_the_trainer(tiny_model, tmp_path):
     assert len(logged) == 3
     assert logged[-1] < logged[0]
     model.save_pretrained(tmp_path / "model")
-    assert "teacher_weight" in (tmp_path / "model" / "README.md").read_text()
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "teacher_weight" in card
+    assert max(map(len, card.splitlines())) < 2000, "vectors of samples do not belong into the card"
     with pytest.raises(ValueError, match="evaluation dataset needs them too"):
         trainer.evaluate(data.remove_columns("label"))

@@ -7,7 +7,7 @@ wrong kind is a TypeError, a wrong value a ValueError.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -50,6 +50,19 @@ def checked_texts(name: str, texts: Any, wanted: str = "a list of texts") -> lis
     if not texts:
         raise ValueError(f"{name} has no texts.")
     return texts
+
+
+def per_column(name: str, given: Any, columns: Sequence[str], present: Sequence[str]) -> dict[str, str | None]:
+    """One text per column, from one for all or a mapping with gaps, as the trainer's arguments have it."""
+    if given is not None and not isinstance(given, (str, Mapping)):
+        raise TypeError(f"{name} must be a string or a dict of column names to strings, got {given!r}.")
+    if isinstance(given, Mapping):
+        if wrong := sorted(map(str, set(given) - set(present))):
+            raise ValueError(f"{name} names {wrong}, which data does not have; its columns are {list(present)}.")
+        if bad := {column: text for column, text in given.items() if text is not None and not isinstance(text, str)}:
+            raise TypeError(f"{name} must map column names to strings, got {bad}.")
+        return {column: given.get(column) for column in columns}
+    return dict.fromkeys(columns, given)
 
 
 def checked_number(name: str, value: Any, least: float, most: float = float("inf"), exclusive: bool = False) -> float:

@@ -118,7 +118,7 @@ class MIPICLoss(nn.Module):
         pic_weight: Weight of PIC (Eq. 17), >= 0. Zero, the default, switches it off: its heads are parameters, and it
             added nothing on any start that was measured.
         teacher_weight: Weight of the teacher's term, >= 0. Zero, the default, switches it off. With 4 and ``alpha=0.8``
-            it counts as much as the base loss, which is what was measured.
+            it counts as much as the base loss, which is what was measured. ``matryoshka_weights`` are the base loss's.
         teacher_temperature: tau of the similarities that follow the teacher's, > 0.
         sia_layers: Layers that carry SIA, 1 to the model's depth. Default: the last one.
         pic_chain: Ordered (dim, layer) pairs for PIC (the paper's checkpoints), both ascending, at least two. Default:
@@ -191,7 +191,7 @@ class MIPICLoss(nn.Module):
         FloatingPointError: In ``forward``, if a term is nan or inf, and in the backward pass, if the vector of an empty
             text makes the base loss's gradient overflow. The message names term, step and text. With fp16's gradient
             scaler such batches are logged, and skipped by it.
-        RuntimeError: In ``forward``, if the base loss never called ``model`` and nothing could be recorded.
+        RuntimeError: In ``forward``, if the base loss never called ``model``.
 
     Numerics:
         SIA, PIC, the teacher's term, their softmaxes and norms run in float32 also under autocast and for bf16 models.
@@ -515,7 +515,7 @@ class MIPICLoss(nn.Module):
         teacher = self._checked_teacher(features, labels)
         try:
             return compute(features, None, teacher)
-        except (AttributeError, TypeError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             error.add_note(
                 f"With teacher_weight, labels are the teacher's vectors, and {type(self.loss).__name__} gets none. If "
                 "it needs labels, it cannot have a teacher: set teacher_weight=0."
@@ -528,6 +528,12 @@ class MIPICLoss(nn.Module):
         """All terms, for a base loss that embeds in its forward pass."""
         with nullcontext() if self._backbone is None else self._recorded() as recorder:
             terms, embeddings = self._base_terms(features, labels)
+        if not embeddings:
+            raise RuntimeError(
+                f"MIPICLoss recorded no forward pass: {type(self.loss).__name__} did not call the model that MIPICLoss "
+                "holds. Give both the same model. A loss that keeps it under another name than `model` cannot be used "
+                "in distributed or compiled training."
+            )
         if recorder is None and teacher is None:
             return self._check_finite(terms, features, embeddings)
         terms = {name: self.alpha * term.float() for name, term in terms.items()}
@@ -765,7 +771,7 @@ class MIPICLoss(nn.Module):
         self._set_draw_state([version, numbers, None])
 
     def _columns(self, recorder: Recorder, features: list[dict[str, Tensor]]) -> int:
-        """Check that something was recorded, and return B, the number of sentences in one column.
+        """B, the number of sentences in one column.
 
         A base loss may run several columns in one forward pass, one after the other; a pass of k * B rows then holds k
         columns.
@@ -778,14 +784,8 @@ class MIPICLoss(nn.Module):
             B.
 
         Raises:
-            RuntimeError: If nothing was recorded, or passes cannot be split into columns of B sentences.
+            RuntimeError: If passes cannot be split into columns of B sentences.
         """
-        if not recorder.passes:
-            raise RuntimeError(
-                f"MIPICLoss recorded no forward pass: {type(self.loss).__name__} did not call the model that MIPICLoss "
-                "holds. Give both the same model. A loss that keeps it under another name than `model` cannot be used "
-                "in distributed or compiled training."
-            )
         rows = [len(recorded.mask) for recorded in recorder.passes]
         size = min(rows)
         ids = features[0].get("input_ids", features[0].get("attention_mask")) if features else None
@@ -962,7 +962,7 @@ class MIPICLoss(nn.Module):
         if len(features) < 2:
             raise ValueError("teacher_weight compares two columns of texts or more, and there is one. Give pairs.")
         if not isinstance(labels, Tensor) or labels.ndim != 3 or labels.shape[1] != len(features):
-            got = f"a tensor of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+            got = f"a tensor of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(
                 f"teacher_weight={self.teacher_weight:g} needs the teacher's vectors of these {len(features)} columns "
                 f"as labels, (B, {len(features)}, T), got {got}. mipic_st.add_teacher_vectors puts them into a "
@@ -983,11 +983,12 @@ class MIPICLoss(nn.Module):
         count, columns = teacher.shape[:2]
         if len(vectors) != count * columns:
             raise RuntimeError(
-                f"{type(self.loss).__name__} ran the model on {len(vectors)} sentences of a batch of {columns} columns "
-                f"of {count}, so the teacher's vectors cannot be matched. Set teacher_weight=0."
+                f"{type(self.loss).__name__} ran the model on {len(vectors)} sentences, and labels are the teacher's "
+                f"vectors of {columns} columns of {count}. Give labels of the same rows; with a loss that runs the "
+                "model on other texts than those of its columns set teacher_weight=0."
             )
         student = vectors.unflatten(0, (columns, count))
-        constant = teacher.to(vectors.device).transpose(0, 1)
+        constant = teacher.to(vectors.device, torch.float32).transpose(0, 1)
         divergences = similarity_divergence(student, constant, self.matryoshka_dims, self.teacher_temperature)
         return {"teacher": (1 - self.alpha) * self.teacher_weight * self._aggregate(divergences)}
 

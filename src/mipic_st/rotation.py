@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
-from mipic_st._checks import checked_count, checked_dims, checked_number, checked_texts
-from mipic_st.backbone import NO_CUT, evaluation_mode, full_width, in_half_precision, is_linear, unwrap
+from mipic_st._checks import checked_count, checked_dims, checked_number, checked_texts, per_column
+from mipic_st.backbone import evaluation_mode, full_width, in_half_precision, is_linear, unwrap
 from mipic_st.embedding_store import unit_length
 from mipic_st.model_config import extend_model_card, set_matryoshka_config
 from mipic_st.sia import no_autocast
@@ -45,6 +45,7 @@ from mipic_st.tails import (
     BLOCK,
     as_tensor,
     checked_vectors,
+    encode_texts,
     identity_dense,
     masked,
     minimise,
@@ -654,15 +655,12 @@ def rotate_model(
     names = " and ".join(map(repr, columns)) if any(columns) else "a list"
     used = f"{len(next(iter(columns.values())))} {'pairs' if len(columns) == 2 else 'texts'} of {names}"
     logger.info("The rotation is fitted on %s.", used)
-    routes = router_mapping or {}
-    for argument, given in (("prompts", prompts), ("router_mapping", routes)):
-        present = getattr(data, "column_names", [])
-        if isinstance(given, Mapping) and (wrong := sorted(set(given) - set(present))):
-            raise ValueError(f"{argument} names {wrong}, which data does not have; its columns are {present}.")
+    present = getattr(data, "column_names", [])
+    prompt_of = per_column("prompts", prompts, [*columns], present)
+    route_of = per_column("router_mapping", router_mapping or {}, [*columns], present)
 
     def encode(name: str, texts: Sequence[str]) -> np.ndarray:
-        prompt = prompts.get(name) if isinstance(prompts, Mapping) else prompts
-        return _encode(model, texts, prompt, routes.get(name), batch_size, show_progress_bar)
+        return encode_texts(model, texts, prompt_of[name], route_of[name], batch_size, show_progress_bar)
 
     inner = unwrap(model)
     training, known = inner.training, list(inner.children())
@@ -733,29 +731,6 @@ def _belonging(scores: np.ndarray, name: str) -> list[int]:
         )
     logger.info("%d of %d pairs have a %s of %g or more and are used.", len(rows), len(scores), name, 0.8 * top)
     return rows
-
-
-def _encode(
-    model: SentenceTransformer,
-    texts: Sequence[str],
-    prompt: str | None,
-    route: str | None,
-    batch_size: int,
-    show_progress_bar: bool | None,
-) -> np.ndarray:
-    """Full-width vectors, each distinct text encoded once."""
-    distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    task: dict[str, Any] = {} if route is None else {"task": route}
-    vectors = model.encode(
-        list(distinct),
-        prompt=prompt,
-        batch_size=batch_size,
-        show_progress_bar=show_progress_bar,
-        truncate_dim=NO_CUT,
-        convert_to_numpy=True,
-        **task,
-    )
-    return np.asarray(vectors, dtype=np.float32)[[distinct[text] for text in texts]]
 
 
 def _put_in(inner: SentenceTransformer, matrix: Tensor) -> Callable[[], None]:

@@ -8,7 +8,7 @@ an ordinary ``Dense(bias=False, Identity)`` of sentence-transformers, so a saved
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mipic_st._checks import missing_extra
+from mipic_st.backbone import NO_CUT
 
 if TYPE_CHECKING:
     import pandas as pd
+    from sentence_transformers import SentenceTransformer
 
 # Rows that are held out at most, and rows per block of long sums.
 BLOCK = 2048
@@ -55,6 +57,41 @@ def checked_vectors(name: str, vectors: Any) -> Tensor:
             f"{name} holds {len(bad)} zero vectors, the first in row {bad[0]}: they have no direction, leave them out."
         )
     return tensor
+
+
+def encode_texts(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    prompt: str | None,
+    route: str | None,
+    batch_size: int,
+    show_progress_bar: bool | None,
+) -> np.ndarray:
+    """Full-width vectors, float32, each distinct text encoded once.
+
+    Args:
+        model: The model.
+        texts: Texts, any of them more than once.
+        prompt: Stands before each. Default: what ``encode`` does by default.
+        route: Of a Router. Default: its own default route.
+        batch_size: Texts per forward pass.
+        show_progress_bar: Default: as the log level says, like ``encode``.
+
+    Returns:
+        (len(texts), D).
+    """
+    distinct = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    task: dict[str, Any] = {} if route is None else {"task": route}
+    vectors = model.encode(
+        list(distinct),
+        prompt=prompt,
+        batch_size=batch_size,
+        show_progress_bar=show_progress_bar,
+        truncate_dim=NO_CUT,
+        convert_to_numpy=True,
+        **task,
+    )
+    return np.asarray(vectors, dtype=np.float32)[[distinct[text] for text in texts]]
 
 
 def prefix_cosines(anchors: Tensor, positives: Tensor, dim: int) -> Tensor:

@@ -1,7 +1,7 @@
 r"""A larger model as a teacher: at every dim, the similarities within a batch follow those that it sees.
 
 The counterpart, between sentences, of what SIA does between tokens. The teacher encodes each text once, before the
-training, and its vectors travel with the data (:func:`add_teacher_vectors`), so a step costs no more than without it.
+training, and its vectors travel with the data (:func:`add_teacher_vectors`), so no step runs it.
 
 Symbols: B sentences per column, C columns (anchors first), D the student's width, T the teacher's, which need not be D;
 ``dims`` the truncation dimensions.
@@ -16,7 +16,8 @@ values. No part of MIPIC; in-batch similarities as what is distilled are those o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -24,10 +25,10 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from mipic_st._checks import checked_count, checked_texts
-from mipic_st.backbone import NO_CUT, evaluation_mode
+from mipic_st._checks import checked_count, checked_texts, missing_extra, per_column
+from mipic_st.backbone import evaluation_mode
 from mipic_st.sia import full_precision, no_autocast
-from mipic_st.tails import checked_vectors, prefix_cosines
+from mipic_st.tails import encode_texts, prefix_cosines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,7 +49,7 @@ def similarity_divergence(vectors: Tensor, teacher: Tensor, dims: Sequence[int],
         temperature: tau, > 0.
 
     Returns:
-        One value per dim, float32, the mean over the B anchors.
+        One value per dim, the mean over the B anchors; float32, or float64 where the inputs are.
 
     Example:
         >>> vectors = torch.eye(4).reshape(2, 2, 4)
@@ -78,46 +79,95 @@ def add_teacher_vectors(
     teacher: SentenceTransformer,
     *,
     prompts: str | Mapping[str, str] | None = None,
+    router_mapping: Mapping[str, str] | None = None,
     batch_size: int = 32,
     show_progress_bar: bool | None = None,
 ) -> Dataset:
     """Encode every text of a training set with a teacher, for ``MIPICLoss(..., teacher_weight=...)``.
 
-    Each distinct text is encoded once. The vectors become the column ``label``, which the trainer hands to the loss.
+    Each distinct text of a column is encoded once. The vectors become the column ``label``, which the trainer hands to
+    the loss. They belong to the columns by their order and to the texts as they are now, so let this be the last step:
+    rows may be shuffled, selected and joined afterwards, columns and texts not be changed.
 
     Args:
         dataset: Pairs, triplets or more columns of texts, as the trainer takes them, without labels or scores: the
             trainer reads one such column, and this one takes its place.
         teacher: Any SentenceTransformer, of any width.
         prompts: The teacher's prompts: one for all columns, or one per column name. Default: what its ``encode`` does
-            by default.
+            by default. Models with prompts for queries and documents need them here.
+        router_mapping: Column name to route, for a teacher with a Router. Default: the Router's own default route.
         batch_size: Texts per forward pass.
         show_progress_bar: Show bars while encoding. Default: as the log level says, like ``encode``.
 
     Returns:
-        The dataset with the column ``label``, which holds C vectors of T values in each row. They are 4 * C * T bytes,
-        6 kB for pairs and 768 values, and lie in memory.
+        The dataset with the column ``label``, which holds C vectors of T values in each row, in torch format: read as
+        Python lists they would take longer, and the trainer would write some of them into the model card. They are
+        4 * C * T bytes a row, 6 kB for pairs and 768 values, and lie in memory, also of each process of a distributed
+        run; ``save_to_disk`` and ``datasets.load_from_disk`` give a dataset that lies in a file.
 
     Raises:
-        TypeError: If ``dataset`` is no ``datasets.Dataset``, ``teacher`` no SentenceTransformer, or a column holds
-            something other than texts.
+        TypeError: If ``dataset`` is no ``datasets.Dataset``, ``teacher`` no SentenceTransformer, a column holds
+            something other than texts, or ``prompts`` or ``router_mapping`` something other than strings.
         ValueError: If there are fewer than two columns or no rows, if there are labels or scores already, if
-            ``prompts`` names another column, or if the teacher's vector of a text is zero or not finite.
+            ``prompts`` or ``router_mapping`` names another column, if the dataset has a transform or hides columns, or
+            if the teacher's vector of a text is zero or not finite.
 
     Example:
         >>> teacher = SentenceTransformer("sentence-transformers/all-mpnet-base-v2")  # doctest: +SKIP
         >>> train_dataset = add_teacher_vectors(train_dataset, teacher)  # doctest: +SKIP
         >>> loss = MIPICLoss(model, base_loss, dims, teacher_weight=4.0)  # doctest: +SKIP
     """
-    if isinstance(getattr(dataset, "column_names", None), Mapping):
-        raise TypeError(f"dataset is a DatasetDict with {sorted(dataset.column_names)}: give one of its splits.")
-    if not hasattr(dataset, "add_column"):
-        raise TypeError(f"dataset must be a datasets.Dataset, got {type(dataset).__name__}.")
+    names = _checked_columns(dataset)
     if not isinstance(teacher, SentenceTransformer):
         raise TypeError(f"teacher must be a SentenceTransformer, got {type(teacher).__name__}.")
+    prompt_of = per_column("prompts", prompts, names, names)
+    route_of = per_column("router_mapping", router_mapping, names, names)
+    batch_size = checked_count("batch_size", batch_size)
+    texts = {name: checked_texts(f"column {name!r} of dataset", dataset[name][:]) for name in names}
+
+    # columns of one prompt and one route go together: a text of both is encoded once
+    alike: dict[tuple[str | None, str | None], list[str]] = {}
+    for name in names:
+        alike.setdefault((prompt_of[name], route_of[name]), []).append(name)
+    labels: np.ndarray = np.empty(0, dtype=np.float32)
+    with evaluation_mode(teacher):
+        for (prompt, route), together in alike.items():
+            joined = [text for name in together for text in texts[name]]
+            vectors = encode_texts(teacher, joined, prompt, route, batch_size, show_progress_bar)
+            if not len(labels):
+                labels = np.empty((len(dataset), len(names), vectors.shape[1]), dtype=np.float32)
+            for name, part in zip(together, np.split(vectors, len(together)), strict=True):
+                _require_directions(part, name, texts[name])
+                labels[:, names.index(name)] = part
     import pyarrow  # comes with datasets
 
-    names = dataset.column_names
+    rows: Any = pyarrow.array(labels.reshape(-1))
+    for length in (labels.shape[2], labels.shape[1]):
+        rows = pyarrow.FixedSizeListArray.from_arrays(rows, length)
+    # a name for datasets' cache; made from the vectors, it would take a copy of them all
+    taught = dataset.add_column("label", rows, new_fingerprint=uuid4().hex)
+    return taught.with_format("torch")
+
+
+def _checked_columns(dataset: Any) -> list[str]:
+    """The columns of a dataset that can be taught."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(missing_extra("add_teacher_vectors needs datasets", "train")) from error
+    if isinstance(dataset, datasets.DatasetDict):
+        raise TypeError(f"dataset is a DatasetDict with {sorted(dataset)}: give one of its splits.")
+    if not isinstance(dataset, datasets.Dataset):
+        raise TypeError(
+            f"dataset must be a datasets.Dataset, got {type(dataset).__name__}. A dataset that is streamed has no end "
+            "that is known, so its texts cannot be encoded beforehand."
+        )
+    names = list(dataset.column_names)
+    if dataset.format["type"] == "custom" or set(dataset.format["columns"]) != set(names):
+        raise ValueError(
+            "dataset has a transform, or a format that hides columns, so what the trainer will see is not what is in "
+            "it: use dataset.map, remove_columns or with_format(None) first."
+        )
     if taken := [name for name in names if name in _LABEL_COLUMNS]:
         raise ValueError(
             f"dataset has the column {taken[0]!r}, and the trainer reads one column of labels: remove it, or train "
@@ -125,29 +175,14 @@ def add_teacher_vectors(
         )
     if len(names) < 2 or not len(dataset):
         raise ValueError(f"dataset must have rows of two columns of texts or more, got {len(dataset)} of {names}.")
-    if isinstance(prompts, Mapping) and (wrong := sorted(set(prompts) - set(names))):
-        raise ValueError(f"prompts names {wrong}, which dataset does not have; its columns are {names}.")
-    batch_size = checked_count("batch_size", batch_size)
+    return names
 
-    # a text may come with one prompt as a query and with another as a document
-    prompt_of = {name: prompts.get(name) if isinstance(prompts, Mapping) else prompts for name in names}
-    texts = {name: checked_texts(f"column {name!r} of dataset", dataset[name][:]) for name in names}
-    known: dict[str | None, dict[str, np.ndarray]] = {}
-    with evaluation_mode(teacher):
-        for prompt in dict.fromkeys(prompt_of.values()):
-            distinct = list(dict.fromkeys(text for name in names if prompt_of[name] == prompt for text in texts[name]))
-            found = teacher.encode(
-                distinct,
-                prompt=prompt,
-                batch_size=batch_size,
-                show_progress_bar=show_progress_bar,
-                truncate_dim=NO_CUT,
-                convert_to_numpy=True,
-            )
-            known[prompt] = dict(zip(distinct, checked_vectors("the teacher's output", found).numpy(), strict=True))
-    columns = [[known[prompt_of[name]][text] for text in texts[name]] for name in names]
-    labels = np.stack(columns, axis=1)
-    rows = pyarrow.array(labels.reshape(-1))
-    for length in labels.shape[:0:-1]:
-        rows = pyarrow.FixedSizeListArray.from_arrays(rows, length)
-    return dataset.add_column("label", rows)
+
+def _require_directions(vectors: np.ndarray, name: str, texts: Sequence[str]) -> None:
+    """Refuse vectors of zeros and of nan or inf, which would teach nothing, or everything."""
+    lengths = np.einsum("nd,nd->n", vectors, vectors)
+    if len(bad := np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))):
+        raise ValueError(
+            f"the teacher's vector of {texts[bad[0]]!r} (column {name!r}, row {bad[0]}) is zero or not finite, as are "
+            f"those of {len(bad) - 1} other rows of this column: leave these rows out."
+        )
