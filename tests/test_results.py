@@ -58,6 +58,7 @@ PLAIN_ROWS = {
 MORE_ROWS = {
     "base+rotation": "base loss, then rotation",
     "rotation+mipic": "**rotation, then `MIPICLoss`**",
+    "rotation+mipic-teacher": "**rotation, then `MIPICLoss` with a larger teacher**",
     "rotation+mipic+rotation": "rotation, `MIPICLoss`, another rotation",
     "rotation+mipic-released": "rotation, then `MIPICLoss`, released preset",
     "rotation+mipic-paper": "rotation, then `MIPICLoss`, paper preset",
@@ -69,6 +70,7 @@ MORE_ROWS = {
 }
 HEADLINE = ["truncation", "rotation", "base", "base+pca", "matryoshka", "rotation+matryoshka", "rotation+mipic"]
 RIVALS = ["truncation", "base", "matryoshka", "matryoshka-2d", "specialist", "rotation", "rotation+matryoshka"]
+RIVALS += ["rotation+mipic"]
 
 
 def load(name):
@@ -129,14 +131,16 @@ def more(measure, dims=(384, 256, 128, 64, 32, 16, 8)):
 
 
 def differences(name, measure, dims):
+    names = MORE_ROWS | ROWS
+
     def made(entry):
         found = entry[name][f"{measure} differences"]
         rows = [
-            [ROWS.get(rival, "`MatryoshkaLoss` for that dim only"), *(difference(found[rival], dim) for dim in dims)]
+            [names.get(rival, "`MatryoshkaLoss` for that dim only"), *(difference(found[rival], dim) for dim in dims)]
             for rival in RIVALS
             if rival in found
         ]
-        return table([f"{ROWS[name].replace('**', '')} minus", *dims], rows)
+        return table([f"{names[name].replace('**', '')} minus", *dims], rows)
 
     return made
 
@@ -236,6 +240,11 @@ TABLES = {
     "layer 3 cut": ("rotated", "good", scores("sts, layer 3 cut", (384, 64, 32, 16, 8))),
     "layer 3 fitted": ("rotated", "good", scores("sts, layer 3 fitted", (384, 64, 32, 16, 8))),
     "more": ("more", "good", more("sts")),
+    "more teacher differences": (
+        "more",
+        "good",
+        differences("rotation+mipic-teacher", "sts", (384, 256, 128, 64, 32, 16, 8)),
+    ),
     "more layer 3 cut": ("more", "good", more("sts, layer 3 cut", (384, 64, 16, 8))),
     "more layer 3 fitted": ("more", "good", more("sts, layer 3 fitted", (384, 64, 16, 8))),
     "weak": ("weak", "weak", scores("sts")),
