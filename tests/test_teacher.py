@@ -191,8 +191,11 @@ def test_base_losses_that_cannot_have_a_teacher(tiny_model):
     with pytest.raises(ValueError, match="labels") as caught:
         alone(model, losses.MSELoss(model))(column_features(model), teacher_vectors())
     assert "MSELoss gets none" in caught.value.__notes__[0]
-    with pytest.raises(RuntimeError, match="did not call the model that MIPICLoss holds"):
-        alone(model, losses.MultipleNegativesRankingLoss(tiny_model()))(column_features(model), teacher_vectors())
+    # without any further term too, where it would train at full width only
+    for settings in ({}, {"teacher_weight": 0}, {"alpha": 1}):
+        loss = alone(model, losses.MultipleNegativesRankingLoss(tiny_model()), **settings)
+        with pytest.raises(RuntimeError, match="did not call the model that MIPICLoss holds"):
+            loss(column_features(model), teacher_vectors())
     with pytest.raises(ValueError, match="two columns of texts or more"):
         alone(model, losses.BatchAllTripletLoss(model))(column_features(model, 1), teacher_vectors(columns=1))
 
