@@ -854,6 +854,8 @@ def test_unusable_data_is_named(tiny_model, columns, error, message):
             r"prompts names \['Anchor'\], .* its columns are \['anchor', 'positive'\]",
         ),
         ({"router_mapping": {"query": "query"}}, r"router_mapping names \['query'\], which data does not have"),
+        ({"prompts": ["query: "]}, r"prompts must be a string or a dict of column names to strings, got \['query: '\]"),
+        ({"prompts": {"anchor": 5}}, r"prompts must map column names to strings, got \{'anchor': 5\}"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
     ],
     ids=str,
@@ -863,7 +865,7 @@ def test_options_that_fit_no_column_are_named(tiny_model, options, message):
     from datasets import Dataset
 
     data = Dataset.from_dict({"anchor": TEXTS[:100], "positive": TEXTS[100:200]})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         rotate_model(tiny_model(), data, DIMS, **options)
 
 
