@@ -120,6 +120,12 @@ def show(before: dict[int, float], after: dict[int, float]) -> None:
     Console().print(table)
 
 
+def show_teacher(args: argparse.Namespace, teacher: SentenceTransformer) -> None:
+    """Print what a teacher of another width scores on the same pairs."""
+    full = make_evaluator(args, [teacher.get_embedding_dimension()])
+    print(f"the teacher at its full width: {next(iter(score(teacher, full).values())):.2f}")
+
+
 def training_arguments(
     args: argparse.Namespace, data: Dataset, folder: str, **settings: Any
 ) -> SentenceTransformerTrainingArguments:

@@ -29,6 +29,7 @@ from common import (
     score,
     sentences_of,
     show,
+    show_teacher,
     training_arguments,
 )
 from mipic_st import MIPICCallback, MIPICLoss, export_truncated
@@ -89,8 +90,7 @@ def main() -> None:
         )
         trainer.train()
     show(before, score(student, evaluator))
-    full = make_evaluator(args, [teacher.get_embedding_dimension()])
-    print(f"the teacher at its full width: {next(iter(score(teacher, full).values())):.2f}")
+    show_teacher(args, teacher)
     save(student, args.output_dir)
 
 

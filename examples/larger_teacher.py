@@ -26,6 +26,7 @@ from common import (
     save,
     score,
     show,
+    show_teacher,
     training_arguments,
 )
 from mipic_st import MIPICLoss, add_teacher_vectors
@@ -66,8 +67,7 @@ def main() -> None:
         )
         trainer.train()
     show(before, score(student, evaluator))
-    full = make_evaluator(args, [teacher.get_embedding_dimension()])
-    print(f"the teacher at its full width: {next(iter(score(teacher, full).values())):.2f}")
+    show_teacher(args, teacher)
     save(student, args.output_dir)
 
 

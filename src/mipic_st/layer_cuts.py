@@ -29,6 +29,7 @@ from mipic_st.tails import (
     minimise,
     prefix_cosines,
     row_orders,
+    similarity_kl,
     spearman,
     table_of,
     wants_bar,
@@ -119,8 +120,7 @@ def cut_objective(
     teacher = masked(targets @ targets.T, itself).div(temperature).log_softmax(dim=1)
     total = weight.new_zeros(())
     for dim in dims:
-        student = masked(prefix_cosines(vectors, vectors, dim), itself).div(temperature).log_softmax(dim=1)
-        total = total + F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        total = total + similarity_kl(masked(prefix_cosines(vectors, vectors, dim), itself), teacher, temperature)
     for dim in {*dims, targets.shape[1]}:
         found, wanted = (F.normalize(part[:, :dim], dim=1, eps=1e-6) for part in (vectors, targets))
         total = total + vector_weight * (found - wanted).square().sum(dim=1).mean()

@@ -51,6 +51,7 @@ from mipic_st.tails import (
     minimise,
     prefix_cosines,
     row_orders,
+    similarity_kl,
     spearman,
     table_of,
 )
@@ -121,8 +122,8 @@ def rotation_objective(
     if distilled := [dim for dim in dims if dim not in contrastive_dims]:
         teacher = (anchors @ positives.T / similarity_temperature).log_softmax(dim=1)
         for dim in distilled:
-            student = (prefix_cosines(turned, others, dim) / similarity_temperature).log_softmax(dim=1)
-            total = total + similarity_weight * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+            cosines = prefix_cosines(turned, others, dim)
+            total = total + similarity_weight * similarity_kl(cosines, teacher, similarity_temperature)
     if contrastive_dims:
         candidates = others[:, : max(contrastive_dims)]
         if negatives is not None:

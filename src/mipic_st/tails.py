@@ -118,6 +118,20 @@ def masked(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else values.masked_fill(mask, _MASKED)
 
 
+def similarity_kl(cosines: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """KL of a batch's similarities to those that a teacher sees, the mean over rows.
+
+    Args:
+        cosines: The student's, (B, M).
+        wanted: Logarithms of the teacher's softmax at the same temperature, (B, M); one serves all dims.
+        temperature: tau of the student's softmax.
+
+    Returns:
+        Scalar.
+    """
+    return F.kl_div((cosines / temperature).log_softmax(dim=1), wanted, reduction="batchmean", log_target=True)
+
+
 def row_orders(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Rows for one step after the other: the step's batch first, then the others; each row once an epoch."""
     while True:

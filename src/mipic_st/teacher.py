@@ -23,12 +23,11 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from torch.nn import functional as F
 
 from mipic_st._checks import checked_count, checked_texts, missing_extra, per_column
 from mipic_st.backbone import evaluation_mode
 from mipic_st.sia import full_precision, no_autocast
-from mipic_st.tails import encode_texts, prefix_cosines
+from mipic_st.tails import encode_texts, prefix_cosines, similarity_kl
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -61,17 +60,7 @@ def similarity_divergence(vectors: Tensor, teacher: Tensor, dims: Sequence[int],
         # (B, D) anchors, (B * (C - 1), D) others
         (anchors, others), (first, second) = ((part[0], part[1:].flatten(0, 1)) for part in (vectors, teacher))
         wanted = (prefix_cosines(first, second, first.shape[1]) / temperature).log_softmax(dim=1)
-        return torch.stack(
-            [
-                F.kl_div(
-                    (prefix_cosines(anchors, others, dim) / temperature).log_softmax(dim=1),
-                    wanted,
-                    reduction="batchmean",
-                    log_target=True,
-                )
-                for dim in dims
-            ]
-        )
+        return torch.stack([similarity_kl(prefix_cosines(anchors, others, dim), wanted, temperature) for dim in dims])
 
 
 def add_teacher_vectors(
