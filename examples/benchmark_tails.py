@@ -40,7 +40,7 @@ def measure(what: str, size: str, threads: int) -> None:
 
     import torch
 
-    from mipic_st.layer_cuts import fit_cut, refine_cut
+    from mipic_st.cut_fits import fit_cut, refine_cut
     from mipic_st.rotation import fit_rotation
 
     torch.set_num_threads(threads)

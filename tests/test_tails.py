@@ -26,8 +26,9 @@ from sentence_transformers.sentence_transformer.modules import (
 
 from conftest import TAILS, WIDTH, column_features, sentences
 from mipic_st import MIPICLoss
+from mipic_st.cut_fits import cut_objective, fit_cut, refine_cut
 from mipic_st.export import export_truncated
-from mipic_st.layer_cuts import cut_objective, fit_cut, fit_layer_cuts, refine_cut
+from mipic_st.layer_cuts import fit_layer_cuts
 from mipic_st.rotation import Rotation, fit_rotation, rotate_model, rotation_objective
 from mipic_st.tails import prefix_cosines
 

@@ -136,6 +136,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="txt (a text a line) or a table: fit what follows the last layer to the full model's vectors",
     )
+    cut.add_argument(
+        "--no-word-weights",
+        action="store_true",
+        help="with --texts: keep the plain mean of the tokens, for servers that know no WordWeights module",
+    )
     cut.add_argument("--output", type=_output_folder, required=True, metavar="DIR", help="new or empty folder")
     cut.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
     cut.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
@@ -368,6 +373,8 @@ def _export(arguments: argparse.Namespace) -> int:
     _check_places([arguments.model])
     if arguments.texts and not arguments.layer:
         raise ValueError("--texts fits the tail behind an early layer: give --layer too.")
+    if arguments.no_word_weights and not arguments.texts:
+        raise ValueError("--no-word-weights is about the fit on --texts: give these too, or leave it out.")
     texts = load_texts_file(arguments.texts) if arguments.texts else None
     model = _load(arguments.model, arguments.device, arguments.trust_remote_code)
     cell: dict[str, float] = {}
@@ -375,7 +382,10 @@ def _export(arguments: argparse.Namespace) -> int:
     if texts is not None:
         dims = [arguments.dim or full_width(model)]
         bar = not arguments.quiet
-        cuts = fit_layer_cuts(model, texts, layers=[arguments.layer], dims=dims, show_progress_bar=bar)
+        weigh = False if arguments.no_word_weights else None
+        cuts = fit_layer_cuts(
+            model, texts, layers=[arguments.layer], dims=dims, word_weights=weigh, show_progress_bar=bar
+        )
         (cell,) = cuts.report
     exported = export_truncated(model, arguments.layer, arguments.dim, cuts=cuts)
     figures = measure_speedup(model, exported)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordWeights
 
 from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_layers
 from mipic_st.backbone import full_width, in_half_precision, is_linear, model_depth, tail_of, transformer_of
@@ -20,6 +20,7 @@ from mipic_st.layer_cuts import LayerCuts, fit_layer_cuts
 from mipic_st.layers import encode_layers
 from mipic_st.model_config import restate_config
 from mipic_st.tails import identity_dense
+from mipic_st.word_weights import word_weights_module
 
 logger = logging.getLogger(__name__)
 
@@ -84,11 +85,18 @@ def export_truncated(
         (layer,) = checked_layers("layer", [layer], model_depth(model))
         auto_model = transformer_of(model).auto_model
         memo[id(auto_model)] = _cut_backbone(memo.get(id(auto_model), auto_model), layer)
-    weight = _fitted_weight(model, layer, dim, texts, cuts)
+    weight, word_weights = _fitted(model, layer, dim, texts, cuts)
     # deepcopy finds the cut backbone in the memo and so never copies the full one
     modules: list[Any] = [copy.deepcopy(module, memo) for module in model.children()]
     if weight is not None:
-        modules = [*modules[: len(modules) - len(tail_of(model))], identity_dense(weight, modules[0])]
+        pooled, dense = modules[: len(modules) - len(tail_of(model))], identity_dense(weight, modules[0])
+        if word_weights is None:
+            modules = [*pooled, dense]
+        else:
+            # The map goes before the mean, with which it commutes: WordWeights gives float32, which a Dense behind it
+            # would not take once the model is in half precision.
+            dense.module_input_name = dense.module_output_name = "token_embeddings"
+            modules = [pooled[0], dense, word_weights, Pooling(weight.shape[1], "mean")]
         if normalize:
             modules.append(Normalize())
     elif dim is not None:
@@ -106,21 +114,21 @@ def export_truncated(
         similarity_fn_name=model.similarity_fn_name,
     )
     exported.eval()
-    _check(model, exported, layer, dim, weight, normalize)
+    _check(model, exported, layer, dim, weight, word_weights, normalize)
     restate_config(exported, layer, dim)
     return exported
 
 
-def _fitted_weight(
+def _fitted(
     model: SentenceTransformer,
     layer: int | None,
     dim: int | None,
     texts: Sequence[str] | None,
     cuts: LayerCuts | None,
-) -> torch.Tensor | None:
-    """The tail of a layer cut, (H, d), or None if none is to be fitted."""
+) -> tuple[torch.Tensor | None, WordWeights | None]:
+    """The tail of a layer cut, (H, d), and the module that weighs its tokens; None for what there is not."""
     if texts is None and cuts is None:
-        return None
+        return None, None
     given = "texts" if cuts is None else "cuts"
     if texts is not None and cuts is not None:
         raise ValueError("texts and cuts are both given; cuts are fitted already, leave texts out.")
@@ -139,7 +147,8 @@ def _fitted_weight(
         raise ValueError(
             f"cuts hold layers {sorted(cuts.maps)}, not {layer}; fit_layer_cuts(model, texts, layers=...)."
         )
-    return cuts.maps[layer][:, :dim]
+    weights = cuts.word_weights.get(layer)
+    return cuts.maps[layer][:, :dim], None if weights is None else word_weights_module(model, weights)
 
 
 def has_adapter(auto_model: Any) -> bool:
@@ -246,6 +255,7 @@ def _check(
     layer: int | None,
     dim: int | None,
     weight: torch.Tensor | None,
+    word_weights: WordWeights | None,
     normalize: bool,
 ) -> None:
     """The cut model must give what the (layer, dim) cell of the grid gives, or the fitted map of its states."""
@@ -254,7 +264,8 @@ def _check(
     amplified = 1.0
     if weight is not None:
         assert layer is not None
-        states, columns = encode_layers(model, texts, [layer], tail=False)[:, 0], weight.numpy()
+        before = {} if word_weights is None else {layer: word_weights}
+        states, columns = encode_layers(model, texts, [layer], tail=False, before=before)[:, 0], weight.numpy()
         expected = states @ columns
         # what rounding in the states can become in the vectors
         amplified = float((np.abs(states) @ np.abs(columns)).max() / np.linalg.norm(expected, axis=1).min()) / 100

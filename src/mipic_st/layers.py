@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import batch_to_device
+from torch import Tensor, nn
 
 from mipic_st.backbone import (
     check_layers,
@@ -38,6 +39,7 @@ def encode_layers(
     batch_size: int = 32,
     show_progress_bar: bool = False,
     tail: bool = True,
+    before: Mapping[int, nn.Module] | None = None,
     **kwargs: Any,
 ) -> np.ndarray:
     """Sentence vectors of several layers from one forward pass per batch.
@@ -53,6 +55,7 @@ def encode_layers(
         batch_size: Texts per forward pass.
         show_progress_bar: Show a bar over batches.
         tail: Run the modules behind the pooling; without, the pooled states of each layer are given as they are.
+        before: By layer, a module that runs on its token states first, as one in front of the pooling would.
         **kwargs: Passed on to ``model.preprocess``.
 
     Returns:
@@ -77,7 +80,7 @@ def encode_layers(
         for start in trange(0, len(order), batch_size, desc="Batches", disable=not show_progress_bar):
             rows = order[start : start + batch_size]
             features = model.preprocess([texts[i] for i in rows], prompt=prompt, **kwargs)
-            for column, vectors in enumerate(walk(features, layers, tail)):
+            for column, vectors in enumerate(walk(features, layers, tail, before)):
                 if result is None:
                     result = np.empty((len(texts), len(layers), vectors.shape[1]), dtype=np.float32)
                 result[rows, column] = vectors.float().cpu().numpy()
@@ -85,6 +88,81 @@ def encode_layers(
         width = full_width(model) if tail else transformer_of(model).get_embedding_dimension()
         return np.empty((0, len(layers), width), dtype=np.float32)
     return result
+
+
+class TokenStates(NamedTuple):
+    """Token states of several layers, the texts one after another, without padding.
+
+    Attributes:
+        states: By layer, (T, H), bfloat16.
+        tokens: Their token numbers, (T,).
+        lengths: Tokens of each text, (n,).
+        pooled: The last layer's pooled states, (n, H), float32.
+    """
+
+    states: dict[int, Tensor]
+    tokens: Tensor
+    lengths: Tensor
+    pooled: Tensor
+
+
+def encode_tokens(
+    model: SentenceTransformer,
+    texts: Sequence[str],
+    layers: Sequence[int],
+    *,
+    most_values: int,
+    prompt: str | None = None,
+    batch_size: int = 32,
+    show_progress_bar: bool = False,
+) -> TokenStates:
+    """Token states of several layers, of as many of the texts as ``most_values`` allows.
+
+    Args:
+        model: A SentenceTransformer whose first module is a Transformer.
+        texts: The texts.
+        layers: Layer numbers, below the last.
+        most_values: No further text is taken once so many values are held, in all layers together.
+        prompt: Put before every text.
+        batch_size: Texts per forward pass.
+        show_progress_bar: Show a bar over texts.
+
+    Returns:
+        :class:`TokenStates` on the CPU, of n of the texts, in another order.
+
+    Raises:
+        TypeError: As :func:`encode_layers`.
+    """
+    from tqdm.auto import tqdm
+
+    walk = _LayerWalk(model)
+    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    tokens, lengths, pooled = [], [], []
+    values = 0
+    with evaluation_mode(model), torch.inference_mode(), tqdm(total=len(texts), disable=not show_progress_bar) as bar:
+        bar.set_description("Token states")
+        # texts of like length in one batch; the batches in any order, so that those within the limit stand for all
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        for number in np.random.default_rng(0).permutation(len(batches)):
+            if values < most_values:
+                features = model.preprocess([texts[i] for i in batches[number]], prompt=prompt)
+                for layer, inputs, states in walk.tokens(features, [*layers, walk.depth]):
+                    if layer == walk.depth:
+                        mask = inputs["attention_mask"].bool()
+                        tokens.append(inputs["input_ids"][mask].cpu())
+                        lengths.append(mask.sum(dim=1).cpu())
+                        pooled.append(walk.pool(inputs, states, tail=False).float().cpu())
+                    else:
+                        found[layer].append(states[inputs["attention_mask"].bool()].to("cpu", torch.bfloat16))
+                        values += found[layer][-1].numel()
+            bar.update(len(batches[number]))
+    return TokenStates(
+        {layer: torch.cat(states) for layer, states in found.items()},
+        torch.cat(tokens),
+        torch.cat(lengths),
+        torch.cat(pooled),
+    )
 
 
 class _LayerWalk:
@@ -98,8 +176,21 @@ class _LayerWalk:
         self.behind = list(model.children())[1:]
         self.pooled = self.behind[: len(self.behind) - len(tail_of(model))]
 
-    def __call__(self, features: dict[str, Any], layers: Sequence[int], tail: bool = True) -> list[torch.Tensor]:
+    def __call__(
+        self,
+        features: dict[str, Any],
+        layers: Sequence[int],
+        tail: bool = True,
+        before: Mapping[int, nn.Module] | None = None,
+    ) -> list[Tensor]:
         """(R, D) of each layer."""
+        return [
+            self.pool(inputs, tokens, tail, (before or {}).get(layer))
+            for layer, inputs, tokens in self.tokens(features, layers)
+        ]
+
+    def tokens(self, features: dict[str, Any], layers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+        """Each layer with what the encoder was given and its token states, (R, L, H), behind the final norm."""
         inputs = dict(batch_to_device(features, self.model.device))
         with hidden_states_requested(self.model):
             states = self.transformer(dict(inputs)).get("all_layer_embeddings")
@@ -111,28 +202,30 @@ class _LayerWalk:
         by_layer = layer_states(self.transformer.auto_model, states)
         if missing := [layer for layer in layers if layer not in by_layer]:
             raise TypeError(f"layers {missing} are not among what the encoder shows; leave them out for this model.")
-        vectors = []
         for layer in layers:
             tokens = by_layer[layer]
             if self.norm is not None and layer < self.depth:
                 tokens = self.norm(tokens)
-            # The inputs and this layer's states, nothing else of what the Transformer gives: a module that reads the
-            # last state under another name, or mixes layers, would give every cell the same.
-            cell: dict[str, Any] = {**inputs, "token_embeddings": tokens}
-            # Pooling with include_prompt=False writes into the mask, so every layer gets its own.
-            if isinstance(inputs.get("attention_mask"), torch.Tensor):
-                cell["attention_mask"] = inputs["attention_mask"].clone()
-            try:
-                for module in self.behind if tail else self.pooled:
-                    cell = module(cell)
-                vectors.append(cell["sentence_embedding"])
-            except KeyError as error:
-                names = [type(module).__name__ for module in self.model.children()]
-                raise TypeError(
-                    f"layers need a model that pools token states, but in {names} something else reads {error}; leave "
-                    "layers out for this model."
-                ) from error
-        return vectors
+            yield layer, inputs, tokens
+
+    def pool(self, inputs: dict[str, Any], tokens: Tensor, tail: bool, before: nn.Module | None = None) -> Tensor:
+        """(R, D), or (R, H) without the tail, of one layer's token states."""
+        # The inputs and this layer's states, nothing else of what the Transformer gives: a module that reads the
+        # last state under another name, or mixes layers, would give every cell the same.
+        cell: dict[str, Any] = {**inputs, "token_embeddings": tokens}
+        # Pooling with include_prompt=False writes into the mask, so every layer gets its own.
+        if isinstance(inputs.get("attention_mask"), Tensor):
+            cell["attention_mask"] = inputs["attention_mask"].clone()
+        try:
+            for module in [*([] if before is None else [before]), *(self.behind if tail else self.pooled)]:
+                cell = module(cell)
+            return cell["sentence_embedding"]
+        except KeyError as error:
+            names = [type(module).__name__ for module in self.model.children()]
+            raise TypeError(
+                f"layers need a model that pools token states, but in {names} something else reads {error}; leave "
+                "layers out for this model."
+            ) from error
 
 
 def _require_own_vectors(model: SentenceTransformer, walk: _LayerWalk, features: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordWeights
 from torch import Tensor, nn
 
 from mipic_st._checks import checked_dims, checked_number, missing_extra
@@ -71,7 +71,10 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
     modules = list(model.children())
     for place, module in enumerate(modules):
         if reason := _not_for_tei(module, place):
-            raise ValueError(f"{reason}, which text-embeddings-inference does not know.")
+            hint = ""
+            if any(isinstance(module, WordWeights) for module in modules):
+                hint = " Fit the cut with word_weights=False, or serve the file of export_onnx."
+            raise ValueError(f"{reason}, which text-embeddings-inference does not know.{hint}")
     if merged := merged_encoders(model):  # what is saved of adapters, no server reads
         model = copy.deepcopy(model, merged)
     model.save_pretrained(str(folder))
@@ -155,15 +158,21 @@ def linear_tail(model: SentenceTransformer) -> Tensor | None:
 
 
 class _Rotated(nn.Module):
-    """The encoder, whose token states are pushed through the tail by one product."""
+    """The encoder, whose token states are pushed through what is in front of the pooling, and the tail by a product."""
 
-    def __init__(self, auto_model: Any, product: Tensor | None, names: Sequence[str]) -> None:
+    def __init__(
+        self, auto_model: Any, between: Sequence[nn.Module], product: Tensor | None, names: Sequence[str]
+    ) -> None:
         super().__init__()
-        self.auto_model, self.names = auto_model, names
+        self.auto_model, self.between, self.names = auto_model, nn.ModuleList(between), names
         self.register_buffer("product", None if product is None else product.float())
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        states = self.auto_model(**dict(zip(self.names, inputs, strict=True))).last_hidden_state
+        given = dict(zip(self.names, inputs, strict=True))
+        features = {**given, "token_embeddings": self.auto_model(**given).last_hidden_state}
+        for module in self.between:
+            features = module(features)
+        states = features["token_embeddings"]
         return states if self.product is None else states @ self.product
 
 
@@ -171,8 +180,9 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
     """Write ``onnx/model.onnx``, whose ``last_hidden_state`` has the model's width and space, and the tokenizer.
 
     A runtime that tokenizes, pools (``mean``, ``cls`` or last token), cuts and normalizes by itself then gives the
-    model's vectors; it needs to know nothing of Dense layers, since a bias-free one commutes with pooling. The pooling
-    is written beside it as sentence-transformers writes it, and ``modules.json`` lists no Dense.
+    model's vectors; it needs to know nothing of Dense layers, since a bias-free one commutes with pooling, nor of the
+    word weights of a layer cut, whose means it gets in the right direction, if not length. The pooling is written
+    beside it as sentence-transformers writes it, and ``modules.json`` lists nothing else.
 
     Args:
         model: A model of Transformer, Pooling and a bias-free linear tail.
@@ -198,13 +208,15 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
     folder = _new_folder(folder)
     product = linear_tail(model)
     transformer: Any = model[0]
+    place = next(place for place, module in enumerate(model.children()) if isinstance(module, Pooling))
+    own_pooling: Any = model[place]
     file = folder / "onnx" / "model.onnx"
     file.parent.mkdir(parents=True)
     with evaluation_mode(model):
         encoder = transformer.auto_model
         features = transformer.tokenizer(list(_TEXTS), padding=True, return_tensors="pt")
         names = list(features)
-        wrapped = _Rotated(encoder, product, names).to(model.device).eval()
+        wrapped = _Rotated(encoder, list(model.children())[1:place], product, names).to(model.device).eval()
         inputs = tuple(features[name].to(model.device) for name in names)
         batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
         torch.onnx.export(
@@ -223,7 +235,7 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
     texts = list(_TEXTS[:2])  # another shape than the one that was traced
     given = transformer.tokenizer(texts, padding=True, return_tensors="np")
     (states,) = session.run(None, {name: np.asarray(given[name], dtype=np.int64) for name in names})
-    pooled = model[1](
+    pooled = own_pooling(
         {"token_embeddings": torch.as_tensor(states), "attention_mask": torch.as_tensor(given["attention_mask"])}
     )
     got = unit_length(pooled["sentence_embedding"].numpy())
@@ -233,7 +245,7 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
     width = full_width(model)
     transformer.tokenizer.save_pretrained(str(folder))
     encoder.config.save_pretrained(str(folder))
-    pooling = Pooling(width, model[1].pooling_mode, include_prompt=model[1].include_prompt)
+    pooling = Pooling(width, own_pooling.pooling_mode, include_prompt=own_pooling.include_prompt)
     (folder / "1_Pooling").mkdir()
     pooling.save(str(folder / "1_Pooling"))
     kinds = [("", transformer), ("1_Pooling", pooling)]
@@ -325,10 +337,11 @@ def check_endpoint(
     if np.abs(lengths - 1).max() > 0.01:
         findings.append(f"its vectors have lengths from {lengths.min():.3f} to {lengths.max():.3f}: normalise them")
     common = min(served.shape[1], width)
-    worst = _distance(served, own[:, :common])
+    worst = _distance(served[:, :common], own[:, :common])
     if not worst <= tolerance:
         for finding, vectors in _misread(model, texts):
-            if vectors.shape[1] >= common and _distance(served, vectors[:, :common]) <= tolerance:
+            given = served.shape[1]
+            if vectors.shape[1] >= given and _distance(served, vectors[:, :given]) <= tolerance:
                 findings.append(finding)
                 break
         else:
@@ -344,8 +357,14 @@ def _misread(model: SentenceTransformer, texts: list[str]) -> Iterator[tuple[str
     """What a server gives that skips Dense layers, or that pools as it likes, and how to say so."""
     modules = list(model.children())
     left_out = "its vectors are those in front of the Dense layers: the server leaves them out"
-    without_tail = [module for module in modules if not isinstance(module, Dense)]
-    tails = [("", modules)] + ([(left_out, without_tail)] if len(without_tail) < len(modules) else [])
+    unweighed = (
+        "its vectors have no word weights: the server leaves WordWeights out, fit the cut with word_weights=False"
+    )
+    without_weights = [module for module in modules if not isinstance(module, WordWeights)]
+    if len(without_weights) < len(modules):
+        yield unweighed, _encoded(model, without_weights, texts)
+    without_tail = [module for module in without_weights if not isinstance(module, Dense)]
+    tails = [("", modules)] + ([(left_out, without_tail)] if len(without_tail) < len(without_weights) else [])
     if tails[1:]:
         yield left_out, _encoded(model, without_tail, texts)
     if len(modules) < 2 or not isinstance(modules[1], Pooling):
