@@ -1,4 +1,4 @@
-"""Seconds and memory of fitting tails, on random vectors: rotation, and the tail of one layer's cut, in two steps.
+"""Seconds and memory of fitting tails, on random vectors: rotation, and one layer's cut, in three steps.
 
     python examples/benchmark_tails.py                  # 20,000 x 384 and 50,000 x 1,024, some minutes on two cores
     python examples/benchmark_tails.py --sizes 20000x384 9490x4096
@@ -42,6 +42,7 @@ def measure(what: str, size: str, threads: int) -> None:
 
     from mipic_st.cut_fits import fit_cut, refine_cut
     from mipic_st.rotation import fit_rotation
+    from mipic_st.word_weights import fit_word_weights
 
     torch.set_num_threads(threads)
     count, width = map(int, size.split("x"))
@@ -51,9 +52,18 @@ def measure(what: str, size: str, threads: int) -> None:
     dims = [dim for dim in DIMS if dim < width]
     if what != "least squares":  # what it imports should not count
         fit_rotation(anchors[:600], positives[:600], dims=[8], max_steps=1)
+    # the first 4,000 texts at most, as fit_layer_cuts takes them, of 16 tokens each
+    texts = min(4000, count)
+    states = torch.randn(16 * texts, width, generator=generator).bfloat16() if what == "word weights" else None
     before, start = peak_bytes(), time.perf_counter()
     if what == "rotation":
         fit_rotation(anchors, positives, dims=dims)
+    elif states is not None:
+        tokens = torch.randint(30_000, (len(states),), generator=generator)
+        embeddings = torch.randn(30_000, width, generator=generator)
+        lengths = torch.full((texts,), 16)
+        unit = torch.nn.functional.normalize(anchors[:texts], dim=1)
+        fit_word_weights(states, tokens, lengths, embeddings, unit, [*dims, width])
     elif what == "least squares":
         fit_cut(anchors, positives)
     else:
@@ -71,7 +81,7 @@ def main() -> None:
         return
     print(f"{'':14} {'vectors':>12} {'seconds':>8} {'added memory / vectors':>23}")
     for size in ["600x64"] if args.smoke else args.sizes:
-        for what in ("rotation", "least squares", "refined cut"):
+        for what in ("rotation", "word weights", "least squares", "refined cut"):
             command = [sys.executable, __file__, "--threads", str(args.threads), "--one", what, size]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             figures = json.loads(done.stdout.splitlines()[-1])

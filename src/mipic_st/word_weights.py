@@ -81,7 +81,7 @@ def fit_word_weights(
         dims: Truncation dimensions that are served.
         vector_weight: lambda, see :func:`mipic_st.cut_fits.cut_objective`.
         max_steps: Steps.
-        batch_size: Texts per step, and texts that no step sees.
+        batch_size: Texts per step, and texts that no step sees; of these a tenth at most.
         learning_rate: Adam's first learning rate; decayed along a cosine.
         seed: Seeds the held-out texts and the batches.
         show_progress_bar: Show a bar over steps. Default: as the log level says.
@@ -103,7 +103,8 @@ def fit_word_weights(
             f"{int(lengths.sum())} for {len(tokens)} tokens, {len(states)} states and {len(targets)} texts."
         )
     generator = torch.Generator().manual_seed(seed)
-    test, seen = torch.randperm(len(lengths), generator=generator).tensor_split([min(batch_size, len(lengths) // 4)])
+    held_out = min(batch_size, max(2, len(lengths) // 10))
+    test, seen = torch.randperm(len(lengths), generator=generator).tensor_split([held_out])
     starts = lengths.cumsum(0) - lengths
     known, places, counts = tokens.unique(return_inverse=True, return_counts=True)
     rare = (_RARE / (_RARE + counts / counts.sum())).log()
