@@ -224,6 +224,20 @@ def test_the_default_learns_them_and_the_report_is_the_cut_model_s(model, monkey
     assert row["sts_fitted"] == pytest.approx(spearmanr((first * second).sum(axis=1), sts[2])[0], abs=1e-3)
 
 
+def test_model_and_random_state_are_left_alone(model):
+    """Fitting changes neither weights nor modes nor the global generators."""
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    cuts = fit_layer_cuts(model, TEXTS, layers=[2], dims=[8], max_steps=5)
+    word_weights_module(model, torch.ones(4))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert torch.equal(cuts.maps[2], fit_layer_cuts(model, TEXTS, layers=[2], dims=[8], max_steps=5).maps[2])
+
+
 def test_off_and_on(model):
     """False keeps the plain mean; so does least squares alone, whose request for weights is refused."""
     quick = {"layers": [1], "dims": [8]}

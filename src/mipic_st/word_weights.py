@@ -204,5 +204,6 @@ def word_weights_module(model: SentenceTransformer, weights: Tensor) -> WordWeig
     vocabulary = [str(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
     # four digits: the module's file spells every weight out
     values = [round(value, 4) for value in weights[: len(vocabulary)].tolist()]
-    module = WordWeights(vocabulary, dict(zip(vocabulary, values, strict=False)))
+    with torch.random.fork_rng(devices=[]):  # its embedding draws random numbers first
+        module = WordWeights(vocabulary, dict(zip(vocabulary, values, strict=False)))
     return module.to(model.device).eval()
