@@ -95,7 +95,8 @@ def fit_word_weights(
 
     Source:
         The first factor: Arora et al., A Simple but Tough-to-Beat Baseline for Sentence Embeddings, ICLR 2017. Its a
-        and the other settings were chosen on STS13 and SICK validation with layer 3 of all-MiniLM-L6-v2.
+        was chosen on STS13 and SICK validation with layer 3 of all-MiniLM-L6-v2; steps and rate are those of
+        :func:`mipic_st.cut_fits.refine_cut`.
     """
     if not int(lengths.sum()) == len(tokens) == len(states) or len(lengths) != len(targets):
         raise ValueError(
