@@ -594,7 +594,7 @@ def test_larger_teacher_is_for_pairs_and_has_a_weight(run_here, tmp_path):
 
 
 def test_benchmark_tails_measures_every_fit():
-    """Seconds and memory of the rotation and of a cut's two steps."""
+    """Seconds and memory of the rotation and of a cut's three steps."""
     code, printed, errors = run("benchmark_tails.py", "--smoke", "--threads", "1")
     assert code == 0, errors
-    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["rotation", "least", "refined"]
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["rotation", "word", "least", "refined"]

@@ -1029,7 +1029,7 @@ def test_cut_of_a_rotated_model_aims_at_the_rotated_space(tiny_model):
     [
         ({"dim": 8, "texts": TEXTS}, "give a layer below 3"),
         ({"layer": 3, "dim": 8, "texts": TEXTS}, "give a layer below 3"),
-        ({"layer": 1, "dim": 8, "texts": TEXTS[:20]}, "texts are too few for a map from 32 values"),
+        ({"layer": 1, "dim": 8, "texts": TEXTS[:20]}, "20 texts are too few for a map from 32 values: give 38 or more"),
     ],
 )
 def test_fits_that_make_no_sense_are_refused(tiny_model, arguments, message):

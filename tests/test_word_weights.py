@@ -238,6 +238,17 @@ def test_model_and_random_state_are_left_alone(model):
     assert torch.equal(cuts.maps[2], fit_layer_cuts(model, TEXTS, layers=[2], dims=[8], max_steps=5).maps[2])
 
 
+@pytest.mark.parametrize("held_out", [0.1, 0.5])
+def test_as_many_texts_as_asked_for_are_enough(model, held_out):
+    """The number in the message works."""
+    options = {"layers": [1], "dims": [8], "max_steps": 5, "held_out": held_out}
+    with pytest.raises(ValueError, match="20 texts are too few") as caught:
+        fit_layer_cuts(model, TEXTS[:20], **options)
+    enough = int(str(caught.value).partition("give ")[2].split()[0])
+    assert enough < 2 * WIDTH + 4
+    fit_layer_cuts(model, TEXTS[:enough], **options)
+
+
 def test_off_and_on(model):
     """False keeps the plain mean; so does least squares alone, whose request for weights is refused."""
     quick = {"layers": [1], "dims": [8]}

@@ -195,8 +195,8 @@ def fit_layer_cuts(
     test, training = [texts[i] for i in order[:count]], [texts[i] for i in order[count:]]
     if len(training) < hidden_width:
         raise ValueError(
-            f"{len(texts)} texts, {count} of them held out, are too few for a map from {hidden_width} values: give "
-            f"{hidden_width + count} or more."
+            f"{len(texts)} texts are too few for a map from {hidden_width} values: give "
+            f"{int(hidden_width / (1 - held_out)) + 3} or more, since some are held out."
         )
     if word_weights:
         found = encode_tokens(
