@@ -42,10 +42,10 @@ def export_truncated(
 
     The backbone is built anew with fewer layers (a pre-norm backbone keeps its final norm); adapters are merged. With
     ``texts`` or ``cuts``, a fitted bias-free Dense maps the early states to the full-depth vectors and cuts them to
-    ``dim``, and ``WordWeights`` say how much each token counts in their mean: at half depth this is worth many points. Without, the early states go through the
-    model's own tail, and its first ``dim`` values are kept. All of it is sentence-transformers' own, so the saved
-    folder loads where this package is not installed. The result is checked before it is returned, and the model that
-    was passed in is left alone.
+    ``dim``, and ``WordWeights`` say how much each token counts in their mean: at half depth this is worth many points.
+    Without, the early states go through the model's own tail, and its first ``dim`` values are kept. All of it is
+    sentence-transformers' own, so the saved folder loads where this package is not installed. The result is checked
+    before it is returned, and the model that was passed in is left alone.
 
     Args:
         model: The model to cut.

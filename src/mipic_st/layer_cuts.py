@@ -98,8 +98,8 @@ def fit_layer_cuts(
 ) -> LayerCuts:
     """Fit what a model needs behind an early layer to give the vectors of its full depth, and say what is lost.
 
-    All layers and dims are served from one encoding; with word weights, up to 4,000 of the texts are encoded before, and
-    the held-out ones once more. The targets are the model's own vectors at unit length, rotated ones if it has a
+    All layers and dims are served from one encoding; with word weights, up to 4,000 of the texts are encoded before,
+    and the held-out ones once more. The targets are the model's own vectors at unit length, rotated ones if it has a
     rotation. ``export_truncated(model, layer, dim, cuts=...)`` makes the model of a cell.
 
     Args:
