@@ -283,6 +283,41 @@ def test_a_cut_that_has_weights_can_be_cut_again(model):
     assert "behind its Transformer" in no_word_weights(cut)
     small = export_truncated(cut, dim=4)
     np.testing.assert_allclose(small.encode(TEXTS[:9]), by_hand(model, cuts, TEXTS[:9], 2, 4), atol=1e-3)
+    np.testing.assert_allclose(small.half().encode(TEXTS[:9]), by_hand(model, cuts, TEXTS[:9], 2, 4), atol=2e-2)
+    np.testing.assert_allclose(cut.encode(TEXTS[:9]), by_hand(model, cuts, TEXTS[:9], 2, WIDTH), atol=1e-3)
+    with pytest.raises(ValueError, match=r"cuts have word weights for layer 1, but the model has .* fit them on this"):
+        export_truncated(cut, 1, 8, cuts=with_weights(model, layer=1))
+
+
+def test_default_prompts_do_not_disturb_the_export(model):
+    """The fit has no prompt, and neither has the check of what was exported."""
+    model.prompts, model.default_prompt_name = {"q": "the old woman "}, "q"
+    cuts = with_weights(model)
+    cut = export_truncated(model, 2, 8, cuts=cuts)
+    np.testing.assert_allclose(cut.encode(TEXTS[:9], prompt=""), by_hand(model, cuts, TEXTS[:9], 2, 8), atol=1e-3)
+    assert cut.default_prompt_name == "q"
+
+
+def test_numbers_with_gaps_and_inputs_without_a_mask(model, monkeypatch):
+    """Each token has its own weight where the tokenizer leaves numbers out; without a mask there are no weights."""
+    vocabulary = {"a": 0, "None": 3, "b": 5}
+    monkeypatch.setattr(type(model[0].tokenizer), "get_vocab", lambda self: dict(vocabulary))
+    module = word_weights_module(model, torch.tensor([2, 9, 9, 3e-5, 9, 4.0]))
+    assert module.emb_layer.weight[:, 0].tolist() == pytest.approx([2, 9, 9, 3e-5, 9, 4])
+    assert no_word_weights(model) == ""
+    monkeypatch.setattr(model, "preprocess", lambda texts: {"input_ids": torch.zeros(1, 1)})
+    assert "is not given attention_mask" in no_word_weights(model)
+
+
+def test_too_few_texts_for_weights(model, noisy, monkeypatch, caplog):
+    """Where memory allows fewer texts than hidden values, there are none, and the log says so."""
+    monkeypatch.setattr("mipic_st.layer_cuts._WEIGHED_VALUES", 1)
+    cuts = fit_layer_cuts(model, TEXTS, layers=[1, 2], dims=[8], max_steps=5, batch_size=8)
+    assert not cuts.word_weights
+    assert "No word weights: the token states of 8 texts fill the memory" in caplog.text
+    states, _, _, embeddings, targets = noisy[0]
+    with pytest.raises(ValueError, match="2 texts are too few for word weights"):
+        fit_word_weights(states[:4], torch.tensor([0, 1, 2, 3]), torch.tensor([2, 2]), embeddings, targets[:2], [6])
 
 
 def test_token_states_are_those_of_the_layer(model):

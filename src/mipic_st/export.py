@@ -20,7 +20,7 @@ from mipic_st.layer_cuts import LayerCuts, fit_layer_cuts
 from mipic_st.layers import encode_layers
 from mipic_st.model_config import restate_config
 from mipic_st.tails import identity_dense
-from mipic_st.word_weights import word_weights_module
+from mipic_st.word_weights import no_word_weights, word_weights_module
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ def export_truncated(
             # would not take once the model is in half precision.
             dense.module_input_name = dense.module_output_name = "token_embeddings"
             modules = [pooled[0], dense, word_weights, Pooling(weight.shape[1], "mean")]
+            if hasattr(modules[0], "unpad_inputs"):  # WordWeights needs the attention mask, also with flash attention
+                modules[0].unpad_inputs = False
         if normalize:
             modules.append(Normalize())
     elif dim is not None:
@@ -148,6 +150,11 @@ def _fitted(
             f"cuts hold layers {sorted(cuts.maps)}, not {layer}; fit_layer_cuts(model, texts, layers=...)."
         )
     weights = cuts.word_weights.get(layer)
+    if weights is not None and (reason := no_word_weights(model)):
+        raise ValueError(
+            f"cuts have word weights for layer {layer}, but {reason}; fit them on this model, or with "
+            "word_weights=False."
+        )
     return cuts.maps[layer][:, :dim], None if weights is None else word_weights_module(model, weights)
 
 
@@ -234,6 +241,13 @@ def _cut_backbone(auto_model: Any, layer: int) -> Any:
 def _first_values(modules: list[Any], dim: int, width: int) -> list[Any]:
     """The modules, giving their first ``dim`` values: a last linear Dense is cut, any other gets one that selects."""
     last = modules[-1]
+    if [type(module) for module in modules[1:]] == [Dense, WordWeights, Pooling]:
+        # a cut with word weights, whose map stands in front of the mean: one behind it would not run in half precision
+        states = copy.deepcopy(modules[1])
+        states.linear = torch.nn.Linear(states.in_features, dim, bias=False).to(states.linear.weight)
+        states.linear.weight.data = modules[1].linear.weight.detach()[:dim].clone()
+        states.out_features = dim
+        return [modules[0], states, modules[2], Pooling(dim, last.pooling_mode)]
     if not is_linear(last):
         # sentence-transformers has no module that cuts
         like = next(module for module in reversed(modules) if next(module.parameters(), None) is not None)
@@ -272,7 +286,9 @@ def _check(
     else:
         store = EmbeddingStore(model, None if layer is None else [layer])
         expected = store.view(dim or width, layer=layer, normalize=normalize).encode(texts, show_progress_bar=False)
-    got = np.asarray(exported.encode(texts, show_progress_bar=False), dtype=np.float32)
+    # a map is fitted and checked without prompt; a default prompt would come in here
+    prompt = None if weight is None else ""
+    got = np.asarray(exported.encode(texts, prompt=prompt, show_progress_bar=False), dtype=np.float32)
     if normalize and (dim is not None or weight is not None):
         expected = unit_length(expected)
     half = in_half_precision(model)

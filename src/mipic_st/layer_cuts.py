@@ -7,6 +7,7 @@ these means to the full-depth vectors (:mod:`mipic_st.cut_fits`). :func:`fit_lay
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ from mipic_st.word_weights import fit_word_weights, input_embeddings, no_word_we
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["LayerCuts", "fit_layer_cuts"]
 
@@ -209,7 +212,14 @@ def fit_layer_cuts(
             show_progress_bar=show_progress_bar,
         )
         targets = torch.from_numpy(unit_length(push(found.pooled.numpy())))
-        for layer in layers:
+        if len(found.lengths) < hidden_width:
+            logger.warning(
+                "No word weights: the token states of %d texts fill the memory that is set aside for %d layers. Fit "
+                "fewer layers at once, or on shorter texts.",
+                len(found.lengths),
+                len(layers),
+            )
+        for layer in layers if len(found.lengths) >= hidden_width else ():
             learned = fit_word_weights(
                 found.states.pop(layer),
                 found.tokens,

@@ -103,6 +103,8 @@ def fit_word_weights(
             f"lengths must say how the tokens are shared out among the texts, got {len(lengths)} lengths with a sum of "
             f"{int(lengths.sum())} for {len(tokens)} tokens, {len(states)} states and {len(targets)} texts."
         )
+    if len(lengths) < 4:
+        raise ValueError(f"{len(lengths)} texts are too few for word weights: give some thousand.")
     generator = torch.Generator().manual_seed(seed)
     held_out = min(batch_size, max(2, len(lengths) // 10))
     test, seen = torch.randperm(len(lengths), generator=generator).tensor_split([held_out])
@@ -185,9 +187,14 @@ def no_word_weights(model: SentenceTransformer) -> str:
         return "the model's pooling leaves the prompt out (include_prompt=False), which WordWeights cannot"
     try:
         transformer.auto_model.get_input_embeddings().weight  # noqa: B018
-        transformer.tokenizer.convert_ids_to_tokens([0])
+        transformer.tokenizer.get_vocab()
     except (AttributeError, NotImplementedError):
         return f"{type(transformer.auto_model).__name__} or its tokenizer knows no tokens"
+    if missing := {"input_ids", "attention_mask"} - set(model.preprocess(["a text"])):
+        return (
+            f"the encoder is not given {' and '.join(sorted(missing))}, which WordWeights reads (with flash attention, "
+            "set unpad_inputs of the model's Transformer to False)"
+        )
     return ""
 
 
@@ -202,9 +209,12 @@ def word_weights_module(model: SentenceTransformer, weights: Tensor) -> WordWeig
         sentence-transformers' own module, in float32 on the model's device.
     """
     tokenizer = transformer_of(model).tokenizer
-    vocabulary = [str(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    # numbers may have gaps
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    vocabulary = [names.get(number, f"[no token {number}]") for number in range(max(names) + 1)]
     # four digits: the module's file spells every weight out
-    values = [round(value, 4) for value in weights[: len(vocabulary)].tolist()]
+    values = [float(f"{value:.4g}") for value in weights[: len(vocabulary)].tolist()]
+    values += [1.0] * (len(vocabulary) - len(values))
     with torch.random.fork_rng(devices=[]):  # its embedding draws random numbers first
-        module = WordWeights(vocabulary, dict(zip(vocabulary, values, strict=False)))
+        module = WordWeights(vocabulary, dict(zip(vocabulary, values, strict=True)))
     return module.to(model.device).eval()
