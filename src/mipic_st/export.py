@@ -243,24 +243,26 @@ def _first_values(modules: list[Any], dim: int, width: int) -> list[Any]:
     last = modules[-1]
     if [type(module) for module in modules[1:]] == [Dense, WordWeights, Pooling]:
         # a cut with word weights, whose map stands in front of the mean: one behind it would not run in half precision
-        states = copy.deepcopy(modules[1])
-        states.linear = torch.nn.Linear(states.in_features, dim, bias=False).to(states.linear.weight)
-        states.linear.weight.data = modules[1].linear.weight.detach()[:dim].clone()
-        states.out_features = dim
-        return [modules[0], states, modules[2], Pooling(dim, last.pooling_mode)]
+        return [modules[0], _first_rows(modules[1], dim), modules[2], Pooling(dim, last.pooling_mode)]
     if not is_linear(last):
         # sentence-transformers has no module that cuts
         like = next(module for module in reversed(modules) if next(module.parameters(), None) is not None)
         return [*modules, identity_dense(torch.eye(width, dim), like)]
-    cut = Dense(
-        in_features=last.in_features,
+    return [*modules[:-1], _first_rows(last, dim)]
+
+
+def _first_rows(dense: Any, dim: int) -> Dense:
+    """A linear Dense that gives the first values of another, from and to the same features."""
+    return Dense(
+        in_features=dense.in_features,
         out_features=dim,
-        bias=last.linear.bias is not None,
+        bias=dense.linear.bias is not None,
         activation_function=torch.nn.Identity(),
-        init_weight=last.linear.weight.detach()[:dim].clone(),
-        init_bias=None if last.linear.bias is None else last.linear.bias.detach()[:dim].clone(),
+        init_weight=dense.linear.weight.detach()[:dim].clone(),
+        init_bias=None if dense.linear.bias is None else dense.linear.bias.detach()[:dim].clone(),
+        module_input_name=dense.module_input_name,
+        module_output_name=dense.module_output_name,
     )
-    return [*modules[:-1], cut]
 
 
 def _check(

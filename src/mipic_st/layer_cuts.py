@@ -212,6 +212,7 @@ def fit_layer_cuts(
             show_progress_bar=show_progress_bar,
         )
         targets = torch.from_numpy(unit_length(push(found.pooled.numpy())))
+        embeddings = input_embeddings(model)
         if len(found.lengths) < hidden_width:
             logger.warning(
                 "No word weights: the token states of %d texts fill the memory that is set aside for %d layers. Fit "
@@ -224,7 +225,7 @@ def fit_layer_cuts(
                 found.states.pop(layer),
                 found.tokens,
                 found.lengths,
-                input_embeddings(model),
+                embeddings,
                 targets,
                 dims,
                 vector_weight=vector_weight,

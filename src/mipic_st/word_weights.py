@@ -111,10 +111,11 @@ def fit_word_weights(
     starts = lengths.cumsum(0) - lengths
     known, places, counts = tokens.unique(return_inverse=True, return_counts=True)
     rare = (_RARE / (_RARE + counts / counts.sum())).log()
-    center = features[known].float().mean(dim=0)
+    embeddings = features[known].float()
+    center = embeddings.mean(dim=0)
     # so that u learns ten times as fast as W, whatever the embeddings' size
-    spread = (features[known].float() - center).std() * features.shape[1] ** 0.5 / 10
-    embeddings = (features[known].float() - center) / spread
+    spread = (embeddings - center).std() * features.shape[1] ** 0.5 / 10
+    embeddings = (embeddings - center) / spread
 
     def means(rows: Tensor, logs: Tensor) -> Tensor:
         """Of some texts, with the logarithm of a weight for each known token."""
