@@ -9,7 +9,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import BoW, Normalize, Pooling, StaticEmbedding, Transformer
-from transformers import LongformerConfig, RwkvConfig
+from transformers import FunnelConfig, FunnelModel, LongformerConfig, RwkvConfig
 
 from conftest import TAILS, WIDTH, assemble, make_tokenizer, put_lora, save_encoder, sentences
 from evaluation_fixtures import tiny_model
@@ -80,6 +80,17 @@ def test_what_cannot_be_built_smaller_is_named(tmp_path):
     model = assemble(save_encoder(tmp_path / "encoder", encoder_of(RwkvConfig, attention_hidden_size=WIDTH)))
     with pytest.raises(TypeError, match=r"RwkvModel cannot be built with 1 of its 3 layers \(.*\); leave layer out"):
         export_truncated(model, layer=1)
+
+
+def test_a_depth_that_cannot_be_set_is_named(tmp_path):
+    """Funnel's layers stand in blocks, and its config takes no number of them."""
+    config = FunnelConfig(
+        vocab_size=len(make_tokenizer()), block_sizes=[2, 2], d_model=WIDTH, n_head=4, d_head=8, d_inner=48
+    )
+    FunnelModel(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"FunnelModel cannot be built with 1 of its 4 layers \(.*block_sizes"):
+        export_truncated(assemble(tmp_path), layer=1)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "modernbert"])

@@ -1086,6 +1086,15 @@ def test_cuts_of_another_layer_are_refused(tiny_model):
             fit_layer_cuts(model, TEXTS, layers=layers)
 
 
+def test_nothing_to_cut_and_nothing_to_keep(tiny_model):
+    """A model of one layer has none to cut after; texts that are all one to the tokenizer have no similarities."""
+    with pytest.raises(ValueError, match="the model has one layer, below which nothing can be cut"):
+        fit_layer_cuts(tiny_model(layers=1), TEXTS)
+    unknown = [f"unknown{number}" for number in range(60)]
+    with pytest.raises(ValueError, match="all texts have the same vector"):
+        fit_layer_cuts(tiny_model(), unknown, layers=[1], dims=[8], max_steps=5)
+
+
 # --- the real model ---------------------------------------------------------------------------------------------------
 
 

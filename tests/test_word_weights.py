@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 
@@ -16,6 +17,7 @@ from mipic_st import cli
 from mipic_st.export import export_truncated
 from mipic_st.layer_cuts import LayerCuts, fit_layer_cuts
 from mipic_st.layers import encode_layers, encode_tokens
+from mipic_st.rotation import rotate_model
 from mipic_st.serving import check_endpoint, export_onnx, save_for_tei
 from mipic_st.word_weights import fit_word_weights, no_word_weights, weighted_means, word_weights_module
 
@@ -231,6 +233,8 @@ def test_model_and_random_state_are_left_alone(model):
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
     cuts = fit_layer_cuts(model, TEXTS, layers=[2], dims=[8], max_steps=5)
     word_weights_module(model, torch.ones(4))
+    export_truncated(model, 2, 8, cuts=cuts)
+    export_truncated(model, 2, 8)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -287,6 +291,59 @@ def test_a_cut_that_has_weights_can_be_cut_again(model):
     np.testing.assert_allclose(cut.encode(TEXTS[:9]), by_hand(model, cuts, TEXTS[:9], 2, WIDTH), atol=1e-3)
     with pytest.raises(ValueError, match=r"cuts have word weights for layer 1, but the model has .* fit them on this"):
         export_truncated(cut, 1, 8, cuts=with_weights(model, layer=1))
+
+
+def test_further_maps_go_before_the_mean_too(model):
+    """A rotation of a cut, and a further layer cut of it, also run in half precision, as the Dense of the cut does."""
+    cuts = with_weights(model)
+    cut = export_truncated(model, 2, 16, cuts=cuts)
+    turned = copy.deepcopy(cut)
+    rotation = rotate_model(turned, TEXTS, [4, 2], max_steps=60, learning_rate=0.05, fit_batch_size=32)
+    assert rotation.gained
+    assert [type(module).__name__ for module in turned] == [type(module).__name__ for module in cut]
+    expected = unit(by_hand(model, cuts, TEXTS[:9], 2, 16) @ rotation.matrix.double().numpy())
+    np.testing.assert_allclose(turned.encode(TEXTS[:9]), expected, atol=1e-4)
+    np.testing.assert_allclose(turned.half().encode(TEXTS[:9]), expected, atol=2e-2)
+
+    further = fit_layer_cuts(cut, TEXTS, layers=[1], dims=[8], max_steps=5)
+    assert not further.word_weights
+    lower = export_truncated(cut, 1, 8, cuts=further)
+    assert lower[0].auto_model.config.num_hidden_layers == 1
+    twice = {1: cuts.maps[2][:, :16] @ further.maps[1]}
+    expected = by_hand(model, LayerCuts(twice, (8,), [], {1: cuts.word_weights[2]}), TEXTS[:9], 1, 8)
+    np.testing.assert_allclose(lower.encode(TEXTS[:9]), expected, atol=1e-4)
+    np.testing.assert_allclose(lower.half().encode(TEXTS[:9]), expected, atol=2e-2)
+
+
+@pytest.mark.parametrize("change", ["activation", "residual", "pooling", "names"])
+def test_what_does_not_commute_with_the_mean_gets_a_dense_behind_it(model, change):
+    """A map is put in front only where it is the same there."""
+    from mipic_st.tails import linear_end, with_map
+
+    modules = list(export_truncated(model, 2, WIDTH, cuts=with_weights(model), normalize=False))
+    assert linear_end(modules) is modules[1]
+    if change == "activation":
+        modules[1].activation_function = torch.nn.Tanh()
+    elif change == "residual":
+        modules[1].use_residual = True
+    elif change == "pooling":
+        modules[-1] = Pooling(WIDTH, "max")
+    else:
+        modules[1].module_output_name = "others"
+    assert linear_end(modules) is None
+    assert len(with_map(modules, torch.eye(WIDTH, 8))) == len(modules) + 1
+
+
+def test_a_bias_in_front_of_the_mean_is_turned_with_the_weight(model):
+    """Weights of a mean add up to 1, so a bias before it is one behind it."""
+    from mipic_st.tails import with_map
+
+    modules = list(export_truncated(model, 2, 16, cuts=with_weights(model), normalize=False))
+    modules[1].linear.bias = torch.nn.Parameter(torch.randn(16, generator=torch.Generator().manual_seed(0)))
+    matrix = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    own = SentenceTransformer(modules=modules, device="cpu").eval().encode(TEXTS[:9])
+    mapped = SentenceTransformer(modules=with_map(modules, matrix), device="cpu").eval().encode(TEXTS[:9])
+    np.testing.assert_allclose(mapped, own @ matrix.numpy(), atol=1e-4)
 
 
 def test_default_prompts_do_not_disturb_the_export(model):

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordWeights
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer, WordWeights
 
 from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_layers
-from mipic_st.backbone import full_width, in_half_precision, is_linear, model_depth, tail_of, transformer_of
+from mipic_st.backbone import full_width, in_half_precision, model_depth, tail_of, transformer_of
 from mipic_st.embedding_store import EmbeddingStore, unit_length
 from mipic_st.layer_cuts import LayerCuts, fit_layer_cuts
 from mipic_st.layers import encode_layers
 from mipic_st.model_config import restate_config
-from mipic_st.tails import identity_dense
+from mipic_st.tails import identity_dense, with_map
 from mipic_st.word_weights import no_word_weights, word_weights_module
 
 logger = logging.getLogger(__name__)
@@ -89,10 +89,11 @@ def export_truncated(
     # deepcopy finds the cut backbone in the memo and so never copies the full one
     modules: list[Any] = [copy.deepcopy(module, memo) for module in model.children()]
     if weight is not None:
-        pooled, dense = modules[: len(modules) - len(tail_of(model))], identity_dense(weight, modules[0])
+        pooled = modules[: len(modules) - len(tail_of(model))]
         if word_weights is None:
-            modules = [*pooled, dense]
+            modules = with_map(pooled, weight)
         else:
+            dense = identity_dense(weight, pooled[0])
             # The map goes before the mean, with which it commutes: WordWeights gives float32, which a Dense behind it
             # would not take once the model is in half precision.
             dense.module_input_name = dense.module_output_name = "token_embeddings"
@@ -104,8 +105,8 @@ def export_truncated(
     elif dim is not None:
         while isinstance(modules[-1], Normalize):
             modules.pop()
-        if dim < full_width(model):
-            modules = _first_values(modules, dim, full_width(model))
+        if dim < (width := full_width(model)):
+            modules = with_map(modules, torch.eye(width, dim))
         if normalize:
             modules.append(Normalize())
     exported = SentenceTransformer(
@@ -207,14 +208,15 @@ def _cut_backbone(auto_model: Any, layer: int) -> Any:
     config = copy.deepcopy(auto_model.config)
     text_config = config.get_text_config()
     depth = text_config.num_hidden_layers
-    text_config.num_hidden_layers = layer
-    # lists whose length is checked: attention kinds of Qwen3, Gemma3, ModernBERT, windows of Longformer
-    for name in ("layer_types", "attention_window"):
-        value = getattr(text_config, name, None)
-        if isinstance(value, (list, tuple)) and len(value) == depth:
-            setattr(text_config, name, list(value[:layer]))
     try:
-        cut = type(auto_model)(config)
+        text_config.num_hidden_layers = layer
+        # lists whose length is checked: attention kinds of Qwen3, Gemma3, ModernBERT, windows of Longformer
+        for name in ("layer_types", "attention_window"):
+            value = getattr(text_config, name, None)
+            if isinstance(value, (list, tuple)) and len(value) == depth:
+                setattr(text_config, name, list(value[:layer]))
+        with torch.random.fork_rng(devices=[]):  # random weights, which the model's own replace
+            cut = type(auto_model)(config)
     except Exception as error:  # the architecture's own code may raise anything
         raise TypeError(
             f"{type(auto_model).__name__} cannot be built with {layer} of its {depth} layers "
@@ -236,33 +238,6 @@ def _cut_backbone(auto_model: Any, layer: int) -> Any:
         source = buffers.get(name, buffer)
         buffer.data = (source if source.shape == buffer.shape else buffer).detach().clone().to(auto_model.device)
     return cut.eval()
-
-
-def _first_values(modules: list[Any], dim: int, width: int) -> list[Any]:
-    """The modules, giving their first ``dim`` values: a last linear Dense is cut, any other gets one that selects."""
-    last = modules[-1]
-    if [type(module) for module in modules[1:]] == [Dense, WordWeights, Pooling]:
-        # a cut with word weights, whose map stands in front of the mean: one behind it would not run in half precision
-        return [modules[0], _first_rows(modules[1], dim), modules[2], Pooling(dim, last.pooling_mode)]
-    if not is_linear(last):
-        # sentence-transformers has no module that cuts
-        like = next(module for module in reversed(modules) if next(module.parameters(), None) is not None)
-        return [*modules, identity_dense(torch.eye(width, dim), like)]
-    return [*modules[:-1], _first_rows(last, dim)]
-
-
-def _first_rows(dense: Any, dim: int) -> Dense:
-    """A linear Dense that gives the first values of another, from and to the same features."""
-    return Dense(
-        in_features=dense.in_features,
-        out_features=dim,
-        bias=dense.linear.bias is not None,
-        activation_function=torch.nn.Identity(),
-        init_weight=dense.linear.weight.detach()[:dim].clone(),
-        init_bias=None if dense.linear.bias is None else dense.linear.bias.detach()[:dim].clone(),
-        module_input_name=dense.module_input_name,
-        module_output_name=dense.module_output_name,
-    )
 
 
 def _check(

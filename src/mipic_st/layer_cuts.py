@@ -8,9 +8,9 @@ these means to the full-depth vectors (:mod:`mipic_st.cut_fits`). :func:`fit_lay
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from mipic_st.backbone import (
 )
 from mipic_st.cut_fits import fit_cut, refine_cut
 from mipic_st.embedding_store import unit_length
-from mipic_st.layers import encode_layers, encode_tokens
+from mipic_st.layers import TokenStates, encode_layers, encode_tokens
 from mipic_st.tails import BLOCK, spearman, table_of, wants_bar
 from mipic_st.word_weights import fit_word_weights, input_embeddings, no_word_weights, word_weights_module
 
@@ -146,6 +146,8 @@ def fit_layer_cuts(
     depth, width = model_depth(model), full_width(model)
     hidden_width = transformer_of(model).get_embedding_dimension()
     if layers is None:
+        if depth < 2:
+            raise ValueError("the model has one layer, below which nothing can be cut.")
         layers = range(1, depth)
     layers = check_layers(layers, model)
     if wrong := [layer for layer in layers if not 1 <= layer < depth]:
@@ -166,32 +168,8 @@ def fit_layer_cuts(
     elif word_weights and not max_steps:
         raise ValueError("word_weights is True, but max_steps is 0, so there are no steps to learn them in.")
     show_progress_bar = wants_bar(show_progress_bar)
-    tail = tail_of(model)
-    weights: dict[int, Tensor] = {}
-    weighers: dict[int, WordWeights] = {}
-
-    def push(states: np.ndarray) -> np.ndarray:
-        """Pooled states through the model's own tail."""
-        with evaluation_mode(model), torch.inference_mode():
-            vectors = torch.as_tensor(states, device=model.device)
-            for module in tail:
-                kind = next((parameter.dtype for parameter in module.parameters()), vectors.dtype)
-                vectors = push_vectors([module], vectors.to(kind))
-            return vectors.float().cpu().numpy()
-
-    def encode(some: Sequence[str], weighed: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Pooled states of the layers, (n, layers, H), and full-depth vectors at unit length, (n, D)."""
-        states = encode_layers(
-            model,
-            some,
-            [*layers, depth],
-            tail=False,
-            before=weighers if weighed else {},
-            prompt=prompt,
-            batch_size=batch_size,
-            show_progress_bar=show_progress_bar,
-        )
-        return states[:, :-1], unit_length(push(states[:, -1]))
+    encode = _Encoding(model, layers, depth, {"prompt": prompt, "batch_size": batch_size}, show_progress_bar)
+    scored = None if sts is None else _scored_pairs(sts)
 
     order = np.random.default_rng(seed).permutation(len(texts))
     count = min(BLOCK, max(2, round(held_out * len(texts))))
@@ -201,89 +179,140 @@ def fit_layer_cuts(
             f"{len(texts)} texts are too few for a map from {hidden_width} values: give "
             f"{int(hidden_width / (1 - held_out)) + 3} or more, since some are held out."
         )
-    if word_weights:
-        found = encode_tokens(
-            model,
-            training[:_WEIGHED_TEXTS],
-            layers,
-            most_values=_WEIGHED_VALUES,
-            prompt=prompt,
-            batch_size=batch_size,
-            show_progress_bar=show_progress_bar,
-        )
-        targets = torch.from_numpy(unit_length(push(found.pooled.numpy())))
-        embeddings = input_embeddings(model)
-        if len(found.lengths) < hidden_width:
-            logger.warning(
-                "No word weights: the token states of %d texts fill the memory that is set aside for %d layers. Fit "
-                "fewer layers at once, or on shorter texts.",
-                len(found.lengths),
-                len(layers),
-            )
-        for layer in layers if len(found.lengths) >= hidden_width else ():
-            learned = fit_word_weights(
-                found.states.pop(layer),
-                found.tokens,
-                found.lengths,
-                embeddings,
-                targets,
-                dims,
-                vector_weight=vector_weight,
-                max_steps=max_steps,
-                seed=seed,
-                show_progress_bar=show_progress_bar,
-            )
-            if bool((learned != 1).any()):
-                weights[layer] = learned
-                weighers[layer] = word_weights_module(model, learned)
-    states, known = encode(training, weighed=True)
-    held_plain, held_full = encode(test, weighed=False)
-    held_states = encode(test, weighed=True)[0] if weighers else held_plain
+    steps: dict[str, Any] = {
+        "vector_weight": vector_weight,
+        "max_steps": max_steps,
+        "seed": seed,
+        "show_progress_bar": show_progress_bar,
+    }
+    weights = _learn_word_weights(encode, training[:_WEIGHED_TEXTS], dims, steps) if word_weights else {}
+    weighers = {layer: word_weights_module(model, learned) for layer, learned in weights.items()}
+    states, known = encode(training, weighers)
+    if float(np.abs(known - known[0]).max()) < 1e-5:
+        raise ValueError("all texts have the same vector, so there are no similarities to keep: give other texts.")
+    held_plain = encode(test)
+    held = encode(test, weighers) if weighers else held_plain
     maps = {}
     for column, layer in enumerate(layers):
         maps[layer] = fit_cut(states[:, column], known, ridge=ridge)
         if max_steps:
-            maps[layer] = refine_cut(
-                maps[layer],
-                states[:, column],
-                known,
-                dims,
-                held_out=(held_states[:, column], held_full),
-                vector_weight=vector_weight,
-                max_steps=max_steps,
-                seed=seed,
-                show_progress_bar=show_progress_bar,
-            )
-    ends: dict[bool, list[tuple[np.ndarray, np.ndarray]]] = {}
-    if sts is not None:
-        first, second, scores = _scored_pairs(sts)
-        ends = {weighed: [encode(part, weighed) for part in (first, second)] for weighed in {False, bool(weighers)}}
-    upper = np.triu_indices(len(test), k=1)
-    reference = (held_full @ held_full.T)[upper]
+            seen_by_none = (held.states[:, column], held.full)
+            maps[layer] = refine_cut(maps[layer], states[:, column], known, dims, held_out=seen_by_none, **steps)
+    first_and_second = () if scored is None else scored[:2]
+    plain_ends = [encode(part) for part in first_and_second]
+    ends = [encode(part, weighers) for part in first_and_second] if weighers else plain_ends
     report = []
     for column, layer in enumerate(layers):
-        cells: list[dict[str, float]] = [{"layer": layer, "dim": dim} for dim in dims]
+        # how a cell's vectors are made: the layer as it is, with the fitted tail, and the full depth
         weight = maps[layer].numpy()
-        makers: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-            "plain": lambda states, full: push(states),
-            "fitted": lambda states, full, weight=weight: states @ weight,  # type: ignore[misc]
-            "full": lambda states, full: full,
+        vectors = {
+            "plain": [encode.push(part.states[:, column]) for part in (held_plain, *plain_ends)],
+            "fitted": [part.states[:, column] @ weight for part in (held, *ends)],
+            "full": [part.full for part in (held, *ends)],
         }
-        for kind, make in makers.items():
-            weighed = bool(weighers) and kind == "fitted"
-            held = make((held_states if weighed else held_plain)[:, column], held_full)
-            scored = [make(part[:, column], whole) for part, whole in ends[weighed]] if ends else []
-            for cell, dim in zip(cells, dims, strict=True):
-                cut = unit_length(held[:, :dim])
-                cell[f"similarity_{kind}"] = spearman((cut @ cut.T)[upper], reference)
-                if kind == "fitted":
-                    whole = unit_length(held_full[:, :dim])
-                    cell["similarity_mixed"] = spearman((cut @ whole.T)[upper], reference)
-                if scored:
-                    left, right = (unit_length(end[:, :dim]) for end in scored)
-                    cell[f"sts_{kind}"] = spearman((left * right).sum(axis=1), scores)
-        report += cells
+        report += [{"layer": layer, "dim": dim} | _cell(vectors, dim, scored and scored[2]) for dim in dims]
     return LayerCuts(maps, tuple(dims), report, weights)
+
+
+class _Encoded(NamedTuple):
+    """Pooled states of the layers, (n, layers, H), and full-depth vectors at unit length, (n, D)."""
+
+    states: np.ndarray
+    full: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _Encoding:
+    """How texts are encoded for one fit."""
+
+    model: SentenceTransformer
+    layers: Sequence[int]
+    depth: int
+    options: dict[str, Any]
+    show_progress_bar: bool
+
+    def __call__(self, texts: Sequence[str], weighers: Mapping[int, WordWeights] | None = None) -> _Encoded:
+        """Of texts, with the tokens of some layers weighed."""
+        states = encode_layers(
+            self.model,
+            texts,
+            [*self.layers, self.depth],
+            tail=False,
+            before=weighers,
+            show_progress_bar=self.show_progress_bar,
+            **self.options,
+        )
+        return _Encoded(states[:, :-1], unit_length(self.push(states[:, -1])))
+
+    def tokens(self, texts: Sequence[str]) -> tuple[TokenStates, Tensor]:
+        """Token states of as many texts as memory allows, and their full-depth vectors at unit length."""
+        found = encode_tokens(
+            self.model,
+            texts,
+            self.layers,
+            most_values=_WEIGHED_VALUES,
+            show_progress_bar=self.show_progress_bar,
+            **self.options,
+        )
+        return found, torch.from_numpy(unit_length(self.push(found.pooled.numpy())))
+
+    def push(self, states: np.ndarray) -> np.ndarray:
+        """Pooled states through the model's own tail."""
+        with evaluation_mode(self.model), torch.inference_mode():
+            vectors = torch.as_tensor(states, device=self.model.device)
+            for module in tail_of(self.model):
+                kind = next((parameter.dtype for parameter in module.parameters()), vectors.dtype)
+                vectors = push_vectors([module], vectors.to(kind))
+            return vectors.float().cpu().numpy()
+
+
+def _learn_word_weights(
+    encode: _Encoding, texts: Sequence[str], dims: Sequence[int], steps: Mapping[str, Any]
+) -> dict[int, Tensor]:
+    """Word weights of the layers that are better for them."""
+    found, targets = encode.tokens(texts)
+    embeddings = input_embeddings(encode.model)
+    if len(found.lengths) < found.pooled.shape[1]:
+        logger.warning(
+            "No word weights: the token states of %d texts fill the memory that is set aside for %d layers. Fit fewer "
+            "layers at once, or on shorter texts.",
+            len(found.lengths),
+            len(encode.layers),
+        )
+        return {}
+    weights = {}
+    for layer in encode.layers:
+        states = found.states.pop(layer)
+        learned = fit_word_weights(states, found.tokens, found.lengths, embeddings, targets, dims, **steps)
+        if bool((learned != 1).any()):
+            weights[layer] = learned
+    return weights
+
+
+def _cell(vectors: Mapping[str, Sequence[np.ndarray]], dim: int, scores: Sequence[float] | None) -> dict[str, float]:
+    """What the report says of one (layer, dim).
+
+    Args:
+        vectors: For each way to make them, those of the held-out texts and, with STS data, of both ends of its pairs.
+        dim: The dim.
+        scores: Of the pairs.
+
+    Returns:
+        The cell without its name.
+    """
+    cell = {}
+    full = vectors["full"][0]
+    upper = np.triu_indices(len(full), k=1)
+    reference = (full @ full.T)[upper]
+    for kind, (held, *ends) in vectors.items():
+        cut = unit_length(held[:, :dim])
+        cell[f"similarity_{kind}"] = spearman((cut @ cut.T)[upper], reference)
+        if kind == "fitted":
+            cell["similarity_mixed"] = spearman((cut @ unit_length(full[:, :dim]).T)[upper], reference)
+        if scores is not None:
+            left, right = (unit_length(end[:, :dim]) for end in ends)
+            cell[f"sts_{kind}"] = spearman((left * right).sum(axis=1), scores)
+    return cell
 
 
 def _scored_pairs(sts: Any) -> tuple[list[str], list[str], list[float]]:

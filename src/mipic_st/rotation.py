@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from mipic_st._checks import checked_count, checked_dims, checked_number, checked_texts, per_column
-from mipic_st.backbone import evaluation_mode, full_width, in_half_precision, is_linear, unwrap
+from mipic_st.backbone import evaluation_mode, full_width, in_half_precision, unwrap
 from mipic_st.embedding_store import unit_length
 from mipic_st.model_config import extend_model_card, set_matryoshka_config
 from mipic_st.sia import no_autocast
@@ -47,6 +47,7 @@ from mipic_st.tails import (
     checked_vectors,
     encode_texts,
     identity_dense,
+    linear_end,
     masked,
     minimise,
     prefix_cosines,
@@ -740,15 +741,15 @@ def _put_in(inner: SentenceTransformer, matrix: Tensor) -> Callable[[], None]:
     trailing: list[tuple[str, nn.Module]] = []
     while names and isinstance(inner.get_submodule(names[-1]), Normalize):
         trailing.insert(0, (names[-1], inner.get_submodule(names.pop())))
-    last: Any = inner.get_submodule(names[-1])
-    if is_linear(last):
-        before = {name: value.detach().clone() for name, value in last.linear.state_dict().items()}
+    dense: Any = linear_end([inner.get_submodule(name) for name in names])
+    if dense is not None:
+        before = {name: value.detach().clone() for name, value in dense.linear.state_dict().items()}
         with torch.no_grad():
-            for parameter in last.linear.parameters():
+            for parameter in dense.linear.parameters():
                 parameter.copy_(matrix.T.double() @ parameter.cpu().double())
 
         def restore() -> None:
-            last.linear.load_state_dict(before)
+            dense.linear.load_state_dict(before)
 
         return restore
     dense = identity_dense(matrix, inner)

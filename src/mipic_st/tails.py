@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from sentence_transformers.sentence_transformer.modules import Dense
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, WordWeights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mipic_st._checks import missing_extra
-from mipic_st.backbone import NO_CUT
+from mipic_st.backbone import NO_CUT, is_linear
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -210,14 +210,75 @@ def identity_dense(weight: Tensor, like: nn.Module) -> Dense:
         The module.
     """
     *_, reference = like.parameters()
-    return Dense(
-        in_features=weight.shape[0],
-        out_features=weight.shape[1],
-        bias=False,
-        activation_function=nn.Identity(),
-        # a clone: files hold whole storages only, and a slice has a larger one
-        init_weight=weight.T.clone(memory_format=torch.contiguous_format).to(reference.device, reference.dtype),
+    # a clone: files hold whole storages only, and a slice has a larger one
+    return _linear(weight.T.clone(memory_format=torch.contiguous_format).to(reference.device, reference.dtype))
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None, **names: Any) -> Dense:
+    """A Dense without activation, of given values; torch would draw random ones first."""
+    with torch.random.fork_rng(devices=[]):
+        return Dense(
+            in_features=weight.shape[1],
+            out_features=weight.shape[0],
+            bias=bias is not None,
+            activation_function=nn.Identity(),
+            init_weight=weight,
+            init_bias=bias,
+            **names,
+        )
+
+
+def linear_end(modules: Sequence[nn.Module]) -> Dense | None:
+    """The Dense into whose weight a further linear map of the vectors can be multiplied.
+
+    Args:
+        modules: A model's modules, without Normalize at the end.
+
+    Returns:
+        The last module if it is a linear Dense; in a layer cut with word weights the one in front of the mean, which
+        commutes with it; else None.
+    """
+    if is_linear(modules[-1]):
+        return modules[-1]  # type: ignore[return-value]
+    if [type(module) for module in modules[-3:]] == [Dense, WordWeights, Pooling]:
+        dense: Any = modules[-3]
+        names = {dense.module_input_name, dense.module_output_name}
+        residual = getattr(dense, "use_residual", False)
+        linear = isinstance(dense.activation_function, nn.Identity) and not residual
+        if modules[-1].pooling_mode == "mean" and names == {"token_embeddings"} and linear:
+            return dense
+    return None
+
+
+def with_map(modules: Sequence[nn.Module], weight: Tensor) -> list[nn.Module]:
+    """A model's modules and a linear map of its vectors: multiplied into a Dense where there is one, or behind them.
+
+    Args:
+        modules: Without Normalize at the end; they stay as they are.
+        weight: The map, (D, d), of rows.
+
+    Returns:
+        The modules of a model that gives d values.
+    """
+    dense: Any = linear_end(modules)
+    if dense is None:
+        like = next(module for module in reversed(modules) if next(module.parameters(), None) is not None)
+        return [*modules, identity_dense(weight, like)]
+
+    def times(values: Tensor) -> Tensor:
+        return (weight.T.double() @ values.detach().cpu().double()).to(values)
+
+    old = dense.linear
+    merged = _linear(
+        times(old.weight),
+        None if old.bias is None else times(old.bias),
+        module_input_name=dense.module_input_name,
+        module_output_name=dense.module_output_name,
     )
+    result = [merged if module is dense else module for module in modules]
+    if isinstance(result[-1], Pooling):
+        result[-1] = Pooling(weight.shape[1], "mean")
+    return result
 
 
 def spearman(values: Any, others: Any) -> float:

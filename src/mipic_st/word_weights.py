@@ -123,15 +123,20 @@ def fit_word_weights(
         at = torch.arange(int(lengths[rows].sum())) + torch.repeat_interleave(shift, lengths[rows])
         return weighted_means(states[at].float(), logs[places[at]].exp(), lengths[rows])
 
+    def seen_means(logs: Tensor) -> Tensor:
+        # few texts at once: their token states are copied, in float32
+        return torch.cat([means(rows, logs) for rows in seen.split(batch_size)])
+
     def least_squares(logs: Tensor) -> Tensor:
-        return ridge_map(torch.cat([means(rows, logs) for rows in seen.split(BLOCK)]), targets[seen])
+        return ridge_map(seen_means(logs), targets[seen])
 
     def loss(rows: Tensor, logs: Tensor, weight: Tensor) -> Tensor:
         return cut_objective(means(rows, logs), targets[rows], weight, dims, vector_weight=vector_weight)
 
     with no_autocast(targets), torch.inference_mode(False), torch.enable_grad():
-        scale = means(seen[:BLOCK], rare).square().mean().sqrt()
-        free = (least_squares(rare) * scale).requires_grad_()
+        start = seen_means(rare)
+        scale = start.square().mean().sqrt()
+        free = (ridge_map(start, targets[seen]) * scale).requires_grad_()
         direction = torch.zeros(features.shape[1], requires_grad=True)
         best = minimise(
             [free, direction],
