@@ -233,7 +233,10 @@ def test_a_server_of_the_model_agrees(model, serve, dim):
         (
             lambda m, t, d: unit(SentenceTransformer(modules=[m[0], Pooling(WIDTH, "cls")]).encode(t)[:, :d]),
             8,
-            ["its vectors are pooled by 'cls' where the model has 'mean': the server does not read the pooling, and l"],
+            [
+                "its vectors are pooled by 'cls' where the model has 'mean': the server does not read the pooling; its "
+                "vectors are those in front of the Dense layers: the server leaves them out"
+            ],
         ),
         (lambda m, t, d: unit(m.encode(t)[:, ::-1]), None, ["its vectors are others than the model's, by "]),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, WordWeights
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 
 from conftest import WIDTH, sentences
 from mipic_st import cli
@@ -424,13 +424,21 @@ def test_servers_that_do_not_know_them(model, tmp_path, monkeypatch):
     cut = export_truncated(model, 2, 8, cuts=with_weights(model))
     with pytest.raises(ValueError, match=r"does not know\. Fit the cut with word_weights=False, or serve the file of"):
         save_for_tei(cut, tmp_path / "tei")
-    kept = [module for module in cut if not isinstance(module, WordWeights)]
-    unweighed = SentenceTransformer(modules=kept, device="cpu").eval()
-    without = SentenceTransformer(modules=[cut[0], Pooling(WIDTH, "mean")], device="cpu").eval()
-    for served, words in ((unweighed, "leaves WordWeights out"), (without, "in front of the Dense layers")):
-        monkeypatch.setattr("mipic_st.serving._ask", lambda url, texts, *_, served=served: unit(served.encode(texts)))
-        check = check_endpoint(cut, "http://127.0.0.1:9", tolerance=1e-3)
-        assert any(words in finding for finding in check.findings)
+    by_cls = Pooling(8, "cls")
+    none, no_dense, not_read = "no word weights", "in front of the Dense layers", "pooled by 'cls' where the model has"
+    for modules, words in (
+        ([cut[0], cut[1], cut[3]], [none]),
+        ([cut[0], cut[2], cut[3]], [no_dense]),
+        ([cut[0], cut[3]], [none, no_dense]),
+        ([cut[0], cut[1], cut[2], by_cls], [not_read]),
+        ([cut[0], cut[1], by_cls], [not_read]),  # a single token's weight is only its length
+        ([cut[0], by_cls], [no_dense, not_read]),
+    ):
+        served = SentenceTransformer(modules=modules, device="cpu").eval()
+        # a server that skips the last Dense gives as many values as were asked for
+        monkeypatch.setattr("mipic_st.serving._ask", lambda url, texts, *_, s=served: unit(s.encode(texts)[:, :8]))
+        (finding,) = check_endpoint(cut, "http://127.0.0.1:9", tolerance=1e-3).findings
+        assert [word for word in (none, no_dense, not_read) if word in finding] == words
 
 
 def test_command_can_leave_them_out(model, tmp_path, capsys):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import http.client
+import itertools
 import json
 import urllib.error
 import urllib.request
@@ -354,29 +355,36 @@ def _distance(vectors: np.ndarray, others: np.ndarray) -> float:
 
 
 def _misread(model: SentenceTransformer, texts: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """What a server gives that skips Dense layers, or that pools as it likes, and how to say so."""
+    """What a server gives that skips modules or pools as it likes, fewest mistakes first, and how to say so."""
     modules = list(model.children())
-    left_out = "its vectors are those in front of the Dense layers: the server leaves them out"
-    unweighed = (
-        "its vectors have no word weights: the server leaves WordWeights out, fit the cut with word_weights=False"
-    )
-    without_weights = [module for module in modules if not isinstance(module, WordWeights)]
-    if len(without_weights) < len(modules):
-        yield unweighed, _encoded(model, without_weights, texts)
-    without_tail = [module for module in without_weights if not isinstance(module, Dense)]
-    tails = [("", modules)] + ([(left_out, without_tail)] if len(without_tail) < len(without_weights) else [])
-    if tails[1:]:
-        yield left_out, _encoded(model, without_tail, texts)
-    if len(modules) < 2 or not isinstance(modules[1], Pooling):
-        return
-    own, width = modules[1].pooling_mode, modules[1].embedding_dimension
-    for mode in ("mean", "cls", "lasttoken"):
-        if mode == own:
-            continue
-        said = f"its vectors are pooled by {mode!r} where the model has {own!r}: the server does not read the pooling"
-        for also, kept in tails:
-            pooled = [kept[0], Pooling(width, mode), *kept[2:]]
-            yield f"{said}{', and leaves the Dense layers out' if also else ''}", _encoded(model, pooled, texts)
+    pooling: Any = next((module for module in modules if isinstance(module, Pooling)), None)
+    modes = [] if pooling is None else [mode for mode in ("mean", "cls", "lasttoken") if mode != pooling.pooling_mode]
+    skips = [kind for kind in (WordWeights, Dense) if any(isinstance(module, kind) for module in modules)]
+    mistakes = [
+        (mode, skipped)
+        for mode in (None, *modes)
+        for count in range(len(skips) + 1)
+        for skipped in itertools.combinations(skips, count)
+    ]
+    for mode, skipped in sorted(mistakes[1:], key=lambda mistake: (mistake[0] is not None) + len(mistake[1])):
+        said = []
+        if mode is not None:
+            said.append(
+                f"its vectors are pooled by {mode!r} where the model has {pooling.pooling_mode!r}: the server does not "
+                "read the pooling"
+            )
+        if WordWeights in skipped:
+            said.append(
+                "its vectors have no word weights: the server leaves WordWeights out, fit the cut with "
+                "word_weights=False"
+            )
+        if Dense in skipped:
+            said.append("its vectors are those in front of the Dense layers: the server leaves them out")
+        kept = [module for module in modules if not isinstance(module, skipped)]
+        if mode is not None:
+            other = Pooling(pooling.embedding_dimension, mode)
+            kept = [other if module is pooling else module for module in kept]
+        yield "; ".join(said), _encoded(model, kept, texts)
 
 
 def _encoded(model: SentenceTransformer, modules: list[nn.Module], texts: list[str]) -> np.ndarray:
