@@ -145,6 +145,17 @@ def test_onnx_states_are_behind_the_tail(tiny_model, tmp_path, tail, pooling):
     assert json.loads((tmp_path / "onnx" / "1_Pooling" / "config.json").read_text())["pooling_mode"] == pooling
 
 
+def test_onnx_of_models_in_half_precision(tiny_model, tmp_path):
+    """float16 as it is, with the tail in float32 behind it; bfloat16 is refused before anything is written."""
+    pytest.importorskip("onnxruntime", reason="needs the onnx extra")
+    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    model = tiny_model(tail="sentence-t5")
+    with pytest.raises(ValueError, match=r"the model is in bfloat16, .* model\.float\(\) it"):
+        export_onnx(model.bfloat16(), tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+    assert export_onnx(model.half(), tmp_path / "onnx").is_file()
+
+
 @pytest.mark.parametrize(
     ("tail", "pooling", "message"),
     [
