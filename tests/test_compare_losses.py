@@ -126,6 +126,19 @@ def test_large_batches_take_the_cached_loss(script, tiny_model, tmp_path):
 
 
 @needs_model
+def test_a_variant_with_a_teacher_needs_one(script, tmp_path):
+    """Without --teacher there are no vectors for its term."""
+    file = tmp_path / "variants.toml"
+    file.write_text("[mine]\nteacher_weight = 2.0\n", encoding="utf-8")
+    script.args.variants = str(file)
+    script.mipic_settings.cache_clear()
+    with pytest.raises(SystemExit, match="teacher_weight needs --teacher"):
+        script.all_settings("mine")
+    script.args.teacher = "models/larger"
+    assert script.all_settings("mine")["teacher"] == "larger"
+
+
+@needs_model
 def test_a_teacher_makes_a_row(script, tiny_model, tmp_path):
     """The vectors are made once; the settings of the run name the teacher without its folder."""
     teacher = tmp_path / "models" / "larger"

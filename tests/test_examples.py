@@ -279,6 +279,26 @@ def test_half_depth_teaches_the_cut(run_here, tmp_path):
 
 
 @needs_model
+@pytest.mark.slow
+def test_half_depth_s_other_options(run_here, tmp_path):
+    """A model left as it is, bfloat16, and scores as the mean over files."""
+    files = []
+    for number, rows in enumerate((["a cat,a dog,1", "a house,red apples,0", "a boy,a child,5"], ["a,b,1", "a,a,5"])):
+        files.append(tmp_path / f"{number}.csv")
+        files[-1].write_text("\n".join(["sentence1,sentence2,score", *rows, "x,x,3"]) + "\n", encoding="utf-8")
+    command = ["half_depth.py", "--smoke", "--layer", 3, "--dims", 64, "--no-rotation", "--bf16", "--json"]
+
+    def scores(*options):
+        run_here(*command, tmp_path / "half.json", *options)
+        stages = json.loads((tmp_path / "half.json").read_text(encoding="utf-8"))["scores"]
+        return [stages[name][0]["64"] for name in ("full depth", "layer 3, as it is")]
+
+    first, second = (scores("--eval-file", file) for file in files)
+    both = scores("--eval-file", files[0], "--more-eval-files", files[1])
+    assert both == pytest.approx([(one + other) / 2 for one, other in zip(first, second, strict=True)], abs=1e-6)
+
+
+@needs_model
 def test_serve_vectors_prints_a_row_for_each_search(run_here):
     """An exact row, then each dim as numbers and as bits; what is not installed is named with its command."""
     pytest.importorskip("faiss", reason="needs faiss-cpu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -300,6 +302,14 @@ def test_other_wrong_arguments(tiny_model):
             add_teacher_vectors(data, teacher, prompts=prompts)
     with pytest.raises(ValueError, match="batch_size"):
         add_teacher_vectors(data, teacher, batch_size=0)
+
+
+def test_without_datasets_the_extra_is_named(tiny_model, monkeypatch):
+    """datasets is needed here only, and is not part of the plain installation."""
+    dataset, teacher = datasets.Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}), tiny_model()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"add_teacher_vectors needs datasets.*mipic-st\[train\]"):
+        add_teacher_vectors(dataset, teacher)
 
 
 def test_a_teacher_without_a_direction(tiny_model):

@@ -366,6 +366,15 @@ def test_numbers_with_gaps_and_inputs_without_a_mask(model, monkeypatch):
     assert "is not given attention_mask" in no_word_weights(model)
 
 
+def test_texts_stay_padded_in_a_cut_with_weights(model):
+    """WordWeights needs the mask that a Transformer with flash attention leaves out, unless it is told not to."""
+    model[0].unpad_inputs = True
+    cuts = with_weights(model)
+    assert export_truncated(model, 2, 8, cuts=cuts)[0].unpad_inputs is False
+    assert export_truncated(model, 2, 8, cuts=LayerCuts(cuts.maps, (8,), []))[0].unpad_inputs is True
+    assert model[0].unpad_inputs is True
+
+
 def test_too_few_texts_for_weights(model, noisy, monkeypatch, caplog):
     """Where memory allows fewer texts than hidden values, there are none, and the log says so."""
     monkeypatch.setattr("mipic_st.layer_cuts._WEIGHED_VALUES", 1)
