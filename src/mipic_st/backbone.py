@@ -398,18 +398,20 @@ def tail_of(model: nn.Module) -> list[nn.Module]:
     return list(_describe_route(modules).tail)
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module, features: str = "sentence_embedding") -> bool:
     """Whether a linear map behind a module can be multiplied into its weight (and bias).
 
     Args:
         module: Any module.
+        features: What it must read and write.
 
     Returns:
-        True for a Dense on the embedding without activation and residual.
+        True for a Dense on these features without activation, residual and forward of its own.
     """
     return (
         isinstance(module, Dense)
-        and not _not_a_step(module)
+        and type(module).forward is Dense.forward
+        and _keys(module) == (features, features)
         and isinstance(module.activation_function, nn.Identity)
         and not getattr(module, "use_residual", False)
     )

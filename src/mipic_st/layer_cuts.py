@@ -201,6 +201,8 @@ def fit_layer_cuts(
     first_and_second = () if scored is None else scored[:2]
     plain_ends = [encode(part) for part in first_and_second]
     ends = [encode(part, weighers) for part in first_and_second] if weighers else plain_ends
+    upper = np.triu_indices(len(test), k=1)
+    reference = (held.full @ held.full.T)[upper]
     report = []
     for column, layer in enumerate(layers):
         # how a cell's vectors are made: the layer as it is, with the fitted tail, and the full depth
@@ -210,7 +212,8 @@ def fit_layer_cuts(
             "fitted": [part.states[:, column] @ weight for part in (held, *ends)],
             "full": [part.full for part in (held, *ends)],
         }
-        report += [{"layer": layer, "dim": dim} | _cell(vectors, dim, scored and scored[2]) for dim in dims]
+        for dim in dims:
+            report.append({"layer": layer, "dim": dim} | _cell(vectors, dim, upper, reference, scored and scored[2]))
     return LayerCuts(maps, tuple(dims), report, weights)
 
 
@@ -289,26 +292,32 @@ def _learn_word_weights(
     return weights
 
 
-def _cell(vectors: Mapping[str, Sequence[np.ndarray]], dim: int, scores: Sequence[float] | None) -> dict[str, float]:
+def _cell(
+    vectors: Mapping[str, Sequence[np.ndarray]],
+    dim: int,
+    upper: tuple[np.ndarray, np.ndarray],
+    reference: np.ndarray,
+    scores: Sequence[float] | None,
+) -> dict[str, float]:
     """What the report says of one (layer, dim).
 
     Args:
         vectors: For each way to make them, those of the held-out texts and, with STS data, of both ends of its pairs.
         dim: The dim.
-        scores: Of the pairs.
+        upper: Rows and columns of the pairs of held-out texts.
+        reference: Cosines of these pairs in the full model, at full width.
+        scores: Of the pairs with STS data.
 
     Returns:
         The cell without its name.
     """
     cell = {}
-    full = vectors["full"][0]
-    upper = np.triu_indices(len(full), k=1)
-    reference = (full @ full.T)[upper]
     for kind, (held, *ends) in vectors.items():
         cut = unit_length(held[:, :dim])
         cell[f"similarity_{kind}"] = spearman((cut @ cut.T)[upper], reference)
         if kind == "fitted":
-            cell["similarity_mixed"] = spearman((cut @ unit_length(full[:, :dim]).T)[upper], reference)
+            whole = unit_length(vectors["full"][0][:, :dim])
+            cell["similarity_mixed"] = spearman((cut @ whole.T)[upper], reference)
         if scores is not None:
             left, right = (unit_length(end[:, :dim]) for end in ends)
             cell[f"sts_{kind}"] = spearman((left * right).sum(axis=1), scores)

@@ -242,10 +242,7 @@ def linear_end(modules: Sequence[nn.Module]) -> Dense | None:
         return modules[-1]  # type: ignore[return-value]
     if [type(module) for module in modules[-3:]] == [Dense, WordWeights, Pooling]:
         dense: Any = modules[-3]
-        names = {dense.module_input_name, dense.module_output_name}
-        residual = getattr(dense, "use_residual", False)
-        linear = isinstance(dense.activation_function, nn.Identity) and not residual
-        if modules[-1].pooling_mode == "mean" and names == {"token_embeddings"} and linear:
+        if modules[-1].pooling_mode == "mean" and is_linear(dense, "token_embeddings"):
             return dense
     return None
 
