@@ -1,4 +1,4 @@
-"""Every figure of README, results and tails page is the committed report's, digit for digit.
+"""Every figure of README and of the pages with results is the committed report's, digit for digit.
 
 After new results: python tests/test_results.py puts the tables into these documents.
 """
@@ -13,7 +13,7 @@ from statistics import mean, stdev
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *(ROOT / ".docs" / "pages" / name for name in ("results.md", "tails.md"))]
+DOCUMENTS = [ROOT / "README.md", *(ROOT / ".docs" / "pages" / name for name in ("results.md", "searches.md", "tails.md"))]
 # the comparison from the rotated start, more rows from it, the earlier one of plain starts, good and weak, and what
 # needs no training
 FILES = {
