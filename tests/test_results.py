@@ -99,10 +99,28 @@ def difference(by_dim, dim):
 
 
 def headline(entry):
+    """Means, and how far the last row is ahead; its report has no interval for what it was not compared with."""
     columns = [("sts", dim) for dim in (384, 64, 16, 8)] + [("accuracy@1", dim) for dim in (16, 8)]
     head = ["", *(f"STS {dim}" if measure == "sts" else f"retrieval {dim}" for measure, dim in columns)]
-    rows = [[ROWS[name], *(cell(entry[name], *column) for column in columns)] for name in HEADLINE if name in entry]
-    return table(head, rows)
+    ours = entry[HEADLINE[-1]]
+
+    def lead(name, dim):
+        found = ours["sts differences"].get(name)
+        if found:
+            difference, low, high = (round(found[str(dim)][key], 1) + 0 for key in ("difference", "low", "high"))
+            return f"{difference:+.1f} [{low:.1f}, {high:.1f}]"
+        ahead = ours["sts"][str(dim)]["mean"] - entry[name]["sts"][str(dim)]["mean"]
+        return f"{ahead:+.1f}" if name != HEADLINE[-1] else ""
+
+    rows = [
+        [
+            ROWS[name],
+            *(cell(entry[name], *column, spread=False) for column in columns),
+            *(lead(name, dim) for dim in (16, 8)),
+        ]
+        for name in HEADLINE
+    ]
+    return table([*head, "lead at 16", "lead at 8"], rows)
 
 
 def scores(measure, dims=(384, 256, 128, 64, 32, 16, 8)):
