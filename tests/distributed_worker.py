@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from conftest import column_features, make_tail, total
-from mipic_st import MIPICCallback, MIPICLoss
-from training_fixtures import datasets, make_loss, make_trainer, pairs, parameters
+from mipic_st import MIPICCallback, MIPICLoss, add_teacher_vectors
+from training_fixtures import datasets, logs, make_loss, make_trainer, pairs, parameters
 
 torch.set_num_threads(1)
 
@@ -110,6 +110,19 @@ def run_data_sets(model_folder, folder):
     return torch.nn.ModuleDict(by_name)
 
 
+def run_taught(model_folder, folder, processes):
+    """A teacher, nothing gathered: each process has a batch, or one process two and the mean of their gradients."""
+    model = SentenceTransformer(str(model_folder), device="cpu")
+    taught = add_teacher_vectors(pairs(40), SentenceTransformer(str(model_folder), device="cpu"))
+    loss = make_loss(model, teacher_weight=20.0)
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 // processes, "max_steps": 4}
+    sgd = {"optim": "sgd", "learning_rate": 0.2, "lr_scheduler_type": "constant"}
+    trainer = make_trainer(model, loss, folder, train=taught, **settings, **sgd)
+    trainer.train()
+    assert len(logs(trainer, "teacher")) == 4
+    return loss
+
+
 def run_resumed(model_folder, folder, stop):
     """A run in two halves, or whole."""
     from transformers import TrainerCallback
@@ -193,6 +206,7 @@ def main(model_folder, output):
     rank = int(os.environ["RANK"])
     results = {name: run_equal(name, model_folder, output / "run", 2) for name in EQUAL}
     results["drift"] = run_drift(model_folder, output / "run", rank)
+    results["taught"] = run_taught(model_folder, output / "run", 2)
     results["data sets"] = run_data_sets(model_folder, output / "run")
     results["whole"] = run_resumed(model_folder, output / "whole", None)
     try:

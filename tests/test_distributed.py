@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from conftest import DEPTH, column_features, total
-from distributed_worker import EQUAL, WITHOUT_PROJECTIONS, run_by_hand, run_drift, run_equal
+from distributed_worker import EQUAL, WITHOUT_PROJECTIONS, run_by_hand, run_drift, run_equal, run_taught
 from mipic_st import MIPICLoss, pic
 from training_fixtures import make_loss, make_trainer, parameters
 
@@ -73,7 +73,18 @@ def test_two_processes_equal_one(start, ranks, tmp_path, name):
         assert apart < 1e-3 * moved, f"{part} moved elsewhere"
 
 
-@pytest.mark.parametrize("name", [*EQUAL, "drift", "data sets", "whole", "resumed"])
+def test_a_teacher_in_two_processes(start, ranks, tmp_path):
+    """Each process follows the teacher within its own batch, and the gradient is the mean over them."""
+    expected = parameters(run_taught(start, tmp_path, 1))
+    got = ranks[0]["taught"]
+    assert got.keys() == expected.keys()
+    for key, value in got.items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=key)
+    initial = parameters(SentenceTransformer(str(start), device="cpu"))
+    assert max((expected[f"model.{key}"] - value).abs().max() for key, value in initial.items()) > 1e-3
+
+
+@pytest.mark.parametrize("name", [*EQUAL, "drift", "taught", "data sets", "whole", "resumed"])
 def test_ranks_agree(ranks, name):
     """Model and projections are the same on both ranks to the last bit."""
     if name not in ranks[0]:

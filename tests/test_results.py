@@ -13,7 +13,10 @@ from statistics import mean, stdev
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *(ROOT / ".docs" / "pages" / name for name in ("results.md", "searches.md", "tails.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(ROOT / ".docs" / "pages" / name for name in ("results.md", "searches.md", "tails.md")),
+]
 # the comparison from the rotated start, more rows from it, the earlier one of plain starts, good and weak, and what
 # needs no training
 FILES = {
