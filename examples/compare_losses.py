@@ -739,9 +739,9 @@ def paired(runs: Runs, data: Data, ours: list[dict], theirs: list[dict], names: 
 
 
 def chosen_runs(runs: Runs, start: str, row: Row) -> list[dict]:
-    """The row's runs at the rate that was chosen, one per seed."""
+    """The row's runs at the rate that was chosen, that of the newest, one per seed: no mean is over several rates."""
     mine = runs.read("runs", start=start, row=row.name)
-    by_seed = {run["seed"]: run for run in mine}
+    by_seed = {run["seed"]: run for run in mine if run["learning_rate"] == mine[-1]["learning_rate"]}
     return [by_seed[seed] for seed in args.seeds if seed in by_seed]
 
 

@@ -201,6 +201,18 @@ def test_a_rate_at_the_edge_widens_the_grid(script, monkeypatch, tmp_path):
 
 
 @needs_model
+def test_a_row_is_reported_at_one_rate(script, tmp_path):
+    """After a wider grid a row has the seeds of its new rate alone, not those of the old one beside them."""
+    runs = script.Runs(tmp_path, [])
+    row = script.row_of("base")
+    assert script.chosen_runs(runs, "good", row) == []
+    for rate, seed in ((1e-4, 0), (1e-4, 1), (1e-4, 2), (5e-5, 0), (5e-5, 2)):
+        runs.write("runs", {"start": "good", "row": "base", "learning_rate": rate, "seed": seed})
+    chosen = script.chosen_runs(runs, "good", row)
+    assert [(run["learning_rate"], run["seed"]) for run in chosen] == [(5e-5, 0), (5e-5, 2)]
+
+
+@needs_model
 def test_bootstrap_statistics_are_those_of_the_drawn_rows(script):
     """Without ties, Spearman of rows drawn once each is scipy's; a mean counts a row as often as it was drawn."""
     random = np.random.default_rng(0)
