@@ -268,6 +268,13 @@ def test_examples_page_is_complete():
 # --- the site ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_code_in_tables_is_short(document):
+    """It does not break, so one long piece takes the width of all other columns."""
+    rows = [line for line in document.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert [code for row in rows for code in re.findall(r"`([^`]+)`", row) if len(code) > 60] == []
+
+
 def documented_build():
     """The build command, as the index page gives it."""
     return re.search(r"mkdocs (build .+)", (PAGES / "index.md").read_text(encoding="utf-8"))[1].split()
