@@ -88,7 +88,11 @@ def table(head, rows):
 
 
 def rate(about):
-    return f"{about['learning_rate']:.0e}".replace("e-0", "e-") if about["learning_rate"] else ""
+    """As code, which does not break at its hyphen."""
+    if not about["learning_rate"]:
+        return ""
+    figure, exponent = f"{about['learning_rate']:.3e}".split("e")
+    return f"`{float(figure):g}e{int(exponent)}`"
 
 
 def cell(about, measure, dim, spread=True):
