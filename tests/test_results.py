@@ -58,7 +58,7 @@ PLAIN_ROWS = {
     "mipic-paper": "`MIPICLoss`, paper preset",
     "mipic": "`MIPICLoss`, defaults at that time",
 }
-# rows of fewer seeds, in float32
+# rows in float32, some of fewer seeds
 MORE_ROWS = {
     "base+rotation": "base loss, then rotation",
     "rotation+mipic": "**rotation, then `MIPICLoss`**",
@@ -106,28 +106,28 @@ def difference(by_dim, dim):
 
 
 def headline(entry):
-    """Means, and how far the last row is ahead; its report has no interval for what it was not compared with."""
+    """Means, and how far each is behind the last row, with an interval where the report compares the two."""
     columns = [("sts", dim) for dim in (384, 64, 16, 8)] + [("accuracy@1", dim) for dim in (16, 8)]
     head = ["", *(f"STS {dim}" if measure == "sts" else f"retrieval {dim}" for measure, dim in columns)]
     ours = entry[HEADLINE[-1]]
 
-    def lead(name, dim):
+    def behind(name, dim):
         found = ours["sts differences"].get(name)
         if found:
             difference, low, high = (round(found[str(dim)][key], 1) + 0 for key in ("difference", "low", "high"))
-            return f"{difference:+.1f} [{low:.1f}, {high:.1f}]"
-        ahead = ours["sts"][str(dim)]["mean"] - entry[name]["sts"][str(dim)]["mean"]
-        return f"{ahead:+.1f}" if name != HEADLINE[-1] else ""
+            return f"{difference:.1f} [{low:.1f}, {high:.1f}]"
+        difference = ours["sts"][str(dim)]["mean"] - entry[name]["sts"][str(dim)]["mean"]
+        return f"{difference:.1f}" if name != HEADLINE[-1] else ""
 
     rows = [
         [
             ROWS[name],
             *(cell(entry[name], *column, spread=False) for column in columns),
-            *(lead(name, dim) for dim in (16, 8)),
+            *(behind(name, dim) for dim in (16, 8)),
         ]
         for name in HEADLINE
     ]
-    return table([*head, "lead at 16", "lead at 8"], rows)
+    return table([*head, "behind, STS 16", "behind, STS 8"], rows)
 
 
 def scores(measure, dims=(384, 256, 128, 64, 32, 16, 8)):

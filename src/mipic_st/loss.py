@@ -88,9 +88,10 @@ class MIPICLoss(nn.Module):
     hidden states of its own forward passes are recorded. On them, SIA asks each prefix to see the tokens of a sentence
     as the full width does (the full width teaches, and by default takes no gradient), and PIC, if it is switched on,
     chains narrow, early sentence vectors to wide, late ones (each target is a constant). By default the loss has no
-    parameters of its own, so it needs no callback and no checkpoint beside the model's. Use it when embeddings are
-    served at small dimensions, from a rotated start (:func:`mipic_st.rotation.rotate_model`). Evaluation and serving
-    need nothing of it: the trained model is a plain SentenceTransformer.
+    parameters of its own, so it needs no callback and no checkpoint beside the model's. For small dimensions, start
+    from a rotated model (:func:`mipic_st.rotation.rotate_model`): from there the loss scores as ``MatryoshkaLoss``
+    does, and a larger teacher adds to it. From a plain start, SIA helps a weak encoder. Evaluation and serving need
+    nothing of it: the trained model is a plain SentenceTransformer.
 
     .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC}) \qquad \text{(Eq. 18)}
 
