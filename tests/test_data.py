@@ -233,6 +233,7 @@ def test_missing_extra_gives_the_command(monkeypatch, tmp_path):
     ("name", "content", "expected"),
     [
         ("a.txt", "\ufeffone\n\n two \none\n", ["one", "two"]),
+        ("a.txt", "one\r\ntwo \u2028 parts\x0c\n", ["one", "two \u2028 parts"]),
         ("a.csv", "text,label\none,1\ntwo,2\n", ["one", "two"]),
         ("a.jsonl", '{"sentence": "one"}\n', ["one"]),
         ("a.csv", "anchor,positive,negative\na,b,c\nd,b,e\n", ["a", "d", "b", "c", "e"]),

@@ -3,12 +3,20 @@
 import json
 import subprocess
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import BoW, Normalize, Pooling, StaticEmbedding, Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    BoW,
+    Module,
+    Normalize,
+    Pooling,
+    StaticEmbedding,
+    Transformer,
+)
 from transformers import FunnelConfig, FunnelModel, LongformerConfig, RwkvConfig
 
 from conftest import TAILS, WIDTH, assemble, make_tokenizer, put_lora, save_encoder, sentences
@@ -42,6 +50,55 @@ def test_every_tail_can_be_cut(tmp_path, name, layer):
     exported.save_pretrained(str(tmp_path / "small"))
     loaded = SentenceTransformer(str(tmp_path / "small"), device="cpu")
     np.testing.assert_allclose(loaded.encode(sentences(20)), cell, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+def test_without_normalize_a_cut_is_that_of_encode(tmp_path, layer):
+    """The model's own Normalize stays in front of it, as with truncate_dim."""
+    model = assemble(save_encoder(tmp_path / "encoder"), normalize=True)
+    exported = export_truncated(model, layer, 8, normalize=False)
+    assert not isinstance(exported[-1], Normalize)
+    whole = model if layer is None else export_truncated(model, layer)
+    np.testing.assert_allclose(exported.encode(sentences(9)), whole.encode(sentences(9), truncate_dim=8), atol=1e-6)
+
+
+def test_the_mode_of_the_model_is_left_alone(tmp_path):
+    """Every module's: it is checked in evaluation mode, and a training goes on."""
+    model = assemble(save_encoder(tmp_path / "encoder")).train()
+    model[1].eval()
+    before = [module.training for module in model.modules()]
+    export_truncated(model, dim=8)
+    export_truncated(model, layer=2)
+    assert [module.training for module in model.modules()] == before
+
+
+class Adapter(Module):
+    """A module whose forward has a keyword that encode hands on."""
+
+    def forward(self, features, task=None):
+        step = 1.0 if task == "query" else 0.0
+        return features | {"sentence_embedding": features["sentence_embedding"] + step}
+
+    def save(self, output_path, *args, **kwargs):
+        pass
+
+    @classmethod
+    def load(cls, *args, **kwargs):
+        return cls()
+
+
+@pytest.mark.parametrize("layer", [None, 2])
+def test_keywords_of_encode_reach_their_modules(tmp_path, layer):
+    """encode takes any task, so one that no module gets would go unnoticed; names may have gaps."""
+    encoder, pooling = assemble(save_encoder(tmp_path / "encoder"))
+    modules = OrderedDict([("0", encoder), ("1", pooling), ("4", Adapter())])
+    model = SentenceTransformer(modules=modules, device="cpu").eval()
+    model.module_kwargs = {"0": [], "4": ["task"]}
+    exported = export_truncated(model, layer, 8, normalize=False)
+    apart = [each.encode(sentences(5), task="query") - each.encode(sentences(5)) for each in (model, exported)]
+    np.testing.assert_allclose(apart[0], 1.0, atol=1e-5)
+    np.testing.assert_allclose(apart[1], 1.0, atol=1e-5)
+    assert exported.module_kwargs == {"0": [], "2": ["task"]}
 
 
 @pytest.mark.parametrize("behind", [[], [Normalize()]])

@@ -72,9 +72,41 @@ def test_tei_form_has_adapters_merged(tiny_model, tmp_path, way):
     np.testing.assert_array_equal(model.encode(TEXTS), adapted)
 
 
+def test_tei_form_of_a_tokenizer_without_limit(tiny_model, tmp_path):
+    """Such a tokenizer names a number of thirty digits, which no server can read; the encoder knows its positions."""
+    model = tiny_model()
+    model.max_seq_length = None
+    model[0].tokenizer.model_max_length = int(1e30)
+    save_for_tei(model, tmp_path / "tei")
+    written = json.loads((tmp_path / "tei" / "sentence_bert_config.json").read_text())["max_seq_length"]
+    assert written == model[0].auto_model.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("existed", [False, True])
+@pytest.mark.parametrize("write", [save_for_tei, export_onnx])
+def test_a_failure_leaves_the_folder_as_it_was(tiny_model, tmp_path, monkeypatch, write, existed):
+    """So that another attempt does not find it full."""
+    if write is export_onnx:
+        pytest.importorskip("onnxscript", reason="needs the onnx extra")
+        import torch
+
+        monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: (tmp_path / "new" / "onnx" / "half").write_text("x"))
+    else:
+        monkeypatch.setattr("mipic_st.serving._most_tokens", lambda transformer: 1 / 0)
+    if existed:
+        (tmp_path / "new").mkdir()
+    model = tiny_model().train()
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        write(model, tmp_path / "new")
+    assert (tmp_path / "new").exists() == existed
+    assert not existed or not list((tmp_path / "new").iterdir())
+    assert model.training
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda m: setattr(m[0], "processing_kwargs", {"text": {"max_length": 5}}), "called with processing_kwargs"),
         (lambda m: m.append(Dense(WIDTH, 8, activation_function=nn.GELU())), "a Dense has the activation GELU, which"),
         (lambda m: m.__setitem__(1, Pooling(WIDTH, "max")), "the pooling mode is 'max'"),
         (lambda m: m.append(nn.Dropout(0.1)), "behind the pooling the model has Dropout"),
@@ -156,12 +188,25 @@ def test_onnx_of_models_in_half_precision(tiny_model, tmp_path):
     assert export_onnx(model.half(), tmp_path / "onnx").is_file()
 
 
+def test_onnx_of_a_model_with_a_low_limit(tiny_model, tmp_path):
+    """The file is checked with texts that are cut where the model cuts them; the model's mode stays."""
+    pytest.importorskip("onnxruntime", reason="needs the onnx extra")
+    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    model = with_pooling(tiny_model(), ("cls", "mean")).train()
+    model.max_seq_length = 5
+    assert export_onnx(model, tmp_path / "onnx").is_file()
+    assert model.training
+    written = json.loads((tmp_path / "onnx" / "1_Pooling" / "config.json").read_text())
+    assert written["embedding_dimension"] == WIDTH
+
+
 @pytest.mark.parametrize(
     ("tail", "pooling", "message"),
     [
         ("labse", "cls", "a Dense that is no bias-free linear map"),
         ("stella", "mean", "a Dense that is no bias-free linear map"),
         ("embeddinggemma", "max", "max pooling does not commute"),
+        ("embeddinggemma", ("cls", "mean"), "pooling does not commute"),
     ],
 )
 def test_tails_that_do_not_commute_are_refused(tiny_model, tail, pooling, message):
@@ -278,6 +323,8 @@ def test_bad_addresses_and_answers(model, serve):
         check_endpoint(model, "http://127.0.0.1:port")
     with pytest.raises(ValueError, match="answers 3 texts with an array of shape"):
         check_endpoint(model, serve(lambda texts, dim: model.encode(texts)[:1]))
+    with pytest.raises(TypeError, match="texts must be a list of texts, got one text"):
+        check_endpoint(model, "http://127.0.0.1:1", texts="hello")
 
 
 def test_a_server_of_another_protocol_is_no_crash(model):

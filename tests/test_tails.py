@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from collections import OrderedDict
 from functools import partial
 
 import numpy as np
@@ -17,19 +18,21 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import (
     Dense,
+    Dropout,
     Normalize,
     Pooling,
     Router,
     StaticEmbedding,
     Transformer,
 )
+from torch import nn
 
 from conftest import TAILS, WIDTH, column_features, sentences
 from mipic_st import MIPICLoss
 from mipic_st.cut_fits import cut_objective, fit_cut, refine_cut
 from mipic_st.export import export_truncated
 from mipic_st.layer_cuts import fit_layer_cuts
-from mipic_st.rotation import Rotation, fit_rotation, rotate_model, rotation_objective
+from mipic_st.rotation import Rotation, _put_in, fit_rotation, rotate_model, rotation_objective
 from mipic_st.tails import prefix_cosines
 
 # small enough for tests, on data where every value is reached in a few steps
@@ -792,6 +795,112 @@ def test_texts_are_encoded_once_with_their_prompts(tiny_model, monkeypatch):
     assert all(len(texts) <= 32 for texts, _ in calls[2:]), "afterwards, probes only"
 
 
+def test_a_text_of_both_columns_is_one_text(tiny_model):
+    """Encoded apart, it is padded otherwise, and rounding makes two texts of it, one the other's negative."""
+    from datasets import Dataset
+
+    from mipic_st.rotation import _Pairs
+
+    model = tiny_model(normalize=True)
+    columns = {"anchor": TEXTS[:200], "positive": TEXTS[:60] + TEXTS[260:200:-1] + TEXTS[60:140]}
+    fitted = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = _Pairs.of.__func__
+        patch.setattr(_Pairs, "of", classmethod(lambda cls, *given: fitted.append(original(cls, *given)) or fitted[-1]))
+        rotate_model(model, Dataset.from_dict(columns), DIMS, **ROTATE)
+    (pairs,) = fitted
+    assert pairs.texts == len({*columns["anchor"], *columns["positive"]})
+    assert len(pairs) == sum(one != other for one, other in zip(*columns.values(), strict=True))
+
+
+@pytest.mark.parametrize("names", [("0", "1", "3"), ("1", "2"), ("0", "2", "3"), ("encoder", "pooling", "normalize")])
+@pytest.mark.parametrize("ends", [Normalize, Dropout])
+def test_modules_keep_their_places_whatever_their_names(tiny_model, names, ends):
+    """Names may have gaps, as after an entry was taken out of modules.json; nothing is overwritten."""
+    encoder, pooling = tiny_model()
+    modules = OrderedDict(zip(names, [encoder, pooling, ends()], strict=False))
+    model = SentenceTransformer(modules=modules, device="cpu").eval()
+    kinds = [type(module) for module in model]
+    before = cosines(model)
+    assert rotate_until_gained(model)
+    place = len(kinds) - (kinds[-1] is Normalize)
+    assert [type(module) for module in model] == [*kinds[:place], Dense, *kinds[place:]]
+    assert np.abs(cosines(model) - before).max() < 1e-5
+
+
+def test_taking_out_leaves_names_and_modules(tiny_model):
+    """A model that resists has afterwards what it had, also where names have gaps."""
+    encoder, pooling = tiny_model()
+    modules = OrderedDict([("0", encoder), ("1", pooling), ("3", nn.LayerNorm(WIDTH))])
+    model = SentenceTransformer(modules=modules, device="cpu")
+    children = dict(model.named_children())
+    _put_in(model, torch.eye(WIDTH))()
+    assert dict(model.named_children()) == children
+    assert list(children) == ["0", "1", "3"]
+
+
+def test_under_inference_mode_a_model_stays_trainable(tiny_model):
+    """What is put into a model, and a cut copy, must not be made of tensors that autograd refuses."""
+    model = tiny_model(normalize=True)
+    with torch.inference_mode():
+        rotate_until_gained(model)
+        cuts = fit_layer_cuts(model, TEXTS, layers=[2], dims=[8], max_steps=5)
+        cut = export_truncated(model, layer=2, dim=8, cuts=cuts)
+    for each in (model, cut):
+        loss = each.train()(each.preprocess(["a dog", "the cat"]))["sentence_embedding"].sum()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in each[-2].parameters())
+
+
+def test_generators_of_gpus_are_left_alone(tiny_model, monkeypatch):
+    """torch.manual_seed reaches them too, and no fork of the CPU's state brings them back."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's generator was seeded"))
+    fit_rotation(*hidden_signal(60), dims=[4], max_steps=2)
+    model = tiny_model()
+    MIPICLoss(model, MultipleNegativesRankingLoss(model), [WIDTH, 8], pic_weight=1.0, lift_init="random")
+
+
+def test_every_route_is_checked(transformer_folder):
+    """Routes of two precisions: the Dense fits one of them, and the model is given back as it was."""
+    from datasets import Dataset
+
+    tokenizer = Transformer(str(transformer_folder())).tokenizer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        static = StaticEmbedding(tokenizer.backend_tokenizer, embedding_dim=WIDTH)
+    halves = [Transformer(str(transformer_folder())).bfloat16(), Pooling(WIDTH, "mean")]
+    model = SentenceTransformer(modules=[Router.for_query_document([static], halves)], device="cpu").eval()
+    data = Dataset.from_dict({"anchor": TEXTS[:150], "positive": TEXTS[150:]})
+    before = [model.encode(TEXTS[:5], task=task, convert_to_tensor=True) for task in ("query", "document")]
+    with pytest.raises(RuntimeError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rotation, "gained", True)
+        rotate_model(model, data, DIMS, router_mapping={"anchor": "document", "positive": "query"}, **ROTATE)
+    for task, vectors in zip(("query", "document"), before, strict=True):
+        assert torch.equal(model.encode(TEXTS[:5], task=task, convert_to_tensor=True), vectors)
+
+
+def test_cuts_of_another_state_of_the_model_are_refused(tiny_model):
+    """A rotation turns what the cuts were fitted to; an export would give vectors of the old space."""
+    model = tiny_model(normalize=True)
+    cuts = fit_layer_cuts(model, TEXTS, layers=[2], dims=[8], max_steps=0)
+    export_truncated(model, layer=2, dim=8, cuts=cuts)
+    rotate_until_gained(model)
+    with pytest.raises(
+        ValueError, match="cuts were fitted when the model gave other vectors: it was rotated or trained"
+    ):
+        export_truncated(model, layer=2, dim=8, cuts=cuts)
+    again = fit_layer_cuts(model, TEXTS, layers=[2], dims=[8], max_steps=0)
+    export_truncated(model.bfloat16(), layer=2, dim=8, cuts=again)
+
+
+def test_a_text_of_nothing_is_named(tiny_model):
+    """It has no states, so it cannot be fitted; the message has the text, not a row of a shuffled part."""
+    model = tiny_model(normalize=True)
+    model[0].tokenizer.backend_tokenizer.post_processor = None  # no special tokens
+    with pytest.raises(ValueError, match="texts holds '', of which the tokenizer leaves nothing: leave it out"):
+        fit_layer_cuts(model, [*TEXTS, ""], layers=[2], dims=[8], max_steps=0)
+
+
 def test_a_truncated_model_is_rotated_at_full_width(tiny_model):
     """truncate_dim cuts in encode only; the rotation has the model's width, and the cut stays."""
     model = tiny_model(normalize=True)
@@ -810,6 +919,11 @@ def test_a_truncated_model_is_rotated_at_full_width(tiny_model):
         ({"s1": "abc", "s2": "def", "score": [0.0, 4.2, 5.0]}, {"s1": "bc", "s2": "ef"}),
         ({"s1": "abc", "s2": "def", "label": [1, 0, 1]}, {"s1": "ac", "s2": "df"}),
         ({"id": [1, 2, 3], "s1": "abc", "s2": "def"}, {"s1": "abc", "s2": "def"}),
+        ({"s1": "abc", "s2": "def", "labels": [0.0, 1.0, 1.0]}, {"s1": "bc", "s2": "ef"}),
+        ({"s1": "abc", "s2": "def", "similarity_score": [0.1, 0.9, 0.3]}, {"s1": "b", "s2": "e"}),
+        ({"s1": "abc", "s2": "def", "score": [-1, 1, 1]}, {"s1": "bc", "s2": "ef"}),
+        ({"s1": "abc", "s2": "def", "s3": "ghi", "label": [0.3, 9.0, 18.2]}, {"s1": "abc", "s2": "def"}),
+        ({"s1": "abc", "s2": "def", "label": [[[0.1], [0.2]]] * 3}, {"s1": "abc", "s2": "def"}),
     ],
     ids=str,
 )
@@ -827,6 +941,9 @@ def test_what_is_taken_of_a_dataset(columns, expected):
     ("columns", "error", "message"),
     [
         ({"s1": "abc", "s2": "def", "label": [0, 1, 2]}, ValueError, "which of them says that"),
+        ({"s1": "abc", "s2": "def", "score": [0, 1, 4]}, ValueError, r"'score' of data holds \[0, 1, 4\], and which"),
+        ({"s1": "abc", "s2": "def", "label": ["yes", "no", "yes"]}, ValueError, "'label' of data holds no numbers"),
+        ({"s1": "abc", "s2": [None, "e", "f"], "s3": "ghi"}, TypeError, "column 's2' of data .* it holds None"),
         ({"s1": "abc", "s2": "def", "score": [0.1, 0.2, 0.3]}, ValueError, "no row of data has a score of 0.8"),
         ({"s1": "abc", "s2": "def", "score": [0.1, float("nan"), 1.0]}, ValueError, "no finite numbers"),
         ({"number": [1, 2, 3]}, ValueError, "no column of texts"),

@@ -33,6 +33,8 @@ SCORED_COLUMNS: dict[str, tuple[str, ...]] = {
     "sentence2": ("sentence2", "sentence_2", "sentence_b", "text2", "question2"),
     "score": ("score", "similarity", "similarity_score", "relatedness_score", "label", "is_duplicate"),
 }
+#: What the trainer's collator takes for the labels of a batch.
+LABEL_COLUMNS: tuple[str, ...] = ("label", "labels", "score", "scores")
 TEXT_COLUMN: dict[str, tuple[str, ...]] = {"text": ("text", "sentence")}
 SUFFIXES: tuple[str, ...] = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -86,7 +88,7 @@ def load_texts_file(path: str | PathLike[str]) -> list[str]:
         if not file.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
             raise ValueError(f"Cannot read {path} as UTF-8: {error}") from error
         texts = [line.strip() for line in lines if line.strip()]

@@ -14,9 +14,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer, WordWeights
 
 from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_layers
-from mipic_st.backbone import full_width, in_half_precision, model_depth, tail_of, transformer_of
+from mipic_st.backbone import evaluation_mode, full_width, in_half_precision, model_depth, tail_of, transformer_of
 from mipic_st.embedding_store import EmbeddingStore, unit_length
-from mipic_st.layer_cuts import LayerCuts, fit_layer_cuts
+from mipic_st.layer_cuts import LayerCuts, fit_layer_cuts, probe_vectors, same_vectors
 from mipic_st.layers import encode_layers
 from mipic_st.model_config import restate_config
 from mipic_st.tails import identity_dense, with_map
@@ -29,6 +29,7 @@ __all__ = ["export_truncated", "measure_speedup"]
 _PROBES = ("A short probe.", "A second probe sentence with a few more words in it, so that padding takes part.")
 
 
+@torch.inference_mode(False)  # the copy's weights must be trainable, wherever the call stands
 def export_truncated(
     model: SentenceTransformer,
     layer: int | None = None,
@@ -55,7 +56,8 @@ def export_truncated(
         texts: Texts to fit the tail of a layer cut on, a few thousand, without labels. What is lost at this cell on
             held-out ones goes to the log.
         cuts: A grid that :func:`mipic_st.layer_cuts.fit_layer_cuts` has fitted, in the place of ``texts``.
-        normalize: Put Normalize after the cut.
+        normalize: Put Normalize after the cut to ``dim`` or the fitted tail. Without, a Normalize that the model has
+            stays in front of the cut. With neither dim nor tail, the model's own modules stay as they are.
 
     Returns:
         A SentenceTransformer on the same device, in evaluation mode. `measure_speedup` says how much faster it is.
@@ -103,7 +105,7 @@ def export_truncated(
         if normalize:
             modules.append(Normalize())
     elif dim is not None:
-        while isinstance(modules[-1], Normalize):
+        while normalize and isinstance(modules[-1], Normalize):
             modules.pop()
         if dim < (width := full_width(model)):
             modules = with_map(modules, torch.eye(width, dim))
@@ -117,9 +119,23 @@ def export_truncated(
         similarity_fn_name=model.similarity_fn_name,
     )
     exported.eval()
-    _check(model, exported, layer, dim, weight, word_weights, normalize)
+    exported.module_kwargs = _module_kwargs(model, modules)
+    with evaluation_mode(model):
+        _check(model, exported, layer, dim, weight, word_weights, normalize)
     restate_config(exported, layer, dim)
     return exported
+
+
+def _module_kwargs(model: SentenceTransformer, modules: Sequence[Any]) -> dict[str, list[str]] | None:
+    """Which keywords of ``encode`` go to which of the modules that stayed, under the names that these have now."""
+    known = model.module_kwargs or {}
+    pairs = zip(model.named_children(), modules, strict=False)
+    found = {
+        str(place): list(known[name])
+        for place, ((name, old), new) in enumerate(pairs)
+        if name in known and type(old) is type(new)
+    }
+    return found or None
 
 
 def _fitted(
@@ -149,6 +165,11 @@ def _fitted(
     if layer not in cuts.maps:
         raise ValueError(
             f"cuts hold layers {sorted(cuts.maps)}, not {layer}; fit_layer_cuts(model, texts, layers=...)."
+        )
+    if cuts.probes is not None and not same_vectors(cuts.probes, probe_vectors(model)):
+        raise ValueError(
+            "cuts were fitted when the model gave other vectors: it was rotated or trained since, or is another one; "
+            "call fit_layer_cuts again."
         )
     weights = cuts.word_weights.get(layer)
     if weights is not None and (reason := no_word_weights(model)):
@@ -272,10 +293,13 @@ def _check(
     scale = max(1.0, amplified, float(np.abs(expected).max()))
     worst = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("inf")
     if not worst <= (3e-2 if half else 1e-4) * scale:
-        raise RuntimeError(
-            f"the model cut at layer {layer}, dim {dim} differs from the grid cell by {worst:.1e}; "
-            "its architecture does more between layers than this export knows. Leave layer out."
+        reason = (
+            "its modules do more behind the encoder than this export knows."
+            if layer is None
+            else "its architecture does more between layers than this export knows. Leave layer out."
         )
+        cell = f"layer {layer}, dim {dim}"
+        raise RuntimeError(f"the model cut at {cell} differs from the grid cell by {worst:.1e}; {reason}")
 
 
 def measure_speedup(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_number, checked_texts
 from mipic_st.backbone import (
+    NO_CUT,
     check_layers,
     evaluation_mode,
     full_width,
@@ -45,6 +46,7 @@ __all__ = ["LayerCuts", "fit_layer_cuts"]
 # Word weights are learned on so many texts at most, and on so many values of token states, half a gigabyte.
 _WEIGHED_TEXTS = 4000
 _WEIGHED_VALUES = 2**28
+_PROBES = ("A dog runs after a ball.", "How do I reset my password?", "The harbour was silent in the morning.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +65,15 @@ class LayerCuts:
             ``similarity_mixed``, the same for cosines of the fitted cut's vectors with the full depth's, which is what
             counts if queries and documents are encoded by different ones of the two. With STS data also
             ``sts_plain``, ``sts_fitted``, ``sts_full``, Spearman correlation with the scores.
+        probes: The full model's vectors of a few fixed texts when the cuts were fitted, so that an export from a model
+            that was rotated or trained since is refused; None for cuts that were put together by hand.
     """
 
     maps: dict[int, Tensor]
     dims: tuple[int, ...]
     report: list[dict[str, float]]
     word_weights: dict[int, Tensor] = field(default_factory=dict)
+    probes: np.ndarray | None = None
 
     def to_frame(self) -> pd.DataFrame:
         """The report as a table.
@@ -82,6 +87,7 @@ class LayerCuts:
         return table_of(self.report)
 
 
+@torch.inference_mode(False)  # maps and weights are fitted by gradients, wherever the call stands
 def fit_layer_cuts(
     model: SentenceTransformer,
     texts: Sequence[str],
@@ -192,6 +198,9 @@ def fit_layer_cuts(
         raise ValueError("all texts have the same vector, so there are no similarities to keep: give other texts.")
     held_plain = encode(test)
     held = encode(test, weighers) if weighers else held_plain
+    for part, found in ((training, states), (test, held.states)):
+        if len(empty := np.flatnonzero(~found.any(axis=(1, 2)))):
+            raise ValueError(f"texts holds {part[empty[0]]!r}, of which the tokenizer leaves nothing: leave it out.")
     maps = {}
     for column, layer in enumerate(layers):
         maps[layer] = fit_cut(states[:, column], known, ridge=ridge)
@@ -214,7 +223,19 @@ def fit_layer_cuts(
         }
         for dim in dims:
             report.append({"layer": layer, "dim": dim} | _cell(vectors, dim, upper, reference, scored and scored[2]))
-    return LayerCuts(maps, tuple(dims), report, weights)
+    return LayerCuts(maps, tuple(dims), report, weights, probe_vectors(model))
+
+
+def probe_vectors(model: SentenceTransformer) -> np.ndarray:
+    """What a model makes of a few fixed texts at full width, at unit length."""
+    with evaluation_mode(model):
+        vectors = model.encode(list(_PROBES), prompt="", truncate_dim=NO_CUT, show_progress_bar=False)
+    return unit_length(np.asarray(vectors, dtype=np.float32))
+
+
+def same_vectors(vectors: np.ndarray, others: np.ndarray) -> bool:
+    """Whether two states of a model are the same but for rounding, that of half precision too."""
+    return vectors.shape == others.shape and float(np.linalg.norm(vectors - others, axis=1).max()) < 0.1
 
 
 class _Encoded(NamedTuple):

@@ -386,7 +386,7 @@ class MIPICLoss(nn.Module):
 
         # Seeded on the side: the same projections on every rank, and the caller's random stream stays as it was.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # torch.manual_seed would seed all GPUs, too
             # PIC first, so that options of SIA do not change its heads.
             if self.pic_weight and len(chain) > 1:
                 self.pic_chain = chain

@@ -38,6 +38,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from mipic_st._checks import checked_count, checked_dims, checked_number, checked_texts, per_column
 from mipic_st.backbone import evaluation_mode, full_width, in_half_precision, unwrap
+from mipic_st.data import LABEL_COLUMNS, SCORED_COLUMNS
 from mipic_st.embedding_store import unit_length
 from mipic_st.model_config import extend_model_card, set_matryoshka_config
 from mipic_st.sia import no_autocast
@@ -45,7 +46,7 @@ from mipic_st.tails import (
     BLOCK,
     as_tensor,
     checked_vectors,
-    encode_texts,
+    encode_columns,
     identity_dense,
     linear_end,
     masked,
@@ -76,6 +77,8 @@ _RANKED = 512
 _PROBES = 32
 # Texts whose nearest neighbours are looked for: all pairs of them are compared.
 _NEIGHBOURHOOD = 20_000
+# Columns that may say which texts belong together.
+_SCORES = tuple(dict.fromkeys(("score", "scores", *SCORED_COLUMNS["score"], *LABEL_COLUMNS)))
 # Passes over texts that come without pairs.
 _TEXT_PASSES = 8
 
@@ -530,7 +533,7 @@ def _fit_frame(
     batch_size = min(batch_size, count)
     # torch completes the start to a square matrix with random columns
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed all GPUs, too
         module = _Frame(width, max(dims), training.anchors.device)
 
     def objective(pairs: _Pairs, rows: Tensor) -> Tensor:
@@ -597,6 +600,7 @@ def _held_out_report(test: _Pairs, matrix: Tensor, dims: Sequence[int]) -> list[
 # --- on models --------------------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)  # what is put into the model must be trainable, wherever the call stands
 def rotate_model(
     model: SentenceTransformer,
     data: Dataset | Sequence[str],
@@ -622,9 +626,10 @@ def rotate_model(
     Args:
         model: Any SentenceTransformer, also one of StaticEmbedding or with a Router.
         data: A ``datasets.Dataset``, or a list of texts. Of the text columns the first two are taken as pairs, in the
-            order in which the trainer takes them; further ones (negatives) are not used. With a column ``score`` or
-            ``label``, only pairs that say yes are used: 1 of labels 0 and 1, or scores from 80% of the range on (from 0
-            to the highest of 1, 5 or 10 that covers them). One text column, or a list, is texts only.
+            order in which the trainer takes them; further ones (negatives) are not used. Of two text columns with
+            scores or labels beside them (``score``, ``label`` and the other names of :mod:`mipic_st.data`), only pairs
+            that say yes are used: 1 of labels 0 and 1, or scores from 80% of the range on (from 0 to the highest of 1,
+            5 or 10 that covers them). One text column, or a list, is texts only.
         dims: The truncation dimensions to serve. The full width may be among them.
         prompts: As in the trainer's arguments: one prompt for all columns, or one per column name. Default: what
             ``encode`` does by default.
@@ -661,13 +666,14 @@ def rotate_model(
     prompt_of = per_column("prompts", prompts, [*columns], present)
     route_of = per_column("router_mapping", router_mapping or {}, [*columns], present)
 
-    def encode(name: str, texts: Sequence[str]) -> np.ndarray:
-        return encode_texts(model, texts, prompt_of[name], route_of[name], batch_size, show_progress_bar)
+    def encode(texts: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+        found = dict(encode_columns(model, texts, prompt_of, route_of, batch_size, show_progress_bar))
+        return {name: found[name] for name in texts}
 
     inner = unwrap(model)
     training, known = inner.training, list(inner.children())
     with evaluation_mode(model):
-        arrays = [encode(name, texts) for name, texts in columns.items()]
+        arrays = encode(columns).values()
         rotation = fit_rotation(*arrays, dims=dims, show_progress_bar=show_progress_bar, **fit_options)
         if not rotation.gained:
             logger.warning(
@@ -677,11 +683,13 @@ def rotate_model(
                 rotation,
             )
             return rotation
-        name, probes = next((name, list(dict.fromkeys(texts))[:_PROBES]) for name, texts in columns.items())
-        before = encode(name, probes)
+        # of every column: with a Router each has its own way through the model
+        probes = {name: list(dict.fromkeys(texts))[:_PROBES] for name, texts in columns.items()}
+        before = encode(probes)
         undo = _put_in(inner, rotation.matrix)
         try:
-            _check_cosines(before, encode(name, probes), rotation, half=in_half_precision(model))
+            for name, after in encode(probes).items():
+                _check_cosines(before[name], after, rotation, half=in_half_precision(model))
         except BaseException:
             undo()
             raise
@@ -700,13 +708,15 @@ def _text_columns(data: Any) -> dict[str, list[str]]:
         raise TypeError(f"data is a DatasetDict with {sorted(data.column_names)}: give one of its splits.")
     if not len(data):
         raise ValueError("data has no rows.")
-    names = [name for name in data.column_names if isinstance(data[0][name], str)][:2]
+    texts_of = _columns_of_texts(data)
+    names = texts_of[:2]
     if not names:
         raise ValueError(f"data has no column of texts among {data.column_names}.")
     columns = {name: list(data[name]) for name in names}
-    score = next((name for name in ("score", "label") if name in data.column_names), None)
-    if score is not None and len(names) == 2:
-        rows = _belonging(np.asarray(data[score], dtype=float), score)
+    score = next((name for name in _SCORES if name in data.column_names), None)
+    # beside three texts it is a margin, and several numbers a row are a teacher's
+    if score is not None and len(texts_of) == 2 and np.ndim(data[0][score]) == 0:
+        rows = _belonging(data[score], score)
         columns = {name: [texts[row] for row in rows] for name, texts in columns.items()}
     for name, texts in columns.items():
         if wrong := [text for text in texts if not isinstance(text, str)]:
@@ -714,17 +724,36 @@ def _text_columns(data: Any) -> dict[str, list[str]]:
     return columns
 
 
-def _belonging(scores: np.ndarray, name: str) -> list[int]:
+def _columns_of_texts(data: Any) -> list[str]:
+    """Names of the columns whose kind is text, also if the first row has none."""
+    kinds, first = getattr(data, "features", None) or {}, data[0]
+    return [
+        name
+        for name in data.column_names
+        if name not in _SCORES
+        and (isinstance(first[name], str) or getattr(kinds.get(name), "dtype", "") in ("string", "large_string"))
+    ]
+
+
+def _belonging(given: Any, name: str) -> list[int]:
     """Rows whose two texts belong together."""
+    try:
+        scores = np.asarray(given, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"column {name!r} of data holds no numbers ({error}), so which texts belong together is not known: keep "
+            "the rows whose texts do, and remove the column."
+        ) from error
     if not np.isfinite(scores).all():
         raise ValueError(f"column {name!r} of data holds values that are no finite numbers; leave these rows out.")
-    whole = bool((scores == scores.round()).all())
-    if name == "label" and not set(scores.tolist()) <= {0.0, 1.0} and whole:
-        raise ValueError(
-            f"column 'label' of data holds {sorted(set(scores.astype(int).tolist()))[:5]}, and which of them says that "
-            "the texts belong together is not known: keep these rows and remove the column."
-        )
     top = next((most for most in (1, 5, 10) if scores.max() <= most), float(scores.max()))
+    whole = bool((scores == scores.round()).all()) and not set(scores.tolist()) <= {0.0, 1.0}
+    # a file's labels come as scores; whole numbers up to 5 or 10 are a scale there, others are classes
+    if whole and (name in ("label", "labels", "is_duplicate") or scores.max() not in (1, 5, 10)):
+        raise ValueError(
+            f"column {name!r} of data holds {sorted(set(scores.astype(int).tolist()))[:5]}, and which of them says "
+            "that the texts belong together is not known: keep these rows and remove the column."
+        )
     rows = np.flatnonzero(scores >= 0.8 * top).tolist()
     if not rows:
         raise ValueError(
@@ -753,16 +782,18 @@ def _put_in(inner: SentenceTransformer, matrix: Tensor) -> Callable[[], None]:
 
         return restore
     dense = identity_dense(matrix, inner)
+    before_it = list(inner.named_children())
     for name, _ in trailing:
         delattr(inner, name)
-    added = [str(number) for number in range(len(names), len(names) + len(trailing) + 1)]
-    for name, module in zip(added, [dense, *(module for _, module in trailing)], strict=True):
-        inner.add_module(name, module)
+    # names may have gaps, and none may be taken twice
+    first = max(len(names), *(int(name) + 1 for name in names if name.isdecimal()), 0)
+    for number, module in enumerate([dense, *(module for _, module in trailing)], first):
+        inner.add_module(str(number), module)
 
     def undo() -> None:
-        for name in added:
+        for name, _ in list(inner.named_children()):
             delattr(inner, name)
-        for name, module in trailing:
+        for name, module in before_it:
             inner.add_module(name, module)
 
     return undo

@@ -13,9 +13,11 @@ import copy
 import http.client
 import itertools
 import json
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -27,7 +29,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordWeights
 from torch import Tensor, nn
 
-from mipic_st._checks import checked_dims, checked_number, missing_extra
+from mipic_st._checks import checked_dims, checked_number, checked_texts, missing_extra
 from mipic_st.backbone import NO_CUT, describe, evaluation_mode, full_width, is_linear
 from mipic_st.embedding_store import unit_length
 from mipic_st.export import merged_encoders
@@ -68,7 +70,6 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
     Example:
         >>> save_for_tei(model, "for-the-server")  # doctest: +SKIP
     """
-    folder = _new_folder(folder)
     modules = list(model.children())
     for place, module in enumerate(modules):
         if reason := _not_for_tei(module, place):
@@ -78,6 +79,12 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
             raise ValueError(f"{reason}, which text-embeddings-inference does not know.{hint}")
     if merged := merged_encoders(model):  # what is saved of adapters, no server reads
         model = copy.deepcopy(model, merged)
+    folder = _new_folder(folder)
+    with _whole_or_none(folder), evaluation_mode(model):  # saving writes a card, for which it encodes
+        _save_older_form(model, modules, folder)
+
+
+def _save_older_form(model: SentenceTransformer, modules: Sequence[nn.Module], folder: Path) -> None:
     model.save_pretrained(str(folder))
     listed = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
     for entry, module in zip(listed, modules, strict=True):
@@ -92,8 +99,15 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
             stated = json.loads(config.read_text(encoding="utf-8"))
             _write_json(config, {key: stated[key] for key in kept})
         elif isinstance(module, Transformer):
-            _write_json(folder / "sentence_bert_config.json", {"max_seq_length": module.max_seq_length or 512})
+            _write_json(folder / "sentence_bert_config.json", {"max_seq_length": _most_tokens(module)})
     _write_json(folder / "modules.json", listed)
+
+
+def _most_tokens(transformer: Any) -> int:
+    """The length at which texts are cut; a tokenizer without a limit says so by a number of thirty digits."""
+    positions = getattr(transformer.auto_model.config.get_text_config(), "max_position_embeddings", None) or 512
+    length = transformer.max_seq_length
+    return length if length and length < 10**9 else positions
 
 
 def _not_for_tei(module: nn.Module, place: int) -> str:
@@ -101,6 +115,8 @@ def _not_for_tei(module: nn.Module, place: int) -> str:
     name = type(module).__name__
     if (place == 0) != isinstance(module, Transformer) or (place == 1) != isinstance(module, Pooling):
         return f"module {place} is {name}"
+    if isinstance(module, Transformer) and (given := getattr(module, "processing_kwargs", None)):
+        return f"the tokenizer is called with processing_kwargs {given}"
     if isinstance(module, Pooling) and module.pooling_mode not in ("cls", "mean", "lasttoken"):
         return f"the pooling mode is {module.pooling_mode!r}"
     if isinstance(module, Dense):
@@ -111,6 +127,19 @@ def _not_for_tei(module: nn.Module, place: int) -> str:
     elif place > 1 and not isinstance(module, Normalize):
         return f"behind the pooling the model has {name}"
     return ""
+
+
+@contextmanager
+def _whole_or_none(folder: Path) -> Iterator[None]:
+    """A folder is written as a whole, or left as it was, so that another attempt finds it empty."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if existed:
+            folder.mkdir()
+        raise
 
 
 def _new_folder(folder: str | PathLike[str]) -> Path:
@@ -137,8 +166,8 @@ def linear_tail(model: SentenceTransformer) -> Tensor | None:
         (H, D), or None if there is no Dense.
 
     Raises:
-        ValueError: If the tail does more than bias-free Dense layers and a Normalize at the end, or the pooling is
-            ``max``.
+        ValueError: If the tail does more than bias-free Dense layers and a Normalize at the end, or there is one and
+            the pooling is ``max`` or several in one.
     """
     description = describe(model)
     if description.pooling is None or description.routes:
@@ -153,8 +182,9 @@ def linear_tail(model: SentenceTransformer) -> Tensor | None:
             )
         weight = module.linear.weight.detach().T.double().cpu()
         product = weight if product is None else product @ weight
-    if product is not None and description.pooling.pooling_mode == "max":
-        raise ValueError("max pooling does not commute with a linear map, so that cannot go before it.")
+    mode = description.pooling.pooling_mode
+    if product is not None and (mode == "max" or not isinstance(mode, str)):
+        raise ValueError(f"{mode} pooling does not commute with a linear map, so that cannot go before it.")
     return product
 
 
@@ -208,44 +238,46 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
         raise ImportError(missing_extra("the ONNX export needs onnx, onnxscript and onnxruntime", "onnx")) from error
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         raise ValueError("the model is in bfloat16, which ONNX Runtime does not compute in on a CPU: model.float() it.")
-    folder = _new_folder(folder)
     product = linear_tail(model)
+    folder = _new_folder(folder)
+    with _whole_or_none(folder), evaluation_mode(model):
+        return _write_onnx(model, product, folder, onnxruntime)
+
+
+def _write_onnx(model: SentenceTransformer, product: Tensor | None, folder: Path, onnxruntime: Any) -> Path:
     transformer: Any = model[0]
     place = next(place for place, module in enumerate(model.children()) if isinstance(module, Pooling))
     own_pooling: Any = model[place]
     file = folder / "onnx" / "model.onnx"
     file.parent.mkdir(parents=True)
-    with evaluation_mode(model):
-        encoder = transformer.auto_model
-        features = transformer.tokenizer(list(_TEXTS), padding=True, return_tensors="pt")
-        names = list(features)
-        wrapped = _Rotated(encoder, list(model.children())[1:place], product, names).to(model.device).eval()
-        inputs = tuple(features[name].to(model.device) for name in names)
-        batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-        torch.onnx.export(
-            wrapped,
-            inputs,
-            str(file),
-            input_names=names,
-            output_names=["last_hidden_state"],
-            # one entry for the parameter that takes all inputs
-            dynamic_shapes=(tuple({0: batch, 1: length} for _ in inputs),),
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+    encoder = transformer.auto_model
+    features = transformer.tokenizer(list(_TEXTS), padding=True, return_tensors="pt")
+    names = list(features)
+    wrapped = _Rotated(encoder, list(model.children())[1:place], product, names).to(model.device).eval()
+    inputs = tuple(features[name].to(model.device) for name in names)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    torch.onnx.export(
+        wrapped,
+        inputs,
+        str(file),
+        input_names=names,
+        output_names=["last_hidden_state"],
+        # one entry for the parameter that takes all inputs
+        dynamic_shapes=(tuple({0: batch, 1: length} for _ in inputs),),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     texts = list(_TEXTS[:2])  # another shape than the one that was traced
-    given = transformer.tokenizer(texts, padding=True, return_tensors="np")
-    (states,) = session.run(None, {name: np.asarray(given[name], dtype=np.int64) for name in names})
-    pooled = own_pooling(
-        {"token_embeddings": torch.as_tensor(states), "attention_mask": torch.as_tensor(given["attention_mask"])}
-    )
+    given = model.preprocess(texts)  # with the model's own limit of tokens
+    (states,) = session.run(None, {name: given[name].cpu().numpy().astype(np.int64) for name in names})
+    pooled = own_pooling({"token_embeddings": torch.as_tensor(states), "attention_mask": given["attention_mask"].cpu()})
     got = unit_length(pooled["sentence_embedding"].numpy())
     own = unit_length(model.encode(texts, truncate_dim=NO_CUT, prompt="", show_progress_bar=False))
     if not np.abs(got - own).max() < 1e-3:
         raise RuntimeError(f"the ONNX file gives other vectors than the model, by {np.abs(got - own).max():.1e}.")
-    width = full_width(model)
+    width = own_pooling.embedding_dimension if product is None else full_width(model)
     transformer.tokenizer.save_pretrained(str(folder))
     encoder.config.save_pretrained(str(folder))
     pooling = Pooling(width, own_pooling.pooling_mode, include_prompt=own_pooling.include_prompt)
@@ -314,6 +346,7 @@ def check_endpoint(
         :class:`EndpointCheck`.
 
     Raises:
+        TypeError: If ``texts`` is no list of texts.
         ValueError: If the address is none, ``dim`` is out of range, or the answer is no list of vectors.
         ConnectionError: If the server cannot be reached or refuses the request.
 
@@ -327,11 +360,11 @@ def check_endpoint(
     if dim is not None:
         (dim,) = checked_dims("dim", [dim], width)
     tolerance = checked_number("tolerance", tolerance, 0, exclusive=True)
-    texts = list(texts)
+    texts = checked_texts("texts", texts)
     served = _ask(url, texts, dim, name, api_key, timeout)
-    own = np.asarray(
-        model.encode(texts, prompt="", truncate_dim=NO_CUT, show_progress_bar=False, convert_to_numpy=True), np.float32
-    )
+    with evaluation_mode(model):
+        vectors = model.encode(texts, prompt="", truncate_dim=NO_CUT, show_progress_bar=False, convert_to_numpy=True)
+    own = np.asarray(vectors, np.float32)
     wanted = dim or width
     findings = []
     if served.shape[1] != wanted:

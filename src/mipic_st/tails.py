@@ -8,7 +8,7 @@ an ordinary ``Dense(bias=False, Identity)`` of sentence-transformers, so a saved
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,6 +92,37 @@ def encode_texts(
         **task,
     )
     return np.asarray(vectors, dtype=np.float32)[[distinct[text] for text in texts]]
+
+
+def encode_columns(
+    model: SentenceTransformer,
+    columns: Mapping[str, Sequence[str]],
+    prompts: Mapping[str, str | None],
+    routes: Mapping[str, str | None],
+    *options: Any,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The vectors of some columns, where a text that is in several of them has the same vector to the last bit.
+
+    Encoded apart, it would stand in batches of other lengths, and rounding would make two texts of it.
+
+    Args:
+        model: The model.
+        columns: Texts by name.
+        prompts: By column, see :func:`encode_texts`.
+        routes: By column, see there.
+        *options: What follows there.
+
+    Yields:
+        Name and vectors of each column; those of one prompt and one route come together.
+    """
+    alike: dict[tuple[str | None, str | None], list[str]] = {}
+    for name in columns:
+        alike.setdefault((prompts[name], routes[name]), []).append(name)
+    for (prompt, route), names in alike.items():
+        joined = [text for name in names for text in columns[name]]
+        vectors = encode_texts(model, joined, prompt, route, *options)
+        ends = np.cumsum([len(columns[name]) for name in names])[:-1]
+        yield from zip(names, np.split(vectors, ends), strict=True)
 
 
 def prefix_cosines(anchors: Tensor, positives: Tensor, dim: int) -> Tensor:

@@ -26,16 +26,14 @@ from torch import Tensor
 
 from mipic_st._checks import checked_count, checked_texts, missing_extra, per_column
 from mipic_st.backbone import evaluation_mode
+from mipic_st.data import LABEL_COLUMNS
 from mipic_st.sia import full_precision, no_autocast
-from mipic_st.tails import encode_texts, prefix_cosines, similarity_kl
+from mipic_st.tails import encode_columns, prefix_cosines, similarity_kl
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 __all__ = ["add_teacher_vectors", "similarity_divergence"]
-
-# What the trainer's collator takes for the labels of a batch.
-_LABEL_COLUMNS = ("label", "labels", "score", "scores")
 
 
 def similarity_divergence(vectors: Tensor, teacher: Tensor, dims: Sequence[int], temperature: float) -> Tensor:
@@ -81,7 +79,8 @@ def add_teacher_vectors(
     Args:
         dataset: Pairs, triplets or more columns of texts, as the trainer takes them, without labels or scores: the
             trainer reads one such column, and this one takes its place.
-        teacher: Any SentenceTransformer, of any width.
+        teacher: Any SentenceTransformer, of any width; it teaches at its full width, whatever its
+            ``truncate_dim``.
         prompts: The teacher's prompts: one for all columns, or one per column name. Default: what its ``encode`` does
             by default. Models with prompts for queries and documents need them here.
         router_mapping: Column name to route, for a teacher with a Router. Default: the Router's own default route.
@@ -114,20 +113,13 @@ def add_teacher_vectors(
     batch_size = checked_count("batch_size", batch_size)
     texts = {name: checked_texts(f"column {name!r} of dataset", dataset[name][:]) for name in names}
 
-    # columns of one prompt and one route go together: a text of both is encoded once
-    alike: dict[tuple[str | None, str | None], list[str]] = {}
-    for name in names:
-        alike.setdefault((prompt_of[name], route_of[name]), []).append(name)
     labels: np.ndarray = np.empty(0, dtype=np.float32)
     with evaluation_mode(teacher):
-        for (prompt, route), together in alike.items():
-            joined = [text for name in together for text in texts[name]]
-            vectors = encode_texts(teacher, joined, prompt, route, batch_size, show_progress_bar)
+        for name, vectors in encode_columns(teacher, texts, prompt_of, route_of, batch_size, show_progress_bar):
             if not len(labels):
                 labels = np.empty((len(dataset), len(names), vectors.shape[1]), dtype=np.float32)
-            for name, part in zip(together, np.split(vectors, len(together)), strict=True):
-                _require_directions(part, name, texts[name])
-                labels[:, names.index(name)] = part
+            _require_directions(vectors, name, texts[name])
+            labels[:, names.index(name)] = vectors
     import pyarrow  # comes with datasets
 
     rows: Any = pyarrow.array(labels.reshape(-1))
@@ -157,7 +149,7 @@ def _checked_columns(dataset: Any) -> list[str]:
             "dataset has a transform, or a format that hides columns, so what the trainer will see is not what is in "
             "it: use dataset.map, remove_columns or with_format(None) first."
         )
-    if taken := [name for name in names if name in _LABEL_COLUMNS]:
+    if taken := [name for name in names if name in LABEL_COLUMNS]:
         raise ValueError(
             f"dataset has the column {taken[0]!r}, and the trainer reads one column of labels: remove it, or train "
             "without a teacher."
