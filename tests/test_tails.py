@@ -893,6 +893,20 @@ def test_cuts_of_another_state_of_the_model_are_refused(tiny_model):
     export_truncated(model.bfloat16(), layer=2, dim=8, cuts=again)
 
 
+def test_cuts_are_fitted_as_the_model_encodes(tiny_model):
+    """With its default prompt, unless another one is given; an empty one is none."""
+    model = tiny_model(normalize=True)
+    model.prompts, model.default_prompt_name = {"q": "the old woman "}, "q"
+    options = {"layers": [2], "dims": [8], "max_steps": 0}
+    default, named, none = (
+        fit_layer_cuts(model, TEXTS, prompt=prompt, **options).maps[2] for prompt in (None, "the old woman ", "")
+    )
+    assert torch.equal(default, named)
+    model.default_prompt_name = None
+    assert torch.equal(none, fit_layer_cuts(model, TEXTS, **options).maps[2])
+    assert (default - none).abs().max() > 1e-3
+
+
 def test_a_text_of_nothing_is_named(tiny_model):
     """It has no states, so it cannot be fitted; the message has the text, not a row of a shuffled part."""
     model = tiny_model(normalize=True)

@@ -347,7 +347,7 @@ def test_a_bias_in_front_of_the_mean_is_turned_with_the_weight(model):
 
 
 def test_default_prompts_do_not_disturb_the_export(model):
-    """The fit has no prompt, and neither has the check of what was exported."""
+    """The check of what was exported has no prompt."""
     model.prompts, model.default_prompt_name = {"q": "the old woman "}, "q"
     cuts = with_weights(model)
     cut = export_truncated(model, 2, 8, cuts=cuts)
