@@ -132,8 +132,8 @@ def fit_layer_cuts(
             them on fewer texts if these are long, so that no more than half a gigabyte of token states is held.
         held_out: Share of the texts that no step sees, in (0, 0.5]; at most 2,048 of them. The best step on them is
             kept, and the report is made on them.
-        prompt: Put before every text. Default: what ``encode`` does by default, so the model's default prompt, if it has
-            one.
+        prompt: Put before every text. Default: what ``encode`` does by default, so the model's default prompt, if it
+            has one.
         batch_size: Texts per forward pass.
         seed: Seeds the choice of the held-out texts and the batches.
         show_progress_bar: Show bars while encoding and fitting. Default: as the log level says.
