@@ -936,6 +936,7 @@ def test_a_truncated_model_is_rotated_at_full_width(tiny_model):
         ({"s1": "abc", "s2": "def", "labels": [0.0, 1.0, 1.0]}, {"s1": "bc", "s2": "ef"}),
         ({"s1": "abc", "s2": "def", "similarity_score": [0.1, 0.9, 0.3]}, {"s1": "b", "s2": "e"}),
         ({"s1": "abc", "s2": "def", "score": [-1, 1, 1]}, {"s1": "bc", "s2": "ef"}),
+        ({"s1": "abc", "s2": "def", "score": [0, 3, 4]}, {"s1": "c", "s2": "f"}),
         ({"s1": "abc", "s2": "def", "s3": "ghi", "label": [0.3, 9.0, 18.2]}, {"s1": "abc", "s2": "def"}),
         ({"s1": "abc", "s2": "def", "label": [[[0.1], [0.2]]] * 3}, {"s1": "abc", "s2": "def"}),
     ],
@@ -955,7 +956,7 @@ def test_what_is_taken_of_a_dataset(columns, expected):
     ("columns", "error", "message"),
     [
         ({"s1": "abc", "s2": "def", "label": [0, 1, 2]}, ValueError, "which of them says that"),
-        ({"s1": "abc", "s2": "def", "score": [0, 1, 4]}, ValueError, r"'score' of data holds \[0, 1, 4\], and which"),
+        ({"s1": "abc", "s2": "def", "labels": [0, 1, 4]}, ValueError, r"'labels' of data holds \[0, 1, 4\], and which"),
         ({"s1": "abc", "s2": "def", "label": ["yes", "no", "yes"]}, ValueError, "'label' of data holds no numbers"),
         ({"s1": "abc", "s2": [None, "e", "f"], "s3": "ghi"}, TypeError, "column 's2' of data .* it holds None"),
         ({"s1": "abc", "s2": "def", "score": [0.1, 0.2, 0.3]}, ValueError, "no row of data has a score of 0.8"),

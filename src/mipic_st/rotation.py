@@ -748,8 +748,7 @@ def _belonging(given: Any, name: str) -> list[int]:
         raise ValueError(f"column {name!r} of data holds values that are no finite numbers; leave these rows out.")
     top = next((most for most in (1, 5, 10) if scores.max() <= most), float(scores.max()))
     whole = bool((scores == scores.round()).all()) and not set(scores.tolist()) <= {0.0, 1.0}
-    # a file's labels come as scores; whole numbers up to 5 or 10 are a scale there, others are classes
-    if whole and (name in ("label", "labels", "is_duplicate") or scores.max() not in (1, 5, 10)):
+    if whole and name in ("label", "labels", "is_duplicate"):  # classes; as scores, whole numbers are a scale
         raise ValueError(
             f"column {name!r} of data holds {sorted(set(scores.astype(int).tolist()))[:5]}, and which of them says "
             "that the texts belong together is not known: keep these rows and remove the column."
