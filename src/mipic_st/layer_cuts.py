@@ -20,7 +20,6 @@ from torch import Tensor
 
 from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_number, checked_texts
 from mipic_st.backbone import (
-    NO_CUT,
     check_layers,
     evaluation_mode,
     full_width,
@@ -32,7 +31,7 @@ from mipic_st.backbone import (
 from mipic_st.cut_fits import fit_cut, refine_cut
 from mipic_st.embedding_store import unit_length
 from mipic_st.layers import TokenStates, encode_layers, encode_tokens
-from mipic_st.tails import BLOCK, spearman, table_of, wants_bar
+from mipic_st.tails import BLOCK, encode_texts, spearman, table_of, wants_bar
 from mipic_st.word_weights import fit_word_weights, input_embeddings, no_word_weights, word_weights_module
 
 if TYPE_CHECKING:
@@ -232,8 +231,7 @@ def fit_layer_cuts(
 def probe_vectors(model: SentenceTransformer) -> np.ndarray:
     """What a model makes of a few fixed texts at full width, at unit length."""
     with evaluation_mode(model):
-        vectors = model.encode(list(_PROBES), prompt="", truncate_dim=NO_CUT, show_progress_bar=False)
-    return unit_length(np.asarray(vectors, dtype=np.float32))
+        return unit_length(encode_texts(model, _PROBES, "", None, len(_PROBES), False))
 
 
 def same_vectors(vectors: np.ndarray, others: np.ndarray) -> bool:

@@ -765,11 +765,12 @@ def _belonging(given: Any, name: str) -> list[int]:
 
 def _put_in(inner: SentenceTransformer, matrix: Tensor) -> Callable[[], None]:
     """Put the rotation behind everything but the trailing Normalize; the function that takes it out is returned."""
-    names = [name for name, _ in inner.named_children()]
-    trailing: list[tuple[str, nn.Module]] = []
-    while names and isinstance(inner.get_submodule(names[-1]), Normalize):
-        trailing.insert(0, (names[-1], inner.get_submodule(names.pop())))
-    dense: Any = linear_end([inner.get_submodule(name) for name in names])
+    children = list(inner.named_children())
+    kept = children.copy()
+    while kept and isinstance(kept[-1][1], Normalize):
+        kept.pop()
+    trailing = children[len(kept) :]
+    dense: Any = linear_end([module for _, module in kept])
     if dense is not None:
         before = {name: value.detach().clone() for name, value in dense.linear.state_dict().items()}
         with torch.no_grad():
@@ -781,18 +782,17 @@ def _put_in(inner: SentenceTransformer, matrix: Tensor) -> Callable[[], None]:
 
         return restore
     dense = identity_dense(matrix, inner)
-    before_it = list(inner.named_children())
     for name, _ in trailing:
         delattr(inner, name)
     # names may have gaps, and none may be taken twice
-    first = max(len(names), *(int(name) + 1 for name in names if name.isdecimal()), 0)
+    first = max(len(kept), *(int(name) + 1 for name, _ in kept if name.isdecimal()), 0)
     for number, module in enumerate([dense, *(module for _, module in trailing)], first):
         inner.add_module(str(number), module)
 
     def undo() -> None:
         for name, _ in list(inner.named_children()):
             delattr(inner, name)
-        for name, module in before_it:
+        for name, module in children:
             inner.add_module(name, module)
 
     return undo

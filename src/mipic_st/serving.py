@@ -30,9 +30,10 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor, nn
 
 from mipic_st._checks import checked_dims, checked_number, checked_texts, missing_extra
-from mipic_st.backbone import NO_CUT, describe, evaluation_mode, full_width, is_linear
+from mipic_st.backbone import describe, evaluation_mode, full_width, is_linear
 from mipic_st.embedding_store import unit_length
 from mipic_st.export import merged_encoders
+from mipic_st.tails import encode_texts
 
 __all__ = ["EndpointCheck", "check_endpoint", "export_onnx", "save_for_tei"]
 
@@ -79,9 +80,8 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
             raise ValueError(f"{reason}, which text-embeddings-inference does not know.{hint}")
     if merged := merged_encoders(model):  # what is saved of adapters, no server reads
         model = copy.deepcopy(model, merged)
-    folder = _new_folder(folder)
-    with _whole_or_none(folder), evaluation_mode(model):  # saving writes a card, for which it encodes
-        _save_older_form(model, modules, folder)
+    with _new_folder(folder) as new, evaluation_mode(model):  # saving writes a card, for which it encodes
+        _save_older_form(model, modules, new)
 
 
 def _save_older_form(model: SentenceTransformer, modules: Sequence[nn.Module], folder: Path) -> None:
@@ -130,23 +130,19 @@ def _not_for_tei(module: nn.Module, place: int) -> str:
 
 
 @contextmanager
-def _whole_or_none(folder: Path) -> Iterator[None]:
-    """A folder is written as a whole, or left as it was, so that another attempt finds it empty."""
+def _new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
+    """A new or empty folder, which is written as a whole or left as it was, so that another attempt finds it empty."""
+    folder = Path(folder)
     existed = folder.exists()
+    if existed and any(folder.iterdir()):
+        raise ValueError(f"folder {str(folder)!r} exists and is not empty; name a new one.")
     try:
-        yield
+        yield folder
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         if existed:
             folder.mkdir()
         raise
-
-
-def _new_folder(folder: str | PathLike[str]) -> Path:
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"folder {str(folder)!r} exists and is not empty; name a new one.")
-    return folder
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -239,9 +235,8 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         raise ValueError("the model is in bfloat16, which ONNX Runtime does not compute in on a CPU: model.float() it.")
     product = linear_tail(model)
-    folder = _new_folder(folder)
-    with _whole_or_none(folder), evaluation_mode(model):
-        return _write_onnx(model, product, folder, onnxruntime)
+    with _new_folder(folder) as new, evaluation_mode(model):
+        return _write_onnx(model, product, new, onnxruntime)
 
 
 def _write_onnx(model: SentenceTransformer, product: Tensor | None, folder: Path, onnxruntime: Any) -> Path:
@@ -274,7 +269,7 @@ def _write_onnx(model: SentenceTransformer, product: Tensor | None, folder: Path
     (states,) = session.run(None, {name: given[name].cpu().numpy().astype(np.int64) for name in names})
     pooled = own_pooling({"token_embeddings": torch.as_tensor(states), "attention_mask": given["attention_mask"].cpu()})
     got = unit_length(pooled["sentence_embedding"].numpy())
-    own = unit_length(model.encode(texts, truncate_dim=NO_CUT, prompt="", show_progress_bar=False))
+    own = unit_length(encode_texts(model, texts, "", None, len(texts), False))
     if not np.abs(got - own).max() < 1e-3:
         raise RuntimeError(f"the ONNX file gives other vectors than the model, by {np.abs(got - own).max():.1e}.")
     width = own_pooling.embedding_dimension if product is None else full_width(model)
@@ -363,8 +358,7 @@ def check_endpoint(
     texts = checked_texts("texts", texts)
     served = _ask(url, texts, dim, name, api_key, timeout)
     with evaluation_mode(model):
-        vectors = model.encode(texts, prompt="", truncate_dim=NO_CUT, show_progress_bar=False, convert_to_numpy=True)
-    own = np.asarray(vectors, np.float32)
+        own = encode_texts(model, texts, "", None, 32, False)
     wanted = dim or width
     findings = []
     if served.shape[1] != wanted:
@@ -426,7 +420,7 @@ def _encoded(model: SentenceTransformer, modules: list[nn.Module], texts: list[s
     """Vectors of the model with other modules behind its encoder."""
     other = SentenceTransformer(modules=modules, device=str(model.device))
     with evaluation_mode(model):
-        return np.asarray(other.encode(texts, prompt="", show_progress_bar=False), np.float32)
+        return encode_texts(other, texts, "", None, 32, False)
 
 
 def _ask(url: str, texts: list[str], dim: int | None, name: str, api_key: str | None, timeout: float) -> np.ndarray:
