@@ -79,6 +79,23 @@ def test_score_name_wins_over_label(tmp_path):
     assert SCORED_COLUMNS["score"][0] == "score"
 
 
+@pytest.mark.parametrize("name", ["Label", "is_duplicate"])
+def test_classes_are_not_scores(tmp_path, name):
+    """Three classes under a label's name are refused, since the highest may say that the texts contradict each other.
+
+    Yes or no, fractions, a name that says similarity, and a given range are scores; texts alone need none.
+    """
+    texts = {"sentence1": ["a", "b", "c"], "sentence2": ["d", "e", "f"]}
+    classes = write(tmp_path / "nli.csv", {**texts, name: [0, 1, 2]})
+    for load in (load_training_file, load_sts_file):
+        with pytest.raises(ValueError, match="classes"):
+            load(classes)
+    assert load_sts_file(classes, score_range=(0, 2))["score"][:] == [0, 0.5, 1]
+    assert load_texts_file(classes) == list("abcdef")
+    for column, scores in ((name, [0, 1, 1]), (name, [0.0, 1.5, 2.0]), ("score", [0, 1, 2])):
+        assert load_sts_file(write(tmp_path / "sts.csv", {**texts, column: scores}))["score"][:] == scores
+
+
 def test_pairs_win_over_scores(tmp_path):
     """A training file with both shapes is read as pairs, while evaluation takes the scored columns."""
     path = write(tmp_path / "data.csv", {**SCORED, **PAIRS})

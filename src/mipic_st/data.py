@@ -35,6 +35,8 @@ SCORED_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 #: What the trainer's collator takes for the labels of a batch.
 LABEL_COLUMNS: tuple[str, ...] = ("label", "labels", "score", "scores")
+#: Those of them, and other names, that hold classes as often as degrees of similarity.
+CLASS_COLUMNS: tuple[str, ...] = ("label", "labels", "is_duplicate")
 TEXT_COLUMN: dict[str, tuple[str, ...]] = {"text": ("text", "sentence")}
 SUFFIXES: tuple[str, ...] = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -54,7 +56,8 @@ def load_training_file(path: str | PathLike[str], *, score_range: tuple[float, f
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file cannot be read, has no rows or not the columns, or holds an empty text or a score that
-            is no finite number or outside ``score_range``. The message names the file, and column and row.
+            is no finite number or outside ``score_range``, or classes under a label's name (whole numbers other than 0
+            and 1, without ``score_range``). The message names the file, and column and row.
         ImportError: If ``datasets`` is not installed.
 
     Example:
@@ -95,8 +98,8 @@ def load_texts_file(path: str | PathLike[str]) -> list[str]:
         if not texts:
             raise ValueError(f"{path} holds no text.")
     else:
-        selected = _select(_read(path), (_TEXTS, _PAIRS, _SCORED), str(path), None)
-        texts = [text for name in selected.column_names if name != "score" for text in selected[name]]
+        selected = _select(_read(path), (_TEXTS, _PAIRS, _BOTH), str(path), None)
+        texts = [text for name in selected.column_names for text in selected[name]]
     return list(dict.fromkeys(texts))
 
 
@@ -179,6 +182,7 @@ def is_scored(dataset: Dataset) -> bool:
 _PAIRS = PAIR_COLUMNS
 _SCORED = SCORED_COLUMNS
 _TEXTS = TEXT_COLUMN
+_BOTH = {name: SCORED_COLUMNS[name] for name in ("sentence1", "sentence2")}
 
 
 def _datasets() -> Any:
@@ -250,7 +254,20 @@ def _select(
         column = list(dataset[original])
         check = _checked_scores if name == "score" else _checked_texts
         values[name] = check(column, f"column {original!r} of {source}", score_range)
+        if name == "score" and score_range is None and (classes := found_classes(original, values[name])):
+            raise ValueError(
+                f"Column {original!r} of {source} holds {classes}, which look like classes (in natural language "
+                "inference, the highest is the contradiction). For degrees of similarity, name the column 'score' or "
+                "give score_range; otherwise keep the pairs that belong together, as anchor and positive."
+            )
     return _datasets().Dataset.from_dict(values)
+
+
+def found_classes(name: str, scores: Sequence[float]) -> list[int]:
+    """The first classes in a column of whole numbers under a label's name, none for yes or no, or for a scale."""
+    found = set(scores)
+    scale = _plain_name(name) not in CLASS_COLUMNS or found <= {0, 1} or any(value != round(value) for value in found)
+    return [] if scale else sorted(map(int, found))[:5]
 
 
 def _plain_name(name: str) -> str:

@@ -38,7 +38,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from mipic_st._checks import checked_count, checked_dims, checked_number, checked_texts, per_column
 from mipic_st.backbone import evaluation_mode, full_width, in_half_precision, unwrap
-from mipic_st.data import LABEL_COLUMNS, SCORED_COLUMNS
+from mipic_st.data import LABEL_COLUMNS, SCORED_COLUMNS, found_classes
 from mipic_st.embedding_store import unit_length
 from mipic_st.model_config import extend_model_card, set_matryoshka_config
 from mipic_st.sia import no_autocast
@@ -747,11 +747,10 @@ def _belonging(given: Any, name: str) -> list[int]:
     if not np.isfinite(scores).all():
         raise ValueError(f"column {name!r} of data holds values that are no finite numbers; leave these rows out.")
     top = next((most for most in (1, 5, 10) if scores.max() <= most), float(scores.max()))
-    whole = bool((scores == scores.round()).all()) and not set(scores.tolist()) <= {0.0, 1.0}
-    if whole and name in ("label", "labels", "is_duplicate"):  # classes; as scores, whole numbers are a scale
+    if classes := found_classes(name, scores.tolist()):
         raise ValueError(
-            f"column {name!r} of data holds {sorted(set(scores.astype(int).tolist()))[:5]}, and which of them says "
-            "that the texts belong together is not known: keep these rows and remove the column."
+            f"column {name!r} of data holds {classes}, and which of them says that the texts belong together is not "
+            "known: keep these rows and remove the column."
         )
     rows = np.flatnonzero(scores >= 0.8 * top).tolist()
     if not rows:
