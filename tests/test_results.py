@@ -106,18 +106,19 @@ def difference(by_dim, dim):
 
 
 def headline(entry):
-    """Means, and how far each is behind the last row, with an interval where the report compares the two."""
+    """Means, and how far each is behind the last row, or the one before where the report has that interval only."""
     columns = [("sts", dim) for dim in (384, 64, 16, 8)] + [("accuracy@1", dim) for dim in (16, 8)]
     head = ["", *(f"STS {dim}" if measure == "sts" else f"retrieval {dim}" for measure, dim in columns)]
-    ours = entry[HEADLINE[-1]]
 
     def behind(name, dim):
-        found = ours["sts differences"].get(name)
-        if found:
-            difference, low, high = (round(found[str(dim)][key], 1) + 0 for key in ("difference", "low", "high"))
-            return f"{difference:.1f} [{low:.1f}, {high:.1f}]"
-        difference = ours["sts"][str(dim)]["mean"] - entry[name]["sts"][str(dim)]["mean"]
-        return f"{difference:.1f}" if name != HEADLINE[-1] else ""
+        if name == HEADLINE[-1]:
+            return ""
+        found = entry[HEADLINE[-1]]["sts differences"].get(name, {}).get(str(dim))
+        if not found:
+            reverse = entry[name]["sts differences"][HEADLINE[-2]][str(dim)]
+            found = {"difference": -reverse["difference"], "low": -reverse["high"], "high": -reverse["low"]}
+        difference, low, high = (round(found[key], 1) + 0 for key in ("difference", "low", "high"))
+        return f"{difference:.1f} [{low:.1f}, {high:.1f}]"
 
     rows = [
         [
