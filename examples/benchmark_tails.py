@@ -51,7 +51,7 @@ def measure(what: str, size: str, threads: int) -> None:
     positives = torch.randn(count, width, generator=generator).mul_(0.5).add_(anchors)
     dims = [dim for dim in DIMS if dim < width]
     if what != "least squares":  # what it imports should not count
-        fit_rotation(anchors[:600], positives[:600], dims=[8], max_steps=1)
+        fit_rotation(anchors[:300], positives[:300], dims=[8], max_steps=1)
     # the first 4,000 texts at most, as fit_layer_cuts takes them, of 16 tokens each
     texts = min(4000, count)
     states = torch.randn(16 * texts, width, generator=generator).bfloat16() if what == "word weights" else None
@@ -80,7 +80,7 @@ def main() -> None:
         measure(*args.one, args.threads)
         return
     print(f"{'':14} {'vectors':>12} {'seconds':>8} {'added memory / vectors':>23}")
-    for size in ["600x64"] if args.smoke else args.sizes:
+    for size in ["300x32"] if args.smoke else args.sizes:
         for what in ("rotation", "word weights", "least squares", "refined cut"):
             command = [sys.executable, __file__, "--threads", str(args.threads), "--one", what, size]
             done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -18,9 +18,6 @@ from distributed_worker import EQUAL, WITHOUT_PROJECTIONS, run_by_hand, run_drif
 from mipic_st import MIPICLoss, pic
 from training_fixtures import make_loss, make_trainer, parameters
 
-# one start-up of two processes serves all of them
-pytestmark = pytest.mark.xdist_group("distributed")
-
 HERE = Path(__file__).parent
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -36,7 +33,7 @@ def start(tmp_path_factory, transformer_folder):
 
 @pytest.fixture(scope="module")
 def ranks(start, tmp_path_factory):
-    """Parameters after each scenario, per rank."""
+    """Parameters after each scenario, per rank: one start-up of two processes serves all of them."""
     output = tmp_path_factory.mktemp("ranks")
     paths = [str(HERE.parent / "src"), str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
