@@ -80,7 +80,7 @@ def main() -> None:
         measure(*args.one, args.threads)
         return
     print(f"{'':14} {'vectors':>12} {'seconds':>8} {'added memory / vectors':>23}")
-    for size in ["300x32"] if args.smoke else args.sizes:
+    for size in ["600x32"] if args.smoke else args.sizes:
         for what in ("rotation", "word weights", "least squares", "refined cut"):
             command = [sys.executable, __file__, "--threads", str(args.threads), "--one", what, size]
             done = subprocess.run(command, check=True, capture_output=True, text=True)

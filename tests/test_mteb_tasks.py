@@ -653,11 +653,17 @@ def test_the_digests_are_those_of_the_true_sets(data_folder):
 # --- whose result a file holds ----------------------------------------------------------------------------------------
 
 
+def _rolled(self, *args, **kwargs):
+    """Predictions of the neighbouring rows."""
+    return np.roll(np.asarray(super(type(self), self).__call__(*args, **kwargs)), 1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         lambda task: setattr(task, "n_experiments", 5),
         lambda task: setattr(task, "seed", 1),
+        lambda task: setattr(task, "evaluator", type("Rolled", (type(task).evaluator,), {"__call__": _rolled})),
         lambda task: task.dataset.update(test=task.dataset["test"].select(range(20))),
         lambda task: task.dataset.update(train=task.dataset["train"].select(range(24))),
     ],
@@ -673,6 +679,49 @@ def test_another_setting_or_data_set_is_another_result(model, tiny_tasks, tmp_pa
     assert expected != before
     assert run(model, [changed], [8], tmp_path / "a") == expected
     assert run(model, [task], [8], tmp_path / "a") == before
+
+
+@pytest.fixture
+def folder_task(tmp_path):
+    """(name, seed) -> a task of STS13's name whose class says that its data lie in a folder."""
+
+    def make(name, seed):
+        path = tmp_path / name
+        path.mkdir()
+        scores = [float(7 * i % 5) for i in range(20)]
+        rows = {"sentence1": sentences(20, seed), "sentence2": sentences(20, seed + 1), "score": scores}
+        pd.DataFrame(rows).to_csv(path / "test.csv", index=False)
+        base = type(mteb.get_task("STS13"))
+        dataset = {"path": str(path), "revision": "local"}
+        return type(base.__name__, (base,), {"metadata": base.metadata.model_copy(update={"dataset": dataset})})()
+
+    return make
+
+
+def test_metadata_set_on_a_task_decide_and_stay(model, folder_task, tmp_path):
+    """Data and main score that the object names are what is scored, and the object is as it was."""
+    task, other = folder_task("a", 1), folder_task("b", 7)
+    update = {"dataset": other.metadata.dataset, "main_score": "cosine_pearson"}
+    task.metadata = own = task.metadata.model_copy(update=update)
+    report = evaluate_mteb(model, [task], [32], output=tmp_path / "out", show_progress_bar=False)
+    assert task.metadata is own
+    assert not task.data_loaded
+    other.metadata = own
+    expected = mteb.evaluate(model, other, cache=None, co2_tracker=False, show_progress_bar=False)
+    assert report.records[0]["metric"] == "cosine_pearson"
+    assert report.records[0]["score"] == pytest.approx(expected.task_results[0].get_score(), abs=1e-6)
+
+
+def test_files_of_another_folder_or_main_score_are_not_read(model, folder_task, tmp_path):
+    """One name and one revision, but other rows, or another score of them: what is there of the first is not taken."""
+    first, second = folder_task("a", 1), folder_task("b", 7)
+    scores = [score_of(model, task, tmp_path / "out") for task in (first, second)]
+    assert scores[0] != scores[1]
+    assert scores == [score_of(model, task, tmp_path / name) for name, task in (("x", first), ("y", second))]
+    (tmp_path / "a" / "test.csv").write_bytes((tmp_path / "b" / "test.csv").read_bytes())
+    assert score_of(model, first, tmp_path / "out") == scores[1]
+    second.metadata = second.metadata.model_copy(update={"main_score": "cosine_pearson"})
+    assert score_of(model, second, tmp_path / "out") == score_of(model, second, tmp_path / "z") != scores[1]
 
 
 def test_results_of_another_data_revision_are_not_read(model, tiny_tasks, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -415,16 +416,27 @@ class _Job:
         if self.task.data_loaded:
             yield
             return
-        try:
-            self.task.load_data()
-        except Exception as error:
-            raise _NotLoadedError(
-                f"no data for {self.label}: the hub has it, but {_reason(self.task, error)}."
-            ) from error
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(_loaded(self.task))
+            except Exception as error:
+                raise _NotLoadedError(
+                    f"no data for {self.label}: the hub has it, but {_reason(self.task, error)}."
+                ) from error
             yield
-        finally:
-            self.task.unload_data()
+
+
+@contextlib.contextmanager
+def _loaded(task: Any) -> Iterator[None]:
+    """Load a task's data and free it again; metadata set on the object stay, which mteb would forget."""
+    own = vars(task).get("metadata")
+    task.load_data()
+    try:
+        yield
+    finally:
+        task.unload_data()
+        if own is not None:
+            vars(task)["metadata"] = own
 
 
 def _job(task: Any, data_dir: Path | None) -> _Job:
@@ -439,7 +451,7 @@ def _job(task: Any, data_dir: Path | None) -> _Job:
         return _Job(task, name, {} if is_known_set(task) else data_digests(task))
     local = with_local_data(task, data_dir)
     if local is None:
-        return _Job(task, name)
+        return _Job(task, name, _digests_of_folder(task))
     if is_known_set(local):
         return _Job(local, name)
     job = _Job(local, f"{name}-local-{short_hash(data_digests(local))}")
@@ -448,23 +460,67 @@ def _job(task: Any, data_dir: Path | None) -> _Job:
     return job
 
 
+def _in_folder(metadata: Any) -> bool:
+    """Whether a task's data lie in a local folder, of whose content no revision tells."""
+    path = metadata.dataset.get("path", "")
+    return bool(path) and Path(path).exists()
+
+
+def _digests_of_folder(task: Any) -> dict[str, str]:
+    """Digests of data in a local folder; none for data on the hub, and for MTEB's own sets."""
+    if not _in_folder(task.metadata):
+        return {}
+    try:
+        with _loaded(task):
+            return {} if is_known_set(task) else data_digests(task)
+    except Exception as error:  # what is wrong is said when the task is run
+        logger.debug("no digest of %s", _reason(task, error))
+        return {}
+
+
 def _enumerated(names: Sequence[str], what: str) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{len(names)} {what} {short_hash(sorted(names))}"
 
 
 def _changed_settings(task: Any) -> dict[str, Any]:
-    """Attributes that were set on the task object and change scores, such as ``n_experiments``."""
+    """What was set on the task object, or in its metadata, and changes scores, such as ``n_experiments``."""
     changed = {
-        name: re.sub(r" at 0x\w+", "", repr(value))
+        name: _shown(value)
         for name, value in vars(task).items()
-        if name not in _NO_SETTINGS
-        and hasattr(type(task), name)
-        and not callable(value)
-        and repr(getattr(type(task), name)) != repr(value)
+        if name not in _NO_SETTINGS and hasattr(type(task), name) and repr(getattr(type(task), name)) != repr(value)
     }
+    name = task.metadata.name
+    there, published = (_scored_by(metadata) for metadata in (task.metadata, _published(name) or type(task).metadata))
+    changed |= {name: str(value) for name, value in there.items() if value != published.get(name)}
     if getattr(task, "seed", 42) != 42:  # mteb's default
         changed["seed"] = task.seed
     return changed
+
+
+def _shown(value: Any) -> str:
+    """A value as a result file names it: a class or function by its name and code, without addresses."""
+    name = getattr(value, "__qualname__", "")
+    shown = f"{value.__module__}.{name}" if name else repr(value)
+    if code := getattr(value, "__code__", None):
+        shown += f" {short_hash([code.co_code.hex(), re.sub(r' at 0x[0-9a-f]+', '', repr(code.co_consts))])}"
+    return re.sub(r" at 0x\w+", "", shown)
+
+
+@cache
+def _published(name: str) -> Any:
+    """The metadata of mteb's own task of this name; None if it has none."""
+    try:
+        return _import_mteb().get_task(name).metadata
+    except KeyError:
+        return None
+
+
+def _scored_by(metadata: Any) -> dict[str, Any]:
+    """What a task's metadata say of its scores, but for the revision, which result files have by themselves."""
+    found = {"main_score": metadata.main_score}
+    if not _in_folder(metadata):  # there its data are known by their digest
+        found["dataset"] = {key: value for key, value in sorted(metadata.dataset.items()) if key != "revision"}
+    return found
 
 
 def _distinct(jobs: Sequence[_Job]) -> list[_Job]:
@@ -702,11 +758,10 @@ def _why_not_loaded(task: Any) -> list[str]:
         return []
     # offline, the set may be in a cache, and a task may have a way of its own: the task knows best
     try:
-        task.load_data()
+        with _loaded(task):
+            return []
     except Exception as error:
         return [_reason(task, error)]
-    task.unload_data()
-    return []
 
 
 def _reason(task: Any, error: Exception) -> str:
