@@ -1,4 +1,4 @@
-"""MIPICCallback and resuming: bit for bit with it, refused without it."""
+"""MIPICCallback and resuming: bit for bit with it, refused or told without it."""
 
 from __future__ import annotations
 
@@ -154,6 +154,87 @@ def test_projections_of_another_run_are_recognised(tiny_model, interrupted, tmp_
     trainer = make_trainer(model, loss, interrupted, max_steps=6, callbacks=[MIPICCallback(loss)])
     with pytest.raises(ValueError, match="is of another run than the optimizer"):
         trainer.train(resume_from_checkpoint=True)
+
+
+def without_projections(tiny_model, folder, step=None, callback=True, **options):
+    """A trainer of 6 steps whose loss has no parameters, and its loss; it stops at a step."""
+    model = tiny_model(training=True)
+    options = {"n_dims_per_step": 1} | options
+    loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS, **options)
+    assert not any(True for _ in loss.mipic_projections.parameters())
+    callbacks = [MIPICCallback(loss)] if callback else []
+    callbacks += [StopAt(step)] if step else []
+    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    return make_trainer(model, loss, folder, callbacks=callbacks, **arguments), loss
+
+
+@pytest.mark.parametrize("callback", [True, False])
+def test_drawn_dims_of_a_loss_without_parameters(tiny_model, tmp_path, caplog, callback):
+    """With the callback the draw goes on; without, the log says that it starts anew, once, and only on resuming."""
+    trainer, loss = without_projections(tiny_model, tmp_path / "whole", callback=callback)
+    trainer.train()
+    expected = loss.model.state_dict()
+    without_projections(tiny_model, tmp_path / "parts", step=3, callback=callback)[0].train()
+    assert "starts anew" not in caplog.text
+    trainer, loss = without_projections(tiny_model, tmp_path / "parts", callback=callback)
+    trainer.train(resume_from_checkpoint=True)
+    same = all(torch.equal(value, expected[name]) for name, value in loss.model.state_dict().items())
+    assert same == callback
+    assert caplog.text.count("the draw of n_dims_per_step dims starts anew") == (not callback)
+
+
+def test_all_dims_resume_without_the_callback_or_its_file(tiny_model, tmp_path, caplog):
+    """Where nothing is drawn and nothing trained beside the model, there is nothing to restore."""
+    all_dims = {"n_dims_per_step": -1}
+    trainer, loss = without_projections(tiny_model, tmp_path / "whole", **all_dims)
+    trainer.train()
+    expected = loss.model.state_dict()
+    without_projections(tiny_model, tmp_path / "parts", step=3, callback=False, **all_dims)[0].train()
+    shutil.copytree(tmp_path / "parts", tmp_path / "again")
+    for folder, callback in (("parts", False), ("again", True)):
+        trainer, loss = without_projections(tiny_model, tmp_path / folder, callback=callback, **all_dims)
+        trainer.train(resume_from_checkpoint=True)
+        assert all(torch.equal(value, expected[name]) for name, value in loss.model.state_dict().items())
+    assert "starts anew" not in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"pic_weight": 1.0}])
+def test_a_checkpoint_of_the_same_step_of_another_run(tiny_model, tmp_path, options):
+    """Without moments of projections to go by, drawn dims or plain SGD, the model's weights tell."""
+
+    def trainer_in(name, seed, step=None):
+        model = tiny_model(training=True)
+        base = losses.MultipleNegativesRankingLoss(model)
+        loss = MIPICLoss(model, base, DIMS, n_dims_per_step=1, seed=seed, **options)
+        return make_trainer(
+            model,
+            loss,
+            tmp_path / name,
+            max_steps=6,
+            save_strategy="steps",
+            save_steps=3,
+            optim="sgd",
+            learning_rate=0.1,
+            callbacks=[MIPICCallback(loss), *([StopAt(step)] if step else [])],
+        )
+
+    for name, seed in (("mine", 0), ("other", 7)):
+        trainer_in(name, seed, 3).train()
+    mine = str(tmp_path / "mine" / "checkpoint-3")
+    with pytest.raises(ValueError, match="is of another run than the model that the trainer resumed"):
+        trainer_in("other", 0).train(resume_from_checkpoint=mine)
+    trainer_in("mine", 0).train(resume_from_checkpoint=mine)
+
+
+def test_another_loss_in_the_callback_is_told(tiny_model, tmp_path, caplog):
+    """Its dims would go into the config; once a run, and not for the loss that is trained."""
+    trainer, loss = without_projections(tiny_model, tmp_path, callback=False)
+    trainer.add_callback(MIPICCallback(MIPICLoss(loss.model, loss.loss, [WIDTH, 8])))
+    trainer.train()
+    assert caplog.text.count("trained with another loss than the one given to MIPICCallback") == 1
+    caplog.clear()
+    without_projections(tiny_model, tmp_path / "right")[0].train()
+    assert "another loss" not in caplog.text
 
 
 def truncate(path):

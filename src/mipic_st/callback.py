@@ -27,6 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mipic_st.backbone import unwrap
 from mipic_st.loss import MIPICLoss
 from mipic_st.model_config import extend_model_card, set_matryoshka_config
+from mipic_st.optimizer_hooks import sharding_run
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class MIPICCallback(TrainerCallback):
       goes with the folder, so ``save_total_limit`` needs nothing more.
     - Resuming restores them; the run then continues bit for bit. The folder is ``args.resume_from_checkpoint``, or
       ``checkpoint-<step>`` in the output folder; for any other, name it in ``resume_from_checkpoint``. That the file
-      belongs to the resumed optimizer is checked.
+      belongs to the resumed optimizer is checked, or to the resumed model where an optimizer has no state of
+      projections.
     - With ``load_best_model_at_end`` the projections of the best checkpoint are loaded with the model.
     - Gradients of the projections are clipped to ``args.max_grad_norm``, on their own; the norm before clipping is
       logged as ``projections_grad_norm`` beside the trainer's ``grad_norm``, which is the model's. Reporting
@@ -81,6 +83,7 @@ class MIPICCallback(TrainerCallback):
     ) -> None:
         named = dict(loss) if isinstance(loss, Mapping) else {"": loss}
         self.losses: dict[str, MIPICLoss] = {}
+        self._warned = False
         for name, each in named.items():
             if isinstance(each, MIPICLoss) and each not in self.losses.values():
                 self.losses[name] = each
@@ -126,6 +129,7 @@ class MIPICCallback(TrainerCallback):
         metadata = {
             "format": "1",
             "optimizer": self._fingerprint(optimizer),
+            "model": self._model_sample(),
             "draws": json.dumps({name: loss._draw_state() for name, loss in self.losses.items()}),
         }
         partial = path.with_suffix(".partial")
@@ -206,6 +210,17 @@ class MIPICCallback(TrainerCallback):
                     digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest() if found else ""
 
+    def _model_sample(self) -> str:
+        """Digest of the first values of each of the model's parameters: cheap, and another at each step."""
+        digest = hashlib.sha256()
+        for parameter in unwrap(next(iter(self.losses.values())).model).parameters():
+            digest.update(parameter.detach().reshape(-1)[:64].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _restores(self) -> bool:
+        """Whether there is anything that a checkpoint has to hold for a run to go on as it was."""
+        return bool(self.projections()) or any(loss.draws_dims for loss in self.losses.values())
+
     # --- the trainer's events ---------------------------------------------------------------------------------------
 
     def on_train_begin(
@@ -236,6 +251,8 @@ class MIPICCallback(TrainerCallback):
         if self.resume_from_checkpoint is not None:
             candidates = [self.resume_from_checkpoint]
         folder = next((folder for folder in candidates if (folder / PROJECTIONS_FILE).is_file()), candidates[0])
+        if not ((folder / PROJECTIONS_FILE).is_file() or self._restores()):
+            return
         if not (folder / PROJECTIONS_FILE).is_file() and self.missing_projections == "reset":
             logger.warning("No %s in %s: the projections start afresh, with new moments.", PROJECTIONS_FILE, folder)
             if optimizer is not None:
@@ -248,12 +265,16 @@ class MIPICCallback(TrainerCallback):
                     f"resumes from: MIPICCallback(loss, resume_from_checkpoint=...)."
                 )
             metadata, _ = self._read(folder / PROJECTIONS_FILE)
-            present = self._fingerprint(optimizer)
-            if present and metadata.get("optimizer") and present != metadata["optimizer"]:
-                raise ValueError(
-                    f"{folder / PROJECTIONS_FILE} is of another run than the optimizer that the trainer resumed. Name "
-                    "the folder that the trainer resumes from: MIPICCallback(loss, resume_from_checkpoint=...)."
-                )
+            for what, present in (("optimizer", self._fingerprint(optimizer)), ("model", self._model_sample())):
+                if not (present and metadata.get(what)):
+                    continue
+                if present == metadata[what]:
+                    break  # of a sharded model the trainer may not have loaded the weights yet
+                if what == "optimizer" or not (self.resume_from_checkpoint or sharding_run()):
+                    raise ValueError(
+                        f"{folder / PROJECTIONS_FILE} is of another run than the {what} that the trainer resumed. Name "
+                        "the folder that the trainer resumes from: MIPICCallback(loss, resume_from_checkpoint=...)."
+                    )
             self.load(folder)
             logger.info("Restored the projections of MIPICLoss from %s.", folder)
         if optimizer is not None:
@@ -295,6 +316,13 @@ class MIPICCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Clear the projections' gradients: sentence-transformers before 6.2 clears the model's only."""
+        if not self._warned and not any(loss.trained for loss in self.losses.values()):
+            self._warned = True
+            logger.warning(
+                "The first step trained with another loss than the one given to MIPICCallback, whose dims go into the "
+                "model's config and whose state into checkpoints. Unless a later data set has it, give both the same "
+                "object."
+            )
         for parameter in self.projections().values():
             parameter.grad = None
 

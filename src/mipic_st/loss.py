@@ -110,7 +110,8 @@ class MIPICLoss(nn.Module):
             are the prefixes of SIA. Any order; the order has no effect.
         matryoshka_weights: One weight per dim for the base loss. Default: 1 for each.
         n_dims_per_step: Number of dims that the base loss is applied to in each training step, drawn by a generator of
-            the loss's own. -1 is all of them. Evaluation always uses all. The alignment terms always use all.
+            the loss's own, which checkpoints hold with :class:`~mipic_st.callback.MIPICCallback` only. -1 is all of
+            them. Evaluation always uses all. The alignment terms always use all.
         alpha: Weight of the base term in Eq. 18, in [0, 1].
         attention_weight: Weight of SIA's attention term (Eq. 6), >= 0. Zero switches it off. Small by default: with a
             weight of 1 a model with random upper layers got worse at full width, by 1.6 points with
@@ -736,11 +737,22 @@ class MIPICLoss(nn.Module):
                     totals[name] = totals.get(name, 0.0) + weight * part
         return totals, passes.embeddings
 
+    @property
+    def draws_dims(self) -> bool:
+        """Whether the base loss is applied to some dims in each training step, not to all."""
+        return 0 < self.n_dims_per_step < len(self.matryoshka_dims)
+
+    @property
+    def trained(self) -> bool:
+        """Whether there was a training batch yet."""
+        return self._batches > 0
+
     def _draw_dims(self) -> Sequence[int]:
         """Indices of the dims for this step, largest dim first: all of them, or a seeded draw while training."""
         count = len(self.matryoshka_dims)
-        if not 0 < self.n_dims_per_step < count or not self.model.training:
+        if not self.draws_dims or not self.model.training:
             return range(count)
+        self.keeper.note_draw(self.model)
         return sorted(self._dim_generator.sample(range(count), self.n_dims_per_step))
 
     def _draw_state(self) -> list[Any]:
@@ -756,6 +768,7 @@ class MIPICLoss(nn.Module):
         """
         version, numbers, gauss = state
         self._dim_generator.setstate((version, tuple(numbers), gauss))
+        self.keeper.draws_restored = True
 
     def get_extra_state(self) -> Tensor:
         """The state of the draw of dims, which goes into ``state_dict()`` as whole numbers."""

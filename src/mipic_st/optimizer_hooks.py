@@ -8,6 +8,7 @@ right without any configuration is done here, from PyTorch's public hook before 
 
 from __future__ import annotations
 
+import logging
 import sys
 import weakref
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from packaging.version import Version
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+logger = logging.getLogger(__name__)
 
 RESUME_FIX = "SentenceTransformerTrainer(..., callbacks=[MIPICCallback(loss)])"
 
@@ -103,7 +106,7 @@ def check_not_sharded(model: nn.Module, projections: nn.Module) -> None:
     if next(projections.parameters(), None) is None:
         return
     kinds = (_SHARDING.get(kind.__name__) for module in model.modules() for kind in type(module).__mro__)
-    name = next(filter(None, kinds), None) or _sharding_run()
+    name = next(filter(None, kinds), None) or sharding_run()
     if name is not None:
         raise ValueError(
             f"{name} takes over the optimizer with the parameters of the model, and would lose the projections of "
@@ -112,7 +115,7 @@ def check_not_sharded(model: nn.Module, projections: nn.Module) -> None:
         )
 
 
-def _sharding_run() -> str | None:
+def sharding_run() -> str | None:
     """What the accelerator of this process shards with, if there is one and it does."""
     state = sys.modules.get("accelerate.state")
     if state is None or not state.is_initialized():
@@ -127,15 +130,24 @@ class ProjectionKeeper:
     ranks, and an optimizer that was resumed from a checkpoint while the projections were not is refused. Projections
     are taken as resumed once ``load_state_dict`` set them, or :class:`mipic_st.callback.MIPICCallback` did.
 
+    A draw of dims that starts anew beside a resumed optimizer is told in the log: the run is sound, but not the one
+    that was interrupted.
+
     The hooks are global, as PyTorch offers no other kind for an optimizer that does not exist yet. They refer to the
     keeper weakly and are removed when it is gone, that is, with its loss.
 
     Args:
         projections: The module that holds the parameters.
+
+    Attributes:
+        draws_restored: Whether the draw of dims goes on from a saved state.
     """
 
     def __init__(self, projections: Projections) -> None:
         self.projections = projections
+        self.draws_restored = False
+        self._drawn_for: weakref.ref[nn.Parameter] | None = None
+        self._begun: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._prepared = False
         self._records: weakref.WeakKeyDictionary[Optimizer, _Record] = weakref.WeakKeyDictionary()
         reference = weakref.ref(self)
@@ -167,6 +179,7 @@ class ProjectionKeeper:
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Do what has to be done before the step, unless :meth:`prepare` has done it already."""
+        self._check_draws(optimizer)
         own = self.own(optimizer)
         if not own:
             return
@@ -188,6 +201,27 @@ class ProjectionKeeper:
                 self.projections.loaded -= self._names(own)
             self._synchronise(own, first)
             self._prepared = True
+
+    def note_draw(self, model: nn.Module) -> None:
+        """Dims were drawn for a training step of the model."""
+        if self._drawn_for is None:
+            trained = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
+            self._drawn_for = None if trained is None else weakref.ref(trained)
+
+    def _check_draws(self, optimizer: Optimizer) -> None:
+        """Warn, once, if the model's optimizer came with steps from elsewhere, and the draw of dims did not."""
+        if optimizer not in self._begun:
+            self._begun[optimizer] = _steps_in(next(iter(optimizer.state.values()), None))
+        if self._drawn_for is None or self.draws_restored or not self._begun[optimizer]:
+            return
+        first = self._drawn_for()
+        if any(parameter is first for group in optimizer.param_groups for parameter in group["params"]):
+            self.draws_restored = True
+            logger.warning(
+                "The optimizer was resumed from a checkpoint, but the draw of n_dims_per_step dims starts anew: this "
+                "run is not the one that was interrupted. Save and restore the draw from the first run on: %s.",
+                RESUME_FIX,
+            )
 
     def finish(self) -> None:
         """The step was done, or called off by a gradient scaler: the next one is prepared anew."""
