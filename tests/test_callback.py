@@ -634,6 +634,9 @@ def test_set_matryoshka_config_by_hand(tiny_model, tmp_path):
         with pytest.raises((TypeError, ValueError), match=message):
             set_matryoshka_config(model, [8], chain)
     assert model[0].auto_model.config.mipic_chain == [[16, 2], [32, 3]]
+    set_matryoshka_config(model, [16])
+    model.save(str(tmp_path))
+    assert "mipic_chain" not in json.loads((tmp_path / "config.json").read_text()), "a training without PIC has none"
     static = SentenceTransformer(modules=[StaticEmbedding(make_tokenizer().backend_tokenizer, embedding_dim=16)])
     with pytest.raises(ValueError, match="no Transformer module"):
         set_matryoshka_config(static, [8, 16])
@@ -675,6 +678,21 @@ def test_a_model_without_smaller_dims_has_no_such_line(tiny_model, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "truncate_dim" not in card
     assert "- matryoshka\n" not in card
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_what_was_said_of_smaller_dims_goes(tiny_model, tmp_path, loaded):
+    """A model that is now trained at full width alone no longer says that it can be cut; loaded cards, and new ones."""
+    model = tiny_model()
+    if loaded:
+        model.save(str(tmp_path / "start"))
+        model = SentenceTransformer(str(tmp_path / "start"), device="cpu")
+    for number, dims in enumerate(([4, WIDTH], [WIDTH])):
+        set_matryoshka_config(model, dims)
+        model.save(str(tmp_path / str(number)))
+        card = (tmp_path / str(number) / "README.md").read_text()
+        assert ("can be cut to 4 values" in card) == (number == 0)
+        assert ("## Truncated embeddings" in card) == (loaded and number == 0)
 
 
 # --- the keeper -------------------------------------------------------------------------------------------------------

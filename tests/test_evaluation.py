@@ -450,6 +450,47 @@ def test_a_teacher_is_cut_as_the_student_is(tmp_path):
                     assert scores[f"mse-{dim}_negative_mse"] == pytest.approx(native, rel=1e-4)
 
 
+def test_a_raw_teacher_of_a_student_of_unit_length(tmp_path, caplog):
+    """The uncut width compares with the raw teacher, as the native evaluator; mean and worst do so renormalised."""
+    teacher = tiny_model(tmp_path / "teacher", normalize=False, layers=2)
+    student = tiny_model(tmp_path / "student", normalize=True, layers=4)
+    scores = MatryoshkaEvaluator(MSEEvaluator(A, B, teacher_model=teacher, name="mse"), [8, 32])(student)
+    native = MSEEvaluator(A, B, teacher_model=teacher, name="mse")(student)["mse_negative_mse"]
+    assert scores["mse-32_negative_mse"] == pytest.approx(native, rel=1e-5)
+    left, right = teacher.encode(A, normalize_embeddings=True), student.encode(B)
+    alike = -100 * ((left - right) ** 2).mean()
+    assert alike > native + 1
+    assert scores["mse-32-unit_negative_mse"] == pytest.approx(alike, rel=1e-4)
+    values = [alike, scores["mse-8_negative_mse"]]
+    assert scores["mse-mean_negative_mse"] == pytest.approx(np.mean(values), rel=1e-4)
+    assert scores["mse-worst_negative_mse"] == pytest.approx(min(values), rel=1e-4)
+    assert "the model's or the teacher's are not of length 1" in caplog.text
+
+
+class WidthAsError(BaseEvaluator):
+    """Lower is better: the number of values."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.primary_metric, self.greater_is_better = name, "err", False
+
+    def __call__(self, model, output_path=None, epoch=-1, steps=-1):
+        scores = {"err": float(model.encode(["a red house"]).shape[1])}
+        return self.prefix_name_to_metrics(scores, self.name)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_the_worst_of_what_should_be_low(tmp_path, sequence):
+    """A sequence counts as its last evaluator does, also in whether more is better."""
+    inner = SequentialEvaluator([sts(), WidthAsError("e")]) if sequence else WidthAsError("e")
+    evaluator = MatryoshkaEvaluator(inner, [8, 32])
+    scores = evaluator(tiny_model(tmp_path))
+    assert not evaluator.greater_is_better
+    assert [value for key, value in scores.items() if "worst" in key] == [32.0]
+    negated = SequentialEvaluator([WidthAsError("e")], main_score_function=lambda values: -values[-1])
+    assert MatryoshkaEvaluator(negated, [8]).greater_is_better
+
+
 def test_what_has_no_teacher_at_a_dim_is_refused(tmp_path):
     """Codes of int8 have no teacher, a teacher of another width has no cut; at dim 1 NumPy would compare them."""
     teacher, student = teacher_and_student(tmp_path)

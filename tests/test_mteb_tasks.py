@@ -178,6 +178,14 @@ def test_a_bad_data_file_is_named(model, tmp_path, content, message):
     assert str(path) in str(caught.value)
 
 
+def test_rows_without_a_label_are_named(model, any_size, tmp_path):
+    """An empty label would be a class of its own."""
+    for part in ("train", "test"):
+        (tmp_path / f"banking77_{part}.csv").write_text("text,label\na,0\nb,1\nc, \nd,\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"has 2 rows without a label, the first is row 3.*Fill them"):
+        evaluate_mteb(model, ["Banking77Classification"], [8], output=tmp_path / "out", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize("flag", ["normalize", "overwrite", "skip_missing"])
 def test_a_flag_is_no_string(model, tmp_path, flag):
     """ "no" would count as True."""

@@ -133,6 +133,29 @@ def test_retained_share_is_relative_to_the_widest():
     assert line.get_ydata() == pytest.approx([100 * (0.5 + dim / 1000) / 0.884 for dim in DIMS])
 
 
+def test_a_share_of_a_score_below_zero_is_refused():
+    """The scores of MSEEvaluator are: half of the error would be drawn as a share of 50 %."""
+    report = EvaluationReport(rows(offset=-1.0))
+    with pytest.raises(ValueError, match=r"below 0 at the largest dim \(a\).*plot_score_by_dim"):
+        report.plot_retained()
+
+
+def test_dims_of_as_many_bytes_are_points_of_their_own():
+    """Binary codes of 4 and 8 dims are both a byte: no mean over dims, and no band of seeds that were not."""
+    records = [one(score, dim=dim, precision="binary", bytes=1) for dim, score in ((4, 0.1), (8, 0.7))]
+    axes = EvaluationReport(records).plot_quality_by_bytes().axes[0]
+    assert list(axes.lines[0].get_xdata()) == [1, 1]
+    assert axes.lines[0].get_ydata() == pytest.approx([10, 70])
+    assert not axes.collections
+
+
+def test_info_of_two_reports_is_kept():
+    """What they agree in once, what differs as a list."""
+    parts = [EvaluationReport([one(0.5, model=name)], {"revision": name, "kind": "x"}) for name in "abc"]
+    assert (parts[0] + parts[1] + parts[2]).info == {"revision": ["a", "b", "c"], "kind": "x"}
+    assert parts[0].info == {"revision": "a", "kind": "x"}
+
+
 def test_names_at_line_ends_do_not_overlap():
     """Seven models with nearly equal scores: the drawn boxes of their names do not touch."""
     report = EvaluationReport([row for i in range(7) for row in rows(f"model-{i}", i * 1e-4)])

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
         self.device = check_place(device, self.layers)
         self.evaluator = evaluator
         self.name = _name(evaluator)
-        self.greater_is_better = evaluator.greater_is_better
+        self.greater_is_better = _greater_is_better(evaluator)
         self.records: list[dict[str, Any]] = []
         self._revision: str | None = None
         self.peak_store_bytes = 0
@@ -289,7 +290,9 @@ class MatryoshkaEvaluator(BaseEvaluator):
         two things.
         """
         dim = self.dims[-1]
-        if not self.normalize or dim < store.width or len(self.dims) == 1 or store.has_unit_length:
+        if not self.normalize or dim < store.width or len(self.dims) == 1:
+            return None
+        if store.has_unit_length and _teachers_have_unit_length(self.evaluator):
             return None
         if all("cosine" in metric for metric in _metrics_of(uncut)):
             return None
@@ -306,9 +309,9 @@ class MatryoshkaEvaluator(BaseEvaluator):
         if not changed:
             return None
         self._warn(
-            f"{', '.join(changed)}: depends on the length of the vectors, and the model's are not of length 1. The "
-            "score is that of the model's own vectors, those of smaller dims are of renormalised ones; that of "
-            f"renormalised ones stands beside it ({twin[uncut.primary_key]}), and mean and worst use it. "
+            f"{', '.join(changed)}: depends on the length of the vectors, and the model's or the teacher's are not of "
+            "length 1. The score is that of these vectors as they are, those of smaller dims are of renormalised ones; "
+            f"that of renormalised ones stands beside it ({twin[uncut.primary_key]}), and mean and worst use it. "
             "With normalize=False all dims keep the vectors of encode(truncate_dim=...)."
         )
         return alike
@@ -475,6 +478,28 @@ def _set_primary_metrics(evaluator: BaseEvaluator, like: BaseEvaluator) -> None:
                 metric = _name(leaf) + metric[len(_name(other)) :]
             with contextlib.suppress(AttributeError):  # a property of an evaluator of somebody's own
                 leaf.primary_metric = metric
+
+
+def _greater_is_better(evaluator: BaseEvaluator) -> bool:
+    """Of a sequence that counts as its last one does, which is the default, that one's; it says True of itself."""
+    if isinstance(evaluator, SequentialEvaluator):
+        default = signature(SequentialEvaluator).parameters["main_score_function"].default
+        if evaluator.main_score_function is default:
+            return _greater_is_better(list(evaluator.evaluators)[-1])
+    return evaluator.greater_is_better
+
+
+def _teachers_have_unit_length(evaluator: BaseEvaluator) -> bool:
+    """Whether all vectors that the model's are compared with, value by value, have length 1."""
+    for leaf in _leaves(evaluator, inner=True):
+        vectors: Any = ()
+        if isinstance(leaf, MSEEvaluator):
+            vectors = leaf.source_embeddings
+        elif isinstance(leaf, MSEEvaluatorFromDataFrame):
+            vectors = list(leaf.teacher_embeddings.values())
+        if len(vectors) and not np.allclose(np.linalg.norm(np.asarray(vectors), axis=1), 1, atol=1e-3):
+            return False
+    return True
 
 
 def _cut_teachers(evaluator: BaseEvaluator, original: BaseEvaluator, dim: int, width: int, unit: bool) -> None:

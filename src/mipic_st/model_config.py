@@ -55,6 +55,8 @@ def set_matryoshka_config(
         config.matryoshka_dimensions = dims
         if pairs:
             config.mipic_chain = [list(pair) for pair in pairs]
+        elif hasattr(config, "mipic_chain"):  # of a training before
+            del config.mipic_chain
     extend_model_card(inner, dims)
 
 
@@ -67,39 +69,46 @@ def extend_model_card(model: nn.Module, dims: Iterable[int], introduction: str =
 
     Args:
         model: The model whose card it is; anything else is passed over.
-        dims: Its dims. If none is below the width, nothing is said.
+        dims: Its dims. If none is below the width, only what was said before is taken out.
         introduction: What comes before the line in the section of a loaded card.
     """
     if not isinstance(model, SentenceTransformer):
         return
     smaller = sorted(dim for dim in set(dims) if dim < full_width(model))
+    data = model.model_card_data
+    if data.task_name is not None:
+        data.task_name = data.task_name.partition(f". {_CUT}")[0]
     if not smaller:
+        _extend_loaded_card(model, "")
         return
     listed = " or ".join(filter(None, [", ".join(map(str, smaller[:-1])), str(smaller[-1])]))
     usage = (
         f"{_CUT} to {listed} values: load the model with `SentenceTransformer(..., truncate_dim="
         f"{smaller[len(smaller) // 2]})` and encode with `normalize_embeddings=True`"
     )
-    data = model.model_card_data
     data.add_tags(["matryoshka"])
     if data.task_name is not None:
         # the template ends the sentence with a full stop
-        data.task_name = f"{data.task_name.partition(f'. {_CUT}')[0]}. {usage}"
+        data.task_name = f"{data.task_name}. {usage}"
     _extend_loaded_card(model, f"{introduction} {usage}.".strip())
 
 
 def _extend_loaded_card(model: SentenceTransformer, text: str) -> None:
+    """Put the text into its section, in the place of what is there; an empty one takes the section out."""
     from huggingface_hub import ModelCard
 
     # private: sentence-transformers has no other way to a loaded card. Without it the tag remains.
     content = getattr(model, "_model_card_text", None)
     if not isinstance(content, str):
         return
+    if not text and _SECTION not in content:
+        return
     card: Any = ModelCard(content, ignore_metadata_errors=True)
     tags = card.data.get("tags") or []
     card.data.tags = tags if "matryoshka" in tags else [*tags, "matryoshka"]
     others = re.sub(rf"\n+{_SECTION}\n.*?(?=\n#|\Z)", "", card.text.rstrip(), flags=re.DOTALL)
-    card.text = f"{others.rstrip()}\n\n{_SECTION}\n\n{text}\n"
+    section = f"\n\n{_SECTION}\n\n{text}" if text else ""
+    card.text = f"{others.rstrip()}{section}\n"
     model._model_card_text = str(card)  # type: ignore[assignment]
 
 

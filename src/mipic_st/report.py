@@ -185,8 +185,13 @@ class EvaluationReport:
         return len(self.records)
 
     def __add__(self, other: EvaluationReport) -> EvaluationReport:
-        """Both reports' scores in one."""
-        return EvaluationReport(self.records + other.records, {**self.info, **other.info})
+        """Both reports' scores in one; of ``info``, values that differ become a list."""
+        info = dict(self.info)
+        for key, value in other.info.items():
+            known = info.setdefault(key, value)
+            if known != value:
+                info[key] = [*(known if isinstance(known, list) else [known]), value]
+        return EvaluationReport(self.records + other.records, info)
 
     def frame(self, primary_only: bool = False) -> pd.DataFrame:
         """A pandas frame, one row per score.
@@ -316,11 +321,11 @@ class EvaluationReport:
         return keys, columns, rows
 
     def to_markdown(self, path: str | Path | None = None, *, mark_best: bool = True) -> str:
-        """The table as Markdown; with several models the best per column and dim is bold.
+        """The table as Markdown; with several models the highest per column and dim is bold.
 
         Args:
             path: File to write to, if any.
-            mark_best: Mark the best.
+            mark_best: Mark the highest.
 
         Returns:
             The table as text; ``n/a`` is a score that is not a number, an empty cell one that is not there.
@@ -385,7 +390,7 @@ class EvaluationReport:
 
         Args:
             path: File to write to, if any.
-            mark_best: With several models, set the best per column and dim in bold.
+            mark_best: With several models, set the highest per column and dim in bold.
 
         Returns:
             The LaTeX text.
@@ -462,7 +467,7 @@ class EvaluationReport:
         Returns:
             The figure.
         """
-        points = [(point.row, point.dim, point.score) for point in self._curves(task)]
+        points = [(point.row, (point.dim,), point.score) for point in self._curves(task)]
         return self._line_plot(points, "score (x 100)", self._title(task), path)
 
     def plot_retained(self, path: str | Path | None = None, task: str | None = None) -> Figure:
@@ -474,6 +479,9 @@ class EvaluationReport:
 
         Returns:
             The figure.
+
+        Raises:
+            ValueError: If a largest dim's score is below 0, as those of MSEEvaluator are: a share of it says nothing.
         """
         curves = self._curves(task)
         widest: dict[tuple[Any, ...], _Point] = {}
@@ -481,9 +489,14 @@ class EvaluationReport:
             known = widest.setdefault((point.row, point.run), point)
             if point.dim > known.dim:
                 widest[point.row, point.run] = point
+        if below := sorted({str(name) for (name, _), point in widest.items() if point.score < 0}):
+            raise ValueError(
+                f"the scores of {self._title(task)} are below 0 at the largest dim ({', '.join(below)}), so a share of "
+                "them says nothing; name another task, or use plot_score_by_dim."
+            )
         points = [
             # a share of zero is none
-            (point.row, point.dim, 100 * point.score / (widest[point.row, point.run].score or float("nan")))
+            (point.row, (point.dim,), 100 * point.score / (widest[point.row, point.run].score or float("nan")))
             for point in curves
         ]
         figure = self._line_plot(points, "share of full width kept (%)", self._title(task), None)
@@ -508,7 +521,8 @@ class EvaluationReport:
             raise ValueError("bytes are missing from some records; give each its bytes per vector.")
         several = len({point.row for point in curves}) > 1
         points = [
-            (f"{point.row}, {point.precision}" if several else point.precision, point.bytes, point.score)
+            # binary codes of several dims may have as many bytes: a point each
+            (f"{point.row}, {point.precision}" if several else point.precision, (point.bytes, point.dim), point.score)
             for point in curves
         ]
         return self._line_plot(points, "score (x 100)", self._title(task), path, x="bytes")
@@ -568,18 +582,21 @@ class EvaluationReport:
 
     def _line_plot(
         self,
-        points: Sequence[tuple[str, Any, float]],
+        points: Sequence[tuple[str, tuple[Any, ...], float]],
         y_label: str,
         title: str,
         path: str | Path | None,
         x: str = "dim",
     ) -> Figure:
-        """One line per name through the means of its (name, x, y), a band from the lowest to the highest."""
+        """One line per name through the means of its (name, place, y), a band from the lowest to the highest.
+
+        What has one place is one point, drawn at the first number of it.
+        """
         pyplot = _pyplot()
         figure, axes = pyplot.subplots(figsize=(7.2, 4.2), layout="constrained")
-        lines: dict[str, dict[int, list[float]]] = {}
+        lines: dict[str, dict[tuple[int, ...], list[float]]] = {}
         for name, place, y in points:
-            lines.setdefault(name, {}).setdefault(int(place), []).append(y)
+            lines.setdefault(name, {}).setdefault(tuple(map(int, place)), []).append(y)
         shorts = _short_names(lines)
         ends = []
         for number, (name, line) in enumerate(lines.items()):
@@ -587,8 +604,9 @@ class EvaluationReport:
             # NumPy's mean of a NaN is NaN: a gap in the line, not a mean over fewer seeds
             means, lows, highs = ([float(f(line[place])) for place in places] for f in (np.mean, np.min, np.max))
             colour = _COLOURS[number % len(_COLOURS)]
+            across = [place[0] for place in places]
             axes.plot(
-                places,
+                across,
                 means,
                 color=colour,
                 marker=_MARKERS[number % len(_MARKERS)],
@@ -596,14 +614,14 @@ class EvaluationReport:
                 linewidth=1.8,
             )
             if any(high > low for low, high in zip(lows, highs, strict=True)):
-                axes.fill_between(places, lows, highs, color=colour, alpha=0.18, linewidth=0)
-            drawn = [(place, mean) for place, mean in zip(places, means, strict=True) if mean == mean]
+                axes.fill_between(across, lows, highs, color=colour, alpha=0.18, linewidth=0)
+            drawn = [(place, mean) for place, mean in zip(across, means, strict=True) if mean == mean]
             if drawn:
                 ends.append((float(drawn[-1][0]), drawn[-1][1], shorts[name], colour))
         if not ends:
             pyplot.close(figure)
             raise ValueError(f"nothing to draw: {y_label} is not a number at any point.")
-        ticks = sorted({place for line in lines.values() for place in line})
+        ticks = sorted({place[0] for line in lines.values() for place in line})
         axes.set_xscale("log", base=2)
         if x == "bytes":
             ticks = [2**power for power in range(min(ticks).bit_length() - 1, max(ticks).bit_length() + 1)]
