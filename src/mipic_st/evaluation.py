@@ -72,7 +72,9 @@ class MatryoshkaEvaluator(BaseEvaluator):
     a cell is the score of what `export_truncated` gives for it.
 
     Args:
-        evaluator: The evaluator to run per dim, or a `SequentialEvaluator` of several. Its ``truncate_dim`` is unset.
+        evaluator: The evaluator to run per dim, or a `SequentialEvaluator` of several, whose main score is that of its
+            last one unless its ``main_score_function`` says otherwise: mean, worst and primary then follow that one
+            alone. Its ``truncate_dim`` is unset.
         dims: Distinct dims, 1 to the model's width.
         layers: Layer numbers, 0 (embeddings) to L (last), for a (layer, dim) grid out of one forward pass; None scores
             the final vector.
