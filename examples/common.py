@@ -66,6 +66,23 @@ def load_model(name: str | None) -> SentenceTransformer:
     return SentenceTransformer(name)
 
 
+def default_prompt(model: SentenceTransformer) -> str | None:
+    """What ``encode`` puts before every text by itself; the trainer does so only if it is told."""
+    return None if model.default_prompt_name is None else model.prompts.get(model.default_prompt_name)
+
+
+def require_dropout(model: SentenceTransformer, sentence: str) -> None:
+    """Refuse a model whose two passes over a sentence are the same, as those of decoders often are."""
+    with torch.no_grad():
+        model.train()
+        first, second = (model(model.preprocess([sentence]))["sentence_embedding"] for _ in range(2))
+    if torch.equal(first, second):
+        raise SystemExit(
+            "The model has no dropout, so the two views of a sentence would be one: load it with some, e.g. "
+            'SentenceTransformer(name, config_kwargs={"attention_dropout": 0.1}), and save it to a folder.'
+        )
+
+
 def load_train(args: argparse.Namespace, synthetic: Sequence[dict[str, Any]]) -> Dataset:
     """The file or data set that was named, else the synthetic rows; a few rows of it with --smoke."""
     if args.train_file:

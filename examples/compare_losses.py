@@ -20,6 +20,8 @@ that resamples both seeds and test rows.
 from __future__ import annotations
 
 import argparse
+import copy
+import hashlib
 import json
 import os
 import shutil
@@ -48,8 +50,12 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data (each a local file or a data set's name on the hub; default: synthetic)")
     data.add_argument("--train", help="anchor, positive[, negative] or sentence1, sentence2, score")
-    data.add_argument("--dev", nargs="+", default=[], help="STS columns; learning rates are chosen on these")
-    data.add_argument("--test", nargs="+", default=[], help="STS columns; reported, never used to choose")
+    data.add_argument(
+        "--dev", nargs="+", default=[], help="STS columns; learning rates are chosen on these (hub: split validation)"
+    )
+    data.add_argument(
+        "--test", nargs="+", default=[], help="STS columns; reported, never used to choose (hub: split test)"
+    )
     data.add_argument("--probe", nargs=2, metavar=("TRAIN", "TEST"), help="text, label: topics and retrieval, reported")
     data.add_argument("--probe-shots", type=int, default=32, help="training texts per label of the topic probe")
     what = parser.add_argument_group("what is compared")
@@ -88,6 +94,9 @@ def parse_args() -> argparse.Namespace:
         parser.error("--steps, --bootstrap and --probe-shots must be at least 1")
     if bool(args.train) != bool(args.dev) or bool(args.train) != bool(args.test):
         parser.error("--train, --dev and --test come together (or none of them, for synthetic data)")
+    sets = [Path(name).stem for name in (*args.dev, *args.test)]
+    if same := [name for name in sets if sets.count(name) > 1]:
+        parser.error(f"--dev and --test: two sets are called {same[0]!r}, by which results are kept; rename a file")
     if args.probe and not args.train:
         parser.error("--probe needs --train, --dev and --test; the synthetic data have a probe of their own")
     return args
@@ -125,7 +134,7 @@ from mipic_st.cut_fits import fit_cut
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
 from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
 from mipic_st.layers import encode_layers
-from mipic_st.presets import PAPER_SETTINGS
+from mipic_st.presets import PAPER_SETTINGS, RELEASED_SETTINGS
 
 Scores = dict[str, dict[int, float]]
 Turn = Callable[[np.ndarray], np.ndarray]
@@ -202,6 +211,8 @@ def all_settings(loss: str) -> dict[str, Any]:
     """What a run of MIPICLoss is made with, defaults too, so that runs of other defaults are not taken for it."""
     if loss == "mipic-paper":
         return dict(PAPER_SETTINGS)
+    if loss == "mipic-released":
+        return dict(RELEASED_SETTINGS)
     if loss not in mipic_settings():
         return {}
     keywords = (each for each in signature(MIPICLoss).parameters.values() if each.kind is Parameter.KEYWORD_ONLY)
@@ -282,25 +293,45 @@ def load_start(folder: Path, start: str, seed: int, rotated: bool, data: Data) -
         return load_model(start, seed), 0.0
     if start == "good":  # nothing is drawn in it, so one rotation is the start of all seeds
         seed = args.seeds[0]
-    place, note = folder / "starts" / f"{start}_{seed}", folder / "starts" / f"{start}_{seed}.json"
-    if not note.exists():
+    place = folder / "starts" / f"{start}_{seed}"
+    keywords = (each for each in signature(rotate_model).parameters.values() if each.kind is Parameter.KEYWORD_ONLY)
+    fit = {each.name: each.default for each in keywords} | fit_options()
+    if not place.exists():
         model = load_model(start, seed)
         began = time.perf_counter()
         rotate_model(model, data.train, args.dims, batch_size=128, seed=seed, **fit_options())
         seconds = time.perf_counter() - began
-        model.save_pretrained(str(place))
-        note.write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
-    return SentenceTransformer(str(place)), json.loads(note.read_text(encoding="utf-8"))["seconds"]
+        unfinished = place.with_name(f"{place.name} of {os.getpid()}")
+        model.save_pretrained(str(unfinished))
+        about = json.dumps({"seconds": seconds, "fit": fit}, default=str)
+        (unfinished / "rotation.json").write_text(about, encoding="utf-8")
+        take_place(unfinished, place)
+    made = json.loads((place / "rotation.json").read_text(encoding="utf-8"))
+    if made["fit"] != json.loads(json.dumps(fit, default=str)):
+        raise SystemExit(f"{place} was rotated with other defaults of rotate_model: name another --output.")
+    return SentenceTransformer(str(place)), made["seconds"]
+
+
+def take_place(unfinished: Path, place: Path) -> None:
+    """Move a finished folder to its place. Where another process was faster, its own is the one for all rows."""
+    try:
+        unfinished.rename(place)
+    except OSError:
+        if not place.exists():
+            raise
+        shutil.rmtree(unfinished)
 
 
 def with_teacher(folder: Path, data: Data) -> Data:
     """The training data with the teacher's vectors, which are made once and kept."""
-    place = folder / "taught" / Path(args.teacher).name
+    # teachers of one name in different folders are different ones
+    where = str(Path(args.teacher).resolve()) if Path(args.teacher).exists() else args.teacher
+    place = folder / "taught" / f"{Path(args.teacher).name}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
     if not place.exists():
         teacher = SentenceTransformer(args.teacher)
         unfinished = place.with_name(f"{place.name} of {os.getpid()}")
         add_teacher_vectors(data.train, teacher, batch_size=128).save_to_disk(str(unfinished))
-        unfinished.rename(place)
+        take_place(unfinished, place)
     return replace(data, train=load_from_disk(str(place)))
 
 
@@ -317,8 +348,8 @@ class Data:
     probe: tuple[Dataset, Dataset] | None
 
 
-def load_scored(name: str) -> Dataset:
-    return load_sts_file(name) if Path(name).exists() else load_training_hub(name, split="test")
+def load_scored(name: str, split: str) -> Dataset:
+    return load_sts_file(name) if Path(name).exists() else load_training_hub(name, split=split)
 
 
 def load_texts(name: str, split: str) -> Dataset:
@@ -337,7 +368,10 @@ def load_data() -> Data:
         probe = tuple(part.rename_column("topic", "label") if "topic" in part.column_names else part for part in probe)
     else:
         train = load_training_file(args.train) if Path(args.train).exists() else load_training_hub(args.train)
-        dev, test = ({Path(name).stem: load_scored(name) for name in names} for names in (args.dev, args.test))
+        dev, test = (
+            {Path(name).stem: load_scored(name, split) for name in names}
+            for names, split in ((args.dev, "validation"), (args.test, "test"))
+        )
         probe = tuple(map(load_texts, args.probe, ("train", "test"))) if args.probe else None
     if args.smoke:
         train = train.select(range(min(600, len(train))))
@@ -367,6 +401,8 @@ def encode(model: SentenceTransformer, texts: list[str]) -> np.ndarray:
 
 def turn_of(kind: str, model: SentenceTransformer, data: Data, seed: int) -> Turn:
     """What follows the trained model: nothing, a rotation fitted on its training pairs, or PCA."""
+    if kind == "rotation" and is_scored(data.train):  # not all pairs belong together
+        return rotate_model(copy.deepcopy(model), data.train, args.dims, batch_size=128, seed=seed, **fit_options())
     if kind == "rotation":
         anchors, positives = (encode(model, texts) for texts in pair_columns(data.train))
         dims = [dim for dim in args.dims if dim < anchors.shape[1]]
@@ -459,7 +495,12 @@ def topic_rows(parts: list[np.ndarray], data: Data) -> dict[str, np.ndarray]:
     """Per test text and dim: the topic probe right or wrong; retrieval of training texts of its label."""
     labels = [np.array(part["label"]) for part in data.probe]
     shots = few_shot(labels[0], args.probe_shots)
+    if not set(labels[0]) & set(labels[1]):
+        raise SystemExit("--probe: the two files have no label in common, perhaps one has numbers and the other texts.")
     discount = 1 / np.log2(np.arange(2, 12))
+    counts = {label: min(10, int((labels[0] == label).sum())) for label in set(labels[1])}
+    # the best list that there is: of a label with fewer than ten training texts, all of them first
+    ideal = np.array([discount[: counts[label]].sum() or 1 for label in labels[1]])
     found: dict[str, list[np.ndarray]] = {"topics": [], "accuracy@1": [], "ndcg@10": []}
     for dim in args.dims:
         # what a user does who serves short vectors: cut, then bring back to unit length
@@ -471,8 +512,7 @@ def topic_rows(parts: list[np.ndarray], data: Data) -> dict[str, np.ndarray]:
         order = np.take_along_axis(cosines, nearest, axis=1).argsort(axis=1)[:, ::-1]
         relevant = labels[0][np.take_along_axis(nearest, order, axis=1)] == labels[1][:, None]
         found["accuracy@1"].append(relevant[:, 0])
-        # every label has more than ten training texts, so the best list is all relevant
-        found["ndcg@10"].append((relevant @ discount / discount.sum()).astype(np.float32))
+        found["ndcg@10"].append((relevant @ discount / ideal).astype(np.float32))
     return {name: np.stack(parts) for name, parts in found.items()}
 
 
@@ -574,12 +614,17 @@ class Runs:
     def read(self, kind: str, **wanted: Any) -> list[dict]:
         """Lines of all folders, the newest last, that agree with what is wanted."""
         files = [file for folder in self.folders if (file := folder / f"{kind}.jsonl").exists()]
-        lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-        return [line for line in lines if all(line[key] == value for key, value in wanted.items())]
+        lines = [
+            json.loads(line) | {"folder": str(file.parent)}
+            for file in files
+            for line in file.read_text(encoding="utf-8").splitlines()
+        ]
+        lines = [line for line in lines if all(line[key] == value for key, value in wanted.items())]
+        return sorted(lines, key=lambda line: line.get("time", 0))
 
     def write(self, kind: str, line: dict) -> None:
         with (self.folder / f"{kind}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line | {"time": time.time()}) + "\n")
 
     def require_settings(self, rows: list[Row]) -> None:
         """Refuse finished trainings of these rows if the loss had other arguments than this command gives it."""
@@ -591,9 +636,7 @@ class Runs:
 
     def rows_file(self, run: dict) -> Path:
         name = "_".join(str(run[key]) for key in ("start", "row", "learning_rate", "seed")) + ".npz"
-        return next(
-            (file for folder in self.folders if (file := folder / "rows" / name).exists()), self.folder / "rows" / name
-        )
+        return Path(run.get("folder", self.folder)) / "rows" / name
 
     def model_folder(self, start: str, trained: str, rate: float, seed: int) -> Path:
         return self.folder / "models" / f"{start}_{trained}_{rate}_{seed}"
@@ -622,7 +665,8 @@ def trained_model(runs: Runs, data: Data, start: str, row: Row, rate: float, see
 def dev_score(line: dict) -> float:
     """What a learning rate is chosen by: development Spearman over all dims, for a specialist at its own."""
     own = [int(line["loss"].split("-")[1])] if line["loss"].startswith("specialist-") else args.dims
-    return float(np.mean([by_dim[str(dim)] for by_dim in line["dev"].values() for dim in own]))
+    mean = float(np.mean([by_dim[str(dim)] for by_dim in line["dev"].values() for dim in own]))
+    return mean if mean == mean else float("-inf")  # a training that diverged is not the best
 
 
 def chosen_rate(runs: Runs, data: Data, start: str, row: Row) -> float:
@@ -636,6 +680,8 @@ def chosen_rate(runs: Runs, data: Data, start: str, row: Row) -> float:
         lines = [trained_model(runs, data, start, row, rate, args.seeds[0]) for rate in rates]
         best = max(lines, key=dev_score)["learning_rate"]
         inside = rates[0] < best < rates[-1]
+        if not inside and not args.smoke and len(rates) > 8:
+            print(f"{start} {row.trained}: the best of {len(rates)} rates, {best:g}, is at an edge still", flush=True)
         if inside or args.smoke or len(rates) > 8:
             for rate in rates:
                 if rate != best:
@@ -648,10 +694,11 @@ def finish_rows(runs: Runs, data: Data, start: str, rows: list[Row]) -> None:
     """Train and score rows that share one training."""
     first = rows[0]
     rate = chosen_rate(runs, data, start, first)
-    drawn = bool(first.loss) or start == "weak"
-    for seed in args.seeds if drawn else args.seeds[:1]:
+    for seed in args.seeds:
+        # what is neither trained, nor random at its start, nor fitted on a sample is the same with every seed
+        drawn = [row for row in rows if row.loss or row.turn or start == "weak" or seed == args.seeds[0]]
         missing = [
-            row for row in rows if not runs.read("runs", start=start, row=row.name, learning_rate=rate, seed=seed)
+            row for row in drawn if not runs.read("runs", start=start, row=row.name, learning_rate=rate, seed=seed)
         ]
         if not missing:
             continue
@@ -856,7 +903,10 @@ def plot(made: dict[str, Any], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     entry = {name: about for name, about in made[args.starts[0]].items() if name in DRAWN}
-    panels = {"sts": "STS14 and STS15, Spearman x100", "accuracy@1": "Banking77 retrieval, accuracy@1 x100"}
+    settings = made["settings"]
+    sets = [Path(name).stem.removesuffix("_test").upper() for name in settings["test"] or ["synthetic"]]
+    texts = Path((settings["probe"] or ["synthetic"])[0]).stem.removesuffix("_train").capitalize()
+    panels = {"sts": f"{' and '.join(sets)}, Spearman x100", "accuracy@1": f"{texts} retrieval, accuracy@1 x100"}
     panels = {measure: title for measure, title in panels.items() if all(measure in each for each in entry.values())}
     dims = sorted(args.dims)
     for place, ink, grid in (

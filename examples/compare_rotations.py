@@ -153,7 +153,9 @@ def layer_cuts(
     steps: dict[str, int],
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, float]]]:
     """Score each layer cut as it is, fitted, and fitted to rotated vectors; and what held-out texts say."""
-    unscaled = [module for module in model if not isinstance(module, Normalize)]
+    unscaled = list(model)
+    while isinstance(unscaled[-1], Normalize):
+        unscaled.pop()
     rotated = SentenceTransformer(modules=[*unscaled, identity_dense(turn.matrix, model), Normalize()])
     models, report = {"full depth": model, "full depth, rotated": rotated}, []
     for what, start in (("fitted", model), ("fitted, rotated", rotated)):

@@ -20,6 +20,7 @@ from sentence_transformers.util import pairwise_cos_sim
 
 from common import (
     choose_dims,
+    default_prompt,
     load_model,
     load_train,
     make_evaluator,
@@ -83,7 +84,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=student,
-            args=training_arguments(args, train, args.output_dir or scratch),
+            # the student is scored and served behind its own prompt, if it has one
+            args=training_arguments(args, train, args.output_dir or scratch, prompts=default_prompt(student)),
             train_dataset=train,
             loss=loss,
             callbacks=[MIPICCallback(loss)],

@@ -30,6 +30,7 @@ from sentence_transformers.sentence_transformer.losses import MSELoss
 
 from common import (
     choose_dims,
+    default_prompt,
     load_model,
     load_train,
     make_evaluator,
@@ -63,7 +64,7 @@ def main() -> None:
     train = train.select(range(min(SMOKE_PAIRS, len(train)))) if args.smoke else train
     teacher = load_model(args.model)
     dims = choose_dims(args.dims, teacher.get_embedding_dimension())
-    if not args.no_rotation and dims[-1] < dims[0]:
+    if not args.no_rotation and dims[-1] < teacher.get_embedding_dimension():
         options = {"max_steps": 5} if args.smoke else {}
         rotate_model(teacher, train, dims, batch_size=64, seed=args.seed, **options)
     layer = args.layer or teacher[0].auto_model.config.num_hidden_layers // 2
@@ -91,6 +92,8 @@ def main() -> None:
     # 3. The cut, with a tail that is right already, learns the rest
     name = f"layer {layer}, fitted and trained"
     settings: dict[str, Any] = {"bf16": True, "use_cpu": not torch.cuda.is_available()} if args.bf16 else {}
+    # the teacher's vectors are of texts behind this prompt, and so will be those of the saved cut
+    settings["prompts"] = default_prompt(teacher)
     for seed in args.seeds or [args.seed]:
         student = export_truncated(teacher, layer, cuts=cuts)
         with tempfile.TemporaryDirectory() as scratch:

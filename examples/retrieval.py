@@ -5,10 +5,10 @@
     python examples/retrieval.py --model intfloat/e5-small-v2 --query-prompt "query: " --document-prompt "passage: " \
         --nano-beir msmarco nq --pairs pairs.csv
 
-queries.csv and corpus.csv have the columns id, text; qrels.csv has query_id, doc_id, a row for each relevant document;
-pairs.csv has query, document. Queries go through encode_query and documents through encode_document, so that prompts,
-and the routes of a Router, are those that the application uses. Vectors below the full width are brought back to unit
-length. Scores are nDCG@10 and accuracy@1, x100.
+queries.csv and corpus.csv have the columns id, text; qrels.csv has query_id, doc_id, a row for each relevant document
+(with a column score, those above 0); pairs.csv has query, document. Queries go through encode_query and documents
+through encode_document, so that prompts, and the routes of a Router, are those that the application uses. Vectors below
+the full width are brought back to unit length. Scores are nDCG@10 and accuracy@1, x100.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ MEASURES = ("ndcg@10", "accuracy@1")
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name on the hub or local folder (default: one that needs no download)")
-    parser.add_argument("--query-prompt", default="", help="put before every query")
-    parser.add_argument("--document-prompt", default="", help="put before every document")
+    parser.add_argument("--query-prompt", help="put before every query (default: the model's own for queries, if any)")
+    parser.add_argument("--document-prompt", help="put before every document (default: the model's own, if any)")
     parser.add_argument("--queries", metavar="FILE", help="csv: id, text")
     parser.add_argument("--corpus", metavar="FILE", help="csv: id, text")
     parser.add_argument("--qrels", metavar="FILE", help="csv: query_id, doc_id")
@@ -88,7 +88,10 @@ def make_evaluator(args: argparse.Namespace, dims: list[int]) -> tuple[Matryoshk
             queries, corpus = (
                 dict(read(file, ["id", "text"])[["id", "text"]].to_numpy()) for file in (args.queries, args.corpus)
             )
-            relevant = read(args.qrels, ["query_id", "doc_id"]).groupby("query_id").doc_id.agg(set).to_dict()
+            judged = read(args.qrels, ["query_id", "doc_id"])
+            if "score" in judged.columns:  # as in BEIR, where 0 is judged and not relevant
+                judged = judged[judged["score"].astype(float) > 0]
+            relevant = judged.groupby("query_id").doc_id.agg(set).to_dict()
             pairs = None
         else:
             queries, corpus, relevant, pairs = synthetic(args.smoke)
@@ -106,6 +109,14 @@ def score(model: SentenceTransformer, evaluator: MatryoshkaEvaluator, name: str)
     return {dim: [100 * results[f"{name}-{dim}_cosine_{measure}"] for measure in MEASURES] for dim in evaluator.dims}
 
 
+def own_prompt(model: SentenceTransformer, given: str | None, names: list[str]) -> str:
+    """The prompt that was named, else the model's of the first of these names, else its default one."""
+    if given is not None:
+        return given
+    found = [model.prompts[name] for name in [*names, model.default_prompt_name] if name in model.prompts]
+    return (found or [""])[0] or ""
+
+
 def main() -> None:
     args = parse_args()
     model = load_model(args.model)
@@ -114,8 +125,11 @@ def main() -> None:
     name = "NanoBEIR_mean" if args.nano_beir else "corpus"
     stages = {"truncated": score(model, evaluator, name)}
     steps = {"max_steps": 20} if args.smoke else {}
-    # the prompts that queries and documents will have
-    prompts = {"query": args.query_prompt, "document": args.document_prompt}
+    # the prompts that queries and documents will have, encode_query's and encode_document's own unless named
+    prompts = {
+        "query": own_prompt(model, args.query_prompt, ["query"]),
+        "document": own_prompt(model, args.document_prompt, ["document", "passage", "corpus"]),
+    }
     print(rotate_model(model, pairs, dims, prompts=prompts, show_progress_bar=True, **steps))
     stages["rotated"] = score(model, evaluator, name)
     table = Table(title="nDCG@10 and accuracy@1 x100 by dim")

@@ -144,7 +144,7 @@ class Faiss(Engine):
 
     def search(self, query: np.ndarray, dim: int, kind: str, shortlist: int) -> np.ndarray:
         asked = (prefix if kind == "float32" else bits)(query[None], dim)
-        ids = self.short[dim, kind].search(asked, shortlist)[1][0]
+        ids = self.short[dim, kind].search(asked, min(shortlist, len(self.vectors)))[1][0]
         return nearest(self.vectors[ids], ids, query)
 
 

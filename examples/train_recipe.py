@@ -26,6 +26,7 @@ from transformers import AutoModel, BertConfig, Qwen3Config
 from common import (
     load_train,
     make_evaluator,
+    require_dropout,
     save,
     score,
     sentences_of,
@@ -74,6 +75,10 @@ def load_recipe(path: str | Path) -> dict[str, dict[str, Any]]:
 def make_model(settings: dict[str, Any]) -> SentenceTransformer:
     """The backbone of the recipe, with its pooling and without anything after it."""
     transformer = Transformer(settings["name"], max_seq_length=settings["max_length"])
+    if getattr(transformer.auto_model.config, "attention_dropout", None) == 0:
+        # decoders come without any, and dropout is what makes two views of a sentence; the paper does not say how much
+        dropout = {"attention_dropout": 0.1}
+        transformer = Transformer(settings["name"], max_seq_length=settings["max_length"], config_kwargs=dropout)
     return SentenceTransformer(
         modules=[transformer, Pooling(transformer.get_embedding_dimension(), settings["pooling"])]
     )
@@ -122,6 +127,7 @@ def main() -> None:
         if args.smoke:
             recipe = scaled_down(recipe, sentences, f"{scratch}/model")
         model = make_model(recipe["model"])
+        require_dropout(model, sentences[0])
 
         # The three terms of Eq. 18: SimCSE at every dim, SIA at its layers, PIC along its chain
         settings = recipe["loss"]

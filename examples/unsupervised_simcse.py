@@ -22,6 +22,7 @@ from common import (
     load_train,
     make_evaluator,
     make_parser,
+    require_dropout,
     save,
     score,
     sentences_of,
@@ -44,6 +45,7 @@ def main() -> None:
     sentences = sentences_of(load_train(args, synthetic_pairs(1000, negatives=False)))
     train = Dataset.from_dict({"anchor": sentences, "positive": sentences})
     print(f"{len(train)} sentences, the first one: {sentences[0]}")
+    require_dropout(model, sentences[0])
 
     # 3. In-batch contrast at temperature 0.05 (scale 20), with the published weights, layers and chain
     base = MultipleNegativesRankingLoss(model, scale=20.0)

@@ -55,7 +55,7 @@ def test_comparison_resumes_merges_and_reports(tmp_path):
     assert list(report) == ROWS[1:]
     assert report["rotation"]["sts"]["384"] == report["truncation"]["sts"]["384"]
     start, one = report["rotation+mipic"]["curve"][0]
-    fitted = json.loads((second / "starts" / "weak_0.json").read_text(encoding="utf-8"))["seconds"]
+    fitted = json.loads((second / "starts" / "weak_0" / "rotation.json").read_text(encoding="utf-8"))["seconds"]
     assert [start["step"], one["step"]] == [0, 1]
     assert one["seconds"] > start["seconds"] >= fitted, "the rotation's own seconds are counted"
     assert start["scores"]["synthetic"]["8"] == pytest.approx(report["rotation"]["sts"]["8"]["mean"], abs=0.01)
@@ -94,6 +94,10 @@ def test_comparison_resumes_merges_and_reports(tmp_path):
         (["--dims", "384", "0"], "--dims must be positive"),
         (["--mini-batch-size", "0"], "--mini-batch-size must be at least 1"),
         (["--rows", "mipic-teacher"], "--rows mipic-teacher: unknown"),
+        (
+            ["--train", "mix.csv", "--dev", "a/test.csv", "--test", "b/test.csv"],
+            "--dev and --test: two sets are called 'test'",
+        ),
         (["--steps", "0"], "--steps, --bootstrap and --probe-shots must be at least 1"),
     ],
 )
@@ -159,7 +163,12 @@ def test_a_teacher_makes_a_row(script, tiny_model, tmp_path):
     assert data.train is pairs
     (teacher / "modules.json").unlink()
     assert (script.with_teacher(tmp_path, data).train["label"][:] == made.train["label"][:]).all()
-    assert [path.name for path in (tmp_path / "taught").iterdir()] == ["larger"]
+    (kept,) = (tmp_path / "taught").iterdir()
+    assert kept.name.startswith("larger-")
+    other = tmp_path / "others" / "larger"
+    tiny_model(layers=2).save_pretrained(str(other))
+    script.args.teacher = str(other)
+    assert (script.with_teacher(tmp_path, data).train["label"][:] != made.train["label"][:]).any(), "of one name only"
     loss = script.make_loss("mipic-teacher", tiny_model(), pairs)
     assert loss.teacher_weight == 4.0
     scored = Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]})
@@ -210,6 +219,75 @@ def test_a_row_is_reported_at_one_rate(script, tmp_path):
         runs.write("runs", {"start": "good", "row": "base", "learning_rate": rate, "seed": seed})
     chosen = script.chosen_runs(runs, "good", row)
     assert [(run["learning_rate"], run["seed"]) for run in chosen] == [(5e-5, 0), (5e-5, 2)]
+
+
+@needs_model
+def test_the_newest_run_is_the_youngest_of_all_folders(script, tmp_path):
+    """Whatever the order of the folders; what it rests on is read from its own."""
+    old, new = script.Runs(tmp_path / "old", []), script.Runs(tmp_path / "new", [])
+    for runs, rate in ((old, 1e-4), (new, 5e-5)):
+        runs.write("runs", {"start": "good", "row": "base", "learning_rate": rate, "seed": 0})
+    for folder, other in (("old", "new"), ("new", "old")):
+        runs = script.Runs(tmp_path / folder, [tmp_path / other])
+        (chosen,) = script.chosen_runs(runs, "good", script.row_of("base"))
+        assert chosen["learning_rate"] == 5e-5
+        assert runs.rows_file(chosen).parent == tmp_path / "new" / "rows"
+
+
+@needs_model
+def test_a_fit_on_a_sample_is_run_with_every_seed(script, monkeypatch, tmp_path):
+    """PCA draws its texts; truncation is the same each time."""
+    monkeypatch.setattr(script, "load_start", lambda *_: (None, 0.0))
+    monkeypatch.setattr(script, "Vectors", lambda *_: type("None", (), {"sets": lambda self, turn: {}})())
+    monkeypatch.setattr(script, "turn_of", lambda *_: None)
+    monkeypatch.setattr(script, "score", lambda *_: ({}, {}))
+    runs = script.Runs(tmp_path, [])
+    script.finish_rows(runs, None, "good", [script.row_of("truncation"), script.row_of("pca")])
+    made = [(run["row"], run["seed"]) for run in runs.read("runs")]
+    assert sorted(made) == [("pca", 0), ("pca", 1), ("pca", 2), ("truncation", 0)]
+
+
+@needs_model
+def test_a_start_is_rotated_once_and_with_these_defaults(script, monkeypatch, tiny_model, tmp_path):
+    """A second process takes what is there; a folder of other defaults is refused."""
+    fits = []
+    monkeypatch.setattr(script, "load_model", lambda *_: tiny_model())
+    monkeypatch.setattr(script, "rotate_model", lambda model, data, dims, *, batch_size=1, seed=0: fits.append(seed))
+    (tmp_path / "starts").mkdir()
+    data = script.Data(None, {}, {}, None)
+    for _ in range(2):
+        assert script.load_start(tmp_path, "good", 1, True, data)[1] >= 0
+    assert fits == [0]
+    unfinished = tmp_path / "starts" / "another"
+    unfinished.mkdir()
+    script.take_place(unfinished, tmp_path / "starts" / "good_0")
+    assert [path.name for path in (tmp_path / "starts").iterdir()] == ["good_0"]
+    monkeypatch.setattr(script, "fit_options", lambda: {"max_steps": 7})
+    with pytest.raises(SystemExit, match="was rotated with other defaults"):
+        script.load_start(tmp_path, "good", 0, True, data)
+
+
+@needs_model
+def test_a_rotation_after_scored_training_is_fitted_as_one_before(script, monkeypatch, tiny_model):
+    """rotate_model knows which of the scored pairs belong together; the trained model stays as it is."""
+    model = tiny_model()
+    monkeypatch.setattr(script, "rotate_model", lambda fitted, *_, **__: ("rotation", fitted is model))
+    rows = {"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]}
+    data = script.Data(Dataset.from_dict(rows), {}, {}, None)
+    assert script.turn_of("rotation", model, data, 0) == ("rotation", False)
+
+
+@needs_model
+def test_a_perfect_search_has_all_of_ndcg(script):
+    """Also where a label has fewer than ten training texts; labels that nothing has in common are refused."""
+    train = [0] * 3 + [1] * 12
+    vectors = np.eye(8)[train], np.eye(8)[[0, 1]]
+    parts = [Dataset.from_dict({"text": ["x"] * len(labels), "label": labels}) for labels in (train, [0, 1])]
+    rows = script.topic_rows(list(vectors), script.Data(None, {}, {}, tuple(parts)))
+    assert rows["ndcg@10"] == pytest.approx(np.ones((2, 2)))
+    parts[1] = Dataset.from_dict({"text": ["x", "x"], "label": ["0", "1"]})
+    with pytest.raises(SystemExit, match="no label in common"):
+        script.topic_rows(list(vectors), script.Data(None, {}, {}, tuple(parts)))
 
 
 @needs_model

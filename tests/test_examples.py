@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,35 @@ def test_retrieval_of_nano_beir_prints_its_mean(run_here, own_retrieval, tmp_pat
     native = NanoBEIREvaluator(["msmarco", "nq"], query_prompts="woman ", corpus_prompts="book ")(model)
     expected = [100 * native[f"NanoBEIR_mean_cosine_{measure}"] for measure in ("ndcg@10", "accuracy@1")]
     assert rows[32][::2] == pytest.approx(expected, abs=0.011)
+
+
+def test_retrieval_keeps_the_model_s_own_prompts(run_here, own_retrieval, tmp_path, monkeypatch):
+    """Without an option, texts and rotation have what encode_query and encode_document put before them; qrels of 0."""
+    import pandas as pd
+    from sentence_transformers import SentenceTransformer
+
+    import mipic_st
+
+    arguments, files, _ = own_retrieval
+    model = SentenceTransformer(str(tmp_path / "tiny"), device="cpu")
+    model.prompts, model.default_prompt_name = {"query": "woman ", "document": "book "}, "query"
+    model.save_pretrained(str(tmp_path / "tiny"))
+    judged = pd.read_csv(tmp_path / "qrels.csv").assign(score=1)
+    others = pd.DataFrame([{"query_id": f"q{row}", "doc_id": f"d{row + 9}", "score": 0} for row in range(8)])
+    pd.concat([judged, others]).to_csv(tmp_path / "qrels.csv", index=False)
+    seen = []
+    rotate = mipic_st.rotate_model
+
+    def rotated(*given, **settings):
+        seen.append(settings["prompts"])
+        return rotate(*given, **settings)
+
+    monkeypatch.setattr(mipic_st, "rotate_model", rotated)
+    named = table_rows(run_here(*arguments, *files))
+    assert table_rows(run_here(*arguments[:-4], *files)) == named
+    assert seen == [{"query": "woman ", "document": "book "}] * 2
+    judged.to_csv(tmp_path / "qrels.csv", index=False)
+    assert table_rows(run_here(*arguments, *files)) == named
 
 
 @needs_model
@@ -272,6 +302,40 @@ def test_half_depth_teaches_the_cut(run_here, tmp_path):
     half = SentenceTransformer(str(folder), truncate_dim=16)
     assert half[0].auto_model.config.num_hidden_layers == 3
     assert half.encode(["a text"]).shape == (1, 16)
+
+
+@pytest.mark.parametrize(("flags", "rotated"), [((), True), (("--no-rotation",), False)])
+def test_half_depth_of_one_dim_is_rotated_and_prompted(run_here, tiny_model, tmp_path, monkeypatch, flags, rotated):
+    """One dim below the width is enough for a rotation; the cut is trained on texts as the teacher encodes them."""
+    import pandas as pd
+
+    import mipic_st
+    from conftest import sentences
+
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import common
+
+    model = tiny_model(normalize=True)
+    model.prompts, model.default_prompt_name = {"all": "book "}, "all"
+    model.save_pretrained(str(tmp_path / "tiny"))
+    pairs = {"anchor": sentences(300, 3), "positive": sentences(300, 4)}
+    pd.DataFrame(pairs).to_csv(tmp_path / "pairs.csv", index=False)
+    called = []
+    monkeypatch.setattr(mipic_st, "rotate_model", lambda *given, **_: called.append(given[2]))
+    prompts = []
+    arguments = common.SentenceTransformerTrainingArguments
+
+    def noted(*given, **settings):
+        prompts.append(settings["prompts"])
+        return arguments(*given, **settings)
+
+    monkeypatch.setattr(common, "SentenceTransformerTrainingArguments", noted)
+    run_here(
+        *("half_depth.py", "--smoke", "--model", tmp_path / "tiny", "--dims", 8, "--layer", 1, *flags),
+        *("--train-file", tmp_path / "pairs.csv"),
+    )
+    assert called == [[8]] * rotated
+    assert prompts == ["book "]
 
 
 @needs_model
@@ -440,6 +504,20 @@ def load_recipe(monkeypatch):
     """The function of the script that reads a recipe."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     return runpy.run_path(str(ROOT / "examples" / "train_recipe.py"))["load_recipe"]
+
+
+def test_two_views_of_a_sentence_differ(monkeypatch, tiny_model):
+    """A decoder gets the dropout that its config leaves out; a model without any is refused."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from common import require_dropout
+
+    script = runpy.run_path(str(ROOT / "examples" / "train_recipe.py"))
+    for path in RECIPES:
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = script["scaled_down"](script["load_recipe"](path), ["a red house"], folder)
+            require_dropout(script["make_model"](recipe["model"]), "a red house")
+    with pytest.raises(SystemExit, match="The model has no dropout"):
+        require_dropout(tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), "a red house")
 
 
 def test_there_is_a_file_for_every_recipe():

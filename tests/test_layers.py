@@ -111,6 +111,18 @@ def test_mamba_shows_no_embeddings(tmp_path):
         encode_layers(model, TEXTS, [0, 2])
 
 
+def test_the_default_prompt_stands_before_the_texts(tiny_model):
+    """As in encode; an empty prompt is none, and another one is that one."""
+    model = tiny_model()
+    model.prompts, model.default_prompt_name = {"query": "the dog eats "}, "query"
+    for given in (None, "", "a book "):
+        np.testing.assert_allclose(
+            encode_layers(model, TEXTS, [DEPTH], prompt=given)[:, 0], model.encode(TEXTS, prompt=given), atol=1e-5
+        )
+    bare, prompted = (encode_layers(model, TEXTS, [1], prompt=given) for given in ("", None))
+    assert np.abs(bare - prompted).max() > 1e-3
+
+
 @pytest.mark.parametrize("name", TAILS)
 def test_tails_follow_each_layer(tiny_model, name):
     """Every cell goes through the model's tail; without it, the pooled states are given at their own width."""

@@ -284,9 +284,7 @@ def _check(
     else:
         store = EmbeddingStore(model, None if layer is None else [layer])
         expected = store.view(dim or width, layer=layer, normalize=normalize).encode(texts, show_progress_bar=False)
-    # a map is fitted and checked without prompt; a default prompt would come in here
-    prompt = None if weight is None else ""
-    got = np.asarray(exported.encode(texts, prompt=prompt, show_progress_bar=False), dtype=np.float32)
+    got = np.asarray(exported.encode(texts, show_progress_bar=False), dtype=np.float32)
     if normalize and (dim is not None or weight is not None):
         expected = unit_length(expected)
     half = in_half_precision(model)

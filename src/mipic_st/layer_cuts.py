@@ -30,7 +30,7 @@ from mipic_st.backbone import (
 )
 from mipic_st.cut_fits import fit_cut, refine_cut
 from mipic_st.embedding_store import unit_length
-from mipic_st.layers import TokenStates, encode_layers, encode_tokens
+from mipic_st.layers import TokenStates, encode_layers, encode_tokens, prompt_of
 from mipic_st.tails import BLOCK, encode_texts, spearman, table_of, wants_bar
 from mipic_st.word_weights import fit_word_weights, input_embeddings, no_word_weights, word_weights_module
 
@@ -174,8 +174,7 @@ def fit_layer_cuts(
     elif word_weights and not max_steps:
         raise ValueError("word_weights is True, but max_steps is 0, so there are no steps to learn them in.")
     show_progress_bar = wants_bar(show_progress_bar)
-    if prompt is None and model.default_prompt_name is not None:
-        prompt = model.prompts.get(model.default_prompt_name)
+    prompt = prompt_of(model, prompt)
     encode = _Encoding(model, layers, depth, {"prompt": prompt, "batch_size": batch_size}, show_progress_bar)
     scored = None if sts is None else _scored_pairs(sts)
 

@@ -51,7 +51,7 @@ def encode_layers(
         model: A SentenceTransformer whose first module is a Transformer.
         texts: The texts, n of them.
         layers: Layer numbers, 0 (embedding layer) to L (last).
-        prompt: Put before every text.
+        prompt: Put before every text; None is the model's default prompt, as in ``model.encode``, "" is none.
         batch_size: Texts per forward pass.
         show_progress_bar: Show a bar over batches.
         tail: Run the modules behind the pooling; without, the pooled states of each layer are given as they are.
@@ -69,6 +69,7 @@ def encode_layers(
     from tqdm.auto import trange
 
     check_layers(layers, model)
+    prompt = prompt_of(model, prompt)
     walk = _LayerWalk(model)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     result: np.ndarray | None = None
@@ -88,6 +89,13 @@ def encode_layers(
         width = full_width(model) if tail else transformer_of(model).get_embedding_dimension()
         return np.empty((0, len(layers), width), dtype=np.float32)
     return result
+
+
+def prompt_of(model: SentenceTransformer, prompt: str | None) -> str | None:
+    """The prompt that was given, or the one that ``model.encode`` puts before texts by itself."""
+    if prompt is None and model.default_prompt_name is not None:
+        return model.prompts.get(model.default_prompt_name)
+    return prompt
 
 
 class TokenStates(NamedTuple):
