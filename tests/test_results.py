@@ -240,7 +240,8 @@ def rotations(entry):
             WAYS.get(name, name),
             f"{about['seconds']:.1f}" if about["seconds"] > 0.05 else "",
             *(f"{about[column]:.1f}" for column in columns),
-            " ".join(map(str, about["warned"])) or "none",
+            # the other ways have no warning to give
+            " ".join(map(str, about["warned"])) or ("none" if name.startswith("rotation") else ""),
         ]
         for name, about in entry.items()
     ]
