@@ -22,8 +22,10 @@ DOCUMENTS = [
 FILES = {
     "rotated": "compare_losses.json",
     "more": "rotated_start.json",
+    "later": "rotated_start_later.json",
     "weak": "weak_start.json",
     "weak more": "weak_more.json",
+    "weak rotated": "weak_rotated.json",
     "curve": "curve.json",
     "half": "half_depth.json",
     "plain": "plain_starts.json",
@@ -58,20 +60,33 @@ PLAIN_ROWS = {
     "mipic-paper": "`MIPICLoss`, paper preset",
     "mipic": "`MIPICLoss`, defaults at that time",
 }
-# rows in float32, some of fewer seeds
+# rows in float32
 MORE_ROWS = {
     "base+rotation": "base loss, then rotation",
     "rotation+mipic": "**rotation, then `MIPICLoss`**",
     "rotation+mipic-teacher": "**rotation, then `MIPICLoss` with a larger teacher**",
     "rotation+mipic+rotation": "rotation, `MIPICLoss`, another rotation",
     "rotation+mipic-released": "rotation, then `MIPICLoss`, released preset",
-    "rotation+mipic-paper": "rotation, then `MIPICLoss`, paper preset",
     "rotation+specialist-16": "rotation, then `MatryoshkaLoss`, 16 dims only",
     "rotation+specialist-8": "rotation, then `MatryoshkaLoss`, 8 dims only",
     "rotation+matryoshka-2d": "rotation, then `Matryoshka2dLoss`",
     "rotation+adaptive-layer": "rotation, then `AdaptiveLayerLoss`",
+}
+# the same later, on another fit of the rotation, and a third time from the weak encoder
+LATER_ROWS = {
+    "rotation": ROWS["rotation"],
+    "rotation+mipic": ROWS["rotation+mipic"],
+    "rotation+matryoshka-2d": MORE_ROWS["rotation+matryoshka-2d"],
+    "rotation+mipic-paper": "rotation, then `MIPICLoss`, paper preset",
     "adaptive-layer": "`AdaptiveLayerLoss`",
 }
+WEAK_ROWS = {
+    name: (ROWS | MORE_ROWS)[name]
+    for name in (
+        *("rotation", "rotation+matryoshka", "rotation+mipic", "rotation+mipic+rotation", "rotation+matryoshka-2d"),
+        *("rotation+specialist-16", "rotation+specialist-8"),
+    )
+} | {"rotation+specialist-16+rotation": "rotation, `MatryoshkaLoss` for 16 dims only, another rotation"}
 HEADLINE = ["truncation", "rotation", "base", "base+pca", "matryoshka", "rotation+matryoshka", "rotation+mipic"]
 RIVALS = ["truncation", "base", "matryoshka", "matryoshka-2d", "specialist", "rotation", "rotation+matryoshka"]
 RIVALS += ["rotation+mipic"]
@@ -140,25 +155,18 @@ def scores(measure, dims=(384, 256, 128, 64, 32, 16, 8)):
     return made
 
 
-def more(measure, dims=(384, 256, 128, 64, 32, 16, 8)):
+def more(measure, dims=(384, 256, 128, 64, 32, 16, 8), labels=MORE_ROWS):
     def made(entry):
-        names = [name for name in MORE_ROWS if measure in entry[name]]
-        rows = [
-            [
-                MORE_ROWS[name],
-                rate(entry[name]),
-                entry[name]["seeds"],
-                *(cell(entry[name], measure, dim) for dim in dims),
-            ]
-            for name in names
-        ]
-        return table(["", "rate", "seeds", *dims], rows)
+        assert {entry[name]["seeds"] for name in labels if entry[name]["learning_rate"]} == {3}
+        names = [name for name in labels if measure in entry[name]]
+        rows = [[labels[name], rate(entry[name]), *(cell(entry[name], measure, dim) for dim in dims)] for name in names]
+        return table(["", "rate", *dims], rows)
 
     return made
 
 
 def differences(name, measure, dims):
-    names = MORE_ROWS | ROWS
+    names = WEAK_ROWS | MORE_ROWS | ROWS
 
     def made(entry):
         found = entry[name][f"{measure} differences"]
@@ -279,6 +287,25 @@ TABLES = {
     "weak differences": ("weak", "weak", differences("mipic", "sts", (384, 256, 128, 64, 32, 16, 8))),
     "weak rotated differences": ("weak", "weak", differences("rotation+mipic", "sts", (384, 256, 128, 64, 32, 16, 8))),
     "weak more": ("weak more", "weak", scores("sts")),
+    "weak later": ("weak rotated", "weak", more("sts", labels=WEAK_ROWS)),
+    "weak 16 differences": (
+        "weak rotated",
+        "weak",
+        differences("rotation+specialist-16+rotation", "sts", (384, 256, 128, 64, 32, 16, 8)),
+    ),
+    "later": ("later", "good", more("sts", labels=LATER_ROWS)),
+    "later layer 3 cut": ("later", "good", more("sts, layer 3 cut", (384, 64, 32, 16, 8), LATER_ROWS)),
+    "later layer 3 fitted": ("later", "good", more("sts, layer 3 fitted", (384, 64, 32, 16, 8), LATER_ROWS)),
+    "later layer 3 differences": (
+        "later",
+        "good",
+        differences("rotation+matryoshka-2d", "sts, layer 3 cut", (384, 64, 32, 16, 8)),
+    ),
+    "later layer 3 fitted differences": (
+        "later",
+        "good",
+        differences("rotation+matryoshka-2d", "sts, layer 3 fitted", (384, 64, 32, 16, 8)),
+    ),
     "curve": ("curve", "good", curve),
     "half depth": ("half", "scores", half_depth),
     "plain good": ("plain", "good", plain("good")),
