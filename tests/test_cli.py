@@ -328,6 +328,9 @@ def test_eval_compares_models_side_by_side(tmp_path, capsys, monkeypatch):
     assert printed.out.count("**") == 2 * 4
     for file in ("report.md", "report.csv", "report.json", "report.tex", "score_by_dim.png", "quality_by_bytes.svg"):
         assert (tmp_path / "out" / file).is_file()
+    # random models: what cannot be drawn is told, and costs nothing else
+    assert "no plot retained: the scores of STS13" in printed.err
+    assert not (tmp_path / "out" / "retained.png").exists()
 
 
 @pytest.mark.slow

@@ -315,10 +315,14 @@ def _plots(report, output: Path) -> None:  # type: ignore[no-untyped-def]  # noq
     except ImportError:
         print(missing_extra("no plots, they need matplotlib", "plot"), file=sys.stderr)
         return
-    report.plot_score_by_dim(output / "score_by_dim")
-    report.plot_retained(output / "retained")
+    plots = {"score_by_dim": report.plot_score_by_dim, "retained": report.plot_retained}
     if len({record["precision"] for record in report.records}) > 1:
-        report.plot_quality_by_bytes(output / "quality_by_bytes")
+        plots["quality_by_bytes"] = report.plot_quality_by_bytes
+    for name, plot in plots.items():
+        try:
+            plot(output / name)
+        except ValueError as error:  # the scores are there, and not every one can be drawn in every way
+            print(f"no plot {name}: {error}", file=sys.stderr)
 
 
 def _check_empty(output: Path) -> None:
