@@ -268,6 +268,7 @@ def test_training_script(run_here, script, says):
 
 
 @needs_model
+@pytest.mark.slow
 def test_half_depth_teaches_the_cut(run_here, tmp_path):
     """Rotated, cut, fitted, trained: four rows over all dims, the fitted cut above the bare one; and a saved model."""
     report, folder = tmp_path / "half.json", tmp_path / "half"
@@ -687,6 +688,7 @@ def test_larger_teacher_is_for_pairs_and_has_a_weight(run_here, tmp_path):
         run_here("larger_teacher.py", "--smoke", "--train-file", scored)
 
 
+@pytest.mark.slow
 def test_benchmark_tails_measures_every_fit():
     """Seconds and memory of the rotation and of a cut's three steps."""
     code, printed, errors = run("benchmark_tails.py", "--smoke", "--threads", "1")
