@@ -226,6 +226,16 @@ def test_a_checkpoint_of_the_same_step_of_another_run(tiny_model, tmp_path, opti
     trainer_in("mine", 0).train(resume_from_checkpoint=mine)
 
 
+def test_a_sharded_model_is_not_looked_into(tiny_model, tmp_path, monkeypatch):
+    """Its parameters are elsewhere: nothing of them goes into the file."""
+    model = tiny_model()
+    callback = MIPICCallback(MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS))
+    assert len(callback._model_sample()) == 64
+    monkeypatch.setattr("mipic_st.callback.sharding_run", lambda: "FSDP")
+    assert callback._model_sample() == ""
+    callback.load(callback.save(tmp_path).parent)
+
+
 def test_another_loss_in_the_callback_is_told(tiny_model, tmp_path, caplog):
     """Its dims would go into the config; once a run, and not for the loss that is trained."""
     trainer, loss = without_projections(tiny_model, tmp_path, callback=False)

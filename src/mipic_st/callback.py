@@ -211,7 +211,12 @@ class MIPICCallback(TrainerCallback):
         return digest.hexdigest() if found else ""
 
     def _model_sample(self) -> str:
-        """Digest of the first values of each of the model's parameters: cheap, and another at each step."""
+        """Digest of the first values of each of the model's parameters: cheap, and another at each step.
+
+        Empty for a sharded model, which has parts of them here, and perhaps not yet those of the checkpoint.
+        """
+        if sharding_run():
+            return ""
         digest = hashlib.sha256()
         for parameter in unwrap(next(iter(self.losses.values())).model).parameters():
             digest.update(parameter.detach().reshape(-1)[:64].float().cpu().numpy().tobytes())
@@ -269,8 +274,8 @@ class MIPICCallback(TrainerCallback):
                 if not (present and metadata.get(what)):
                     continue
                 if present == metadata[what]:
-                    break  # of a sharded model the trainer may not have loaded the weights yet
-                if what == "optimizer" or not (self.resume_from_checkpoint or sharding_run()):
+                    break
+                if what == "optimizer" or self.resume_from_checkpoint is None:
                     raise ValueError(
                         f"{folder / PROJECTIONS_FILE} is of another run than the {what} that the trainer resumed. Name "
                         "the folder that the trainer resumes from: MIPICCallback(loss, resume_from_checkpoint=...)."
