@@ -66,11 +66,6 @@ def load_model(name: str | None) -> SentenceTransformer:
     return SentenceTransformer(name)
 
 
-def default_prompt(model: SentenceTransformer) -> str | None:
-    """What ``encode`` puts before every text by itself; the trainer does so only if it is told."""
-    return None if model.default_prompt_name is None else model.prompts.get(model.default_prompt_name)
-
-
 def require_dropout(model: SentenceTransformer, sentence: str) -> None:
     """Refuse a model whose two passes over a sentence are the same, as those of decoders often are."""
     with torch.no_grad():

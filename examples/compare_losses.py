@@ -207,6 +207,12 @@ def mipic_settings() -> dict[str, dict[str, Any]]:
     return made
 
 
+def defaults_of(function: Callable) -> dict[str, Any]:
+    """The defaults of its keyword arguments, by which a folder knows that it was made with others."""
+    keywords = (each for each in signature(function).parameters.values() if each.kind is Parameter.KEYWORD_ONLY)
+    return {each.name: each.default for each in keywords}
+
+
 def all_settings(loss: str) -> dict[str, Any]:
     """What a run of MIPICLoss is made with, defaults too, so that runs of other defaults are not taken for it."""
     if loss == "mipic-paper":
@@ -215,9 +221,7 @@ def all_settings(loss: str) -> dict[str, Any]:
         return dict(RELEASED_SETTINGS)
     if loss not in mipic_settings():
         return {}
-    keywords = (each for each in signature(MIPICLoss).parameters.values() if each.kind is Parameter.KEYWORD_ONLY)
-    defaults = {each.name: each.default for each in keywords}
-    settings = defaults | mipic_settings()[loss]
+    settings = defaults_of(MIPICLoss) | mipic_settings()[loss]
     return settings | {"teacher": Path(args.teacher).name} if taught(settings) else settings
 
 
@@ -294,8 +298,7 @@ def load_start(folder: Path, start: str, seed: int, rotated: bool, data: Data) -
     if start == "good":  # nothing is drawn in it, so one rotation is the start of all seeds
         seed = args.seeds[0]
     place = folder / "starts" / f"{start}_{seed}"
-    keywords = (each for each in signature(rotate_model).parameters.values() if each.kind is Parameter.KEYWORD_ONLY)
-    fit = {each.name: each.default for each in keywords} | fit_options()
+    fit = defaults_of(rotate_model) | fit_options()
     if not place.exists():
         model = load_model(start, seed)
         began = time.perf_counter()

@@ -20,7 +20,6 @@ from sentence_transformers.util import pairwise_cos_sim
 
 from common import (
     choose_dims,
-    default_prompt,
     load_model,
     load_train,
     make_evaluator,
@@ -36,6 +35,7 @@ from common import (
 from mipic_st import MIPICCallback, MIPICLoss, export_truncated
 from mipic_st.data import is_scored
 from mipic_st.demo import synthetic_pairs
+from mipic_st.layers import prompt_of
 
 
 def labelled_by(teacher: SentenceTransformer, data: Dataset, seed: int) -> Dataset:
@@ -85,7 +85,7 @@ def main() -> None:
         trainer = SentenceTransformerTrainer(
             model=student,
             # the student is scored and served behind its own prompt, if it has one
-            args=training_arguments(args, train, args.output_dir or scratch, prompts=default_prompt(student)),
+            args=training_arguments(args, train, args.output_dir or scratch, prompts=prompt_of(student, None)),
             train_dataset=train,
             loss=loss,
             callbacks=[MIPICCallback(loss)],

@@ -30,7 +30,6 @@ from sentence_transformers.sentence_transformer.losses import MSELoss
 
 from common import (
     choose_dims,
-    default_prompt,
     load_model,
     load_train,
     make_evaluator,
@@ -43,6 +42,7 @@ from common import (
 )
 from mipic_st import export_truncated, fit_layer_cuts, rotate_model, set_matryoshka_config
 from mipic_st.demo import synthetic_pairs
+from mipic_st.layers import prompt_of
 
 SMOKE_PAIRS = 300
 
@@ -92,8 +92,8 @@ def main() -> None:
     # 3. The cut, with a tail that is right already, learns the rest
     name = f"layer {layer}, fitted and trained"
     settings: dict[str, Any] = {"bf16": True, "use_cpu": not torch.cuda.is_available()} if args.bf16 else {}
-    # the teacher's vectors are of texts behind this prompt, and so will be those of the saved cut
-    settings["prompts"] = default_prompt(teacher)
+    # encode puts a default prompt before the teacher's texts and those of the saved cut; the trainer has to be told
+    settings["prompts"] = prompt_of(teacher, None)
     for seed in args.seeds or [args.seed]:
         student = export_truncated(teacher, layer, cuts=cuts)
         with tempfile.TemporaryDirectory() as scratch:

@@ -146,19 +146,9 @@ def headline(entry):
     return table([*head, "behind, STS 16", "behind, STS 8"], rows)
 
 
-def scores(measure, dims=(384, 256, 128, 64, 32, 16, 8)):
+def scores(measure, dims=(384, 256, 128, 64, 32, 16, 8), labels=ROWS):
     def made(entry):
-        names = [name for name in ROWS if name in entry and measure in entry[name]]
-        rows = [[ROWS[name], rate(entry[name]), *(cell(entry[name], measure, dim) for dim in dims)] for name in names]
-        return table(["", "rate", *dims], rows)
-
-    return made
-
-
-def more(measure, dims=(384, 256, 128, 64, 32, 16, 8), labels=MORE_ROWS):
-    def made(entry):
-        assert {entry[name]["seeds"] for name in labels if entry[name]["learning_rate"]} == {3}
-        names = [name for name in labels if measure in entry[name]]
+        names = [name for name in labels if name in entry and measure in entry[name]]
         rows = [[labels[name], rate(entry[name]), *(cell(entry[name], measure, dim) for dim in dims)] for name in names]
         return table(["", "rate", *dims], rows)
 
@@ -275,27 +265,27 @@ TABLES = {
     "retrieval differences": ("rotated", "good", differences("rotation+mipic", "accuracy@1", (64, 32, 16, 8))),
     "layer 3 cut": ("rotated", "good", scores("sts, layer 3 cut", (384, 64, 32, 16, 8))),
     "layer 3 fitted": ("rotated", "good", scores("sts, layer 3 fitted", (384, 64, 32, 16, 8))),
-    "more": ("more", "good", more("sts")),
+    "more": ("more", "good", scores("sts", labels=MORE_ROWS)),
     "more teacher differences": (
         "more",
         "good",
         differences("rotation+mipic-teacher", "sts", (384, 256, 128, 64, 32, 16, 8)),
     ),
-    "more layer 3 cut": ("more", "good", more("sts, layer 3 cut", (384, 64, 16, 8))),
-    "more layer 3 fitted": ("more", "good", more("sts, layer 3 fitted", (384, 64, 16, 8))),
+    "more layer 3 cut": ("more", "good", scores("sts, layer 3 cut", (384, 64, 16, 8), MORE_ROWS)),
+    "more layer 3 fitted": ("more", "good", scores("sts, layer 3 fitted", (384, 64, 16, 8), MORE_ROWS)),
     "weak": ("weak", "weak", scores("sts")),
     "weak differences": ("weak", "weak", differences("mipic", "sts", (384, 256, 128, 64, 32, 16, 8))),
     "weak rotated differences": ("weak", "weak", differences("rotation+mipic", "sts", (384, 256, 128, 64, 32, 16, 8))),
     "weak more": ("weak more", "weak", scores("sts")),
-    "weak later": ("weak rotated", "weak", more("sts", labels=WEAK_ROWS)),
+    "weak later": ("weak rotated", "weak", scores("sts", labels=WEAK_ROWS)),
     "weak 16 differences": (
         "weak rotated",
         "weak",
         differences("rotation+specialist-16+rotation", "sts", (384, 256, 128, 64, 32, 16, 8)),
     ),
-    "later": ("later", "good", more("sts", labels=LATER_ROWS)),
-    "later layer 3 cut": ("later", "good", more("sts, layer 3 cut", (384, 64, 32, 16, 8), LATER_ROWS)),
-    "later layer 3 fitted": ("later", "good", more("sts, layer 3 fitted", (384, 64, 32, 16, 8), LATER_ROWS)),
+    "later": ("later", "good", scores("sts", labels=LATER_ROWS)),
+    "later layer 3 cut": ("later", "good", scores("sts, layer 3 cut", (384, 64, 32, 16, 8), LATER_ROWS)),
+    "later layer 3 fitted": ("later", "good", scores("sts, layer 3 fitted", (384, 64, 32, 16, 8), LATER_ROWS)),
     "later layer 3 differences": (
         "later",
         "good",
@@ -366,6 +356,13 @@ def test_the_comparison_is_over_seeds():
     trained = {name: about for name, about in report["good"].items() if about["learning_rate"]}
     trained |= {f"weak {name}": about for name, about in load("weak")["weak"].items()}
     assert {"matryoshka", "rotation+matryoshka", "rotation+mipic"} <= set(trained)
+    for name, start, labels in (
+        ("more", "good", MORE_ROWS),
+        ("later", "good", LATER_ROWS),
+        ("weak rotated", "weak", WEAK_ROWS),
+    ):
+        entry = load(name)[start]
+        trained |= {f"{name} {row}": entry[row] for row in labels if entry[row]["learning_rate"]}
     assert {about["seeds"] for about in trained.values()} == {3}
     assert report["settings"]["steps"] >= 150
 

@@ -256,9 +256,10 @@ class MIPICCallback(TrainerCallback):
         if self.resume_from_checkpoint is not None:
             candidates = [self.resume_from_checkpoint]
         folder = next((folder for folder in candidates if (folder / PROJECTIONS_FILE).is_file()), candidates[0])
-        if not ((folder / PROJECTIONS_FILE).is_file() or self._restores()):
+        there = (folder / PROJECTIONS_FILE).is_file()
+        if not there and not self._restores():
             return
-        if not (folder / PROJECTIONS_FILE).is_file() and self.missing_projections == "reset":
+        if not there and self.missing_projections == "reset":
             logger.warning("No %s in %s: the projections start afresh, with new moments.", PROJECTIONS_FILE, folder)
             if optimizer is not None:
                 for parameter in self.projections().values():

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 __all__ = ["data_digests", "is_known_set", "set_digest", "with_local_data"]
 
 # Digests of whole sets as `set_digest` makes them, by task and split: what local files must match to bear MTEB's name.
@@ -84,7 +82,7 @@ def with_local_data(task: Any, data_dir: Path | None) -> Any:
             if (wrong := labels.isna() | (labels.astype(str).str.strip() == "")).any():
                 raise ValueError(
                     f"{str(path)!r} has {int(wrong.sum())} rows without a label, the first is row "
-                    f"{int(np.flatnonzero(wrong)[0]) + 1}; they would be a class of their own. Fill them."
+                    f"{int(wrong.to_numpy().argmax()) + 1}; they would be a class of their own. Fill them."
                 )
         expected = stats.get(split, {}).get("num_samples")
         if expected is not None and expected != len(frame):
