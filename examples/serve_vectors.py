@@ -38,6 +38,7 @@ from mipic_st import fit_rotation
 from mipic_st.embedding_store import bytes_per_vector, unit_length
 
 NEIGHBORS = 10
+MOST_OF_PGVECTOR = 1000
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,6 +55,13 @@ def parse_args() -> argparse.Namespace:
         parser.error("--vectors and --queries come together")
     if args.shortlist < NEIGHBORS:
         parser.error(f"--shortlist must be {NEIGHBORS} or more, got {args.shortlist}")
+    if wrong := [dim for dim in args.dims if dim < 1 or dim % 8]:
+        parser.error(f"--dims must be multiples of 8, for binary codes fill whole bytes, got {wrong}")
+    if args.shortlist > MOST_OF_PGVECTOR and "pgvector" in args.engines:
+        parser.error(
+            f"--shortlist: the index of pgvector finds {MOST_OF_PGVECTOR:,} vectors at most, got {args.shortlist}; "
+            "name the other --engines"
+        )
     return args
 
 
@@ -252,8 +260,8 @@ class PgVector(Engine):
         self.run.execute(
             f"CREATE INDEX short ON items USING hnsw (({self._short('embedding', dim, kind)}) {operators})"
         )
-        # no fewer than the shortlist, or the index returns fewer; 1000 is the most
-        self.run.execute(f"SET hnsw.ef_search = {min(1000, max(40, shortlist))}")
+        # no fewer than the shortlist, or the index returns fewer
+        self.run.execute(f"SET hnsw.ef_search = {max(40, shortlist)}")
 
     def exact(self, query: np.ndarray) -> np.ndarray:
         rows = self.run.execute("SELECT id FROM items ORDER BY embedding <#> %s LIMIT %s", (query, NEIGHBORS))

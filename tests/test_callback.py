@@ -202,7 +202,7 @@ def test_all_dims_resume_without_the_callback_or_its_file(tiny_model, tmp_path, 
 def test_a_checkpoint_of_the_same_step_of_another_run(tiny_model, tmp_path, options):
     """Without moments of projections to go by, drawn dims or plain SGD, the model's weights tell."""
 
-    def trainer_in(name, seed, step=None):
+    def trainer_in(name, seed, step=None, named=None):
         model = tiny_model(training=True)
         base = losses.MultipleNegativesRankingLoss(model)
         loss = MIPICLoss(model, base, DIMS, n_dims_per_step=1, seed=seed, **options)
@@ -215,7 +215,7 @@ def test_a_checkpoint_of_the_same_step_of_another_run(tiny_model, tmp_path, opti
             save_steps=3,
             optim="sgd",
             learning_rate=0.1,
-            callbacks=[MIPICCallback(loss), *([StopAt(step)] if step else [])],
+            callbacks=[MIPICCallback(loss, resume_from_checkpoint=named), *([StopAt(step)] if step else [])],
         )
 
     for name, seed in (("mine", 0), ("other", 7)):
@@ -224,6 +224,8 @@ def test_a_checkpoint_of_the_same_step_of_another_run(tiny_model, tmp_path, opti
     with pytest.raises(ValueError, match="is of another run than the model that the trainer resumed"):
         trainer_in("other", 0).train(resume_from_checkpoint=mine)
     trainer_in("mine", 0).train(resume_from_checkpoint=mine)
+    # whoever names another folder to the callback means it
+    trainer_in("other", 0, named=mine).train(resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-3"))
 
 
 def test_a_sharded_model_is_not_looked_into(tiny_model, tmp_path, monkeypatch):

@@ -210,6 +210,67 @@ def test_a_rate_at_the_edge_widens_the_grid(script, monkeypatch, tmp_path):
 
 
 @needs_model
+def test_a_grid_that_never_turns_is_told(script, monkeypatch, tmp_path, capsys):
+    """It ends at nine rates, and the log says that the best one is at an edge still."""
+
+    def train(runs, data, start, row, rate, seed):
+        return {"learning_rate": rate, "loss": "mipic", "dev": {"sts": {"8": -rate, "4": 0.0}}}
+
+    monkeypatch.setattr(script, "trained_model", train)
+    assert script.chosen_rate(script.Runs(tmp_path, []), None, "good", script.row_of("mipic")) < 2e-6
+    assert "good mipic: the best of 9 rates, " in capsys.readouterr().out
+
+
+@needs_model
+def test_a_diverged_training_is_not_the_best(script):
+    """Its scores are not numbers, which max would take for the largest if they came first."""
+    lines = [{"loss": "mipic", "dev": {"sts": {"8": score, "4": 1.0}}} for score in (float("nan"), -5.0, 3.0)]
+    assert max(lines, key=script.dev_score) == lines[2]
+    assert script.dev_score(lines[0]) == float("-inf")
+
+
+@needs_model
+def test_hub_sets_have_the_split_of_their_use(script, monkeypatch):
+    """Rates are never chosen on a test split."""
+    asked = []
+
+    def load(name, *, split="train"):
+        asked.append((name, split))
+        return Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]})
+
+    monkeypatch.setattr(script, "load_training_hub", load)
+    script.args.train, script.args.dev, script.args.test = "a/train", ["a/sts"], ["b/sts"]
+    script.load_data()
+    assert asked == [("a/train", "train"), ("a/sts", "validation"), ("b/sts", "test")]
+
+
+@needs_model
+@pytest.mark.parametrize(
+    ("test", "probe", "titles"),
+    [
+        (
+            ["sts14_test.csv", "sts15_test.csv"],
+            ["banking77_train.csv", "banking77_test.csv"],
+            ["STS14 and STS15, Spearman x100", "Banking77 retrieval, accuracy@1 x100"],
+        ),
+        ([], None, ["SYNTHETIC, Spearman x100", "Synthetic retrieval, accuracy@1 x100"]),
+    ],
+)
+def test_the_picture_names_its_data(script, monkeypatch, tmp_path, test, probe, titles):
+    """From the files that were scored, not from what the committed picture shows."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *_, **__: drawn.append([a.get_title("left") for a in self.axes])
+    )
+    cells = {str(dim): {"mean": 50.0, "low": 40.0, "high": 60.0} for dim in script.args.dims}
+    about = {"sts": cells, "accuracy@1": cells}
+    entry = {"truncation": about, "rotation": about}
+    script.plot({"settings": {"test": test, "probe": probe}, "good": entry}, tmp_path / "plot.png")
+    assert drawn == [titles, titles]
+
+
+@needs_model
 def test_a_row_is_reported_at_one_rate(script, tmp_path):
     """After a wider grid a row has the seeds of its new rate alone, not those of the old one beside them."""
     runs = script.Runs(tmp_path, [])

@@ -393,6 +393,25 @@ def test_serve_vectors_needs_queries_with_vectors(run_here, capsys):
     assert "--vectors and --queries come together" in capsys.readouterr().err
 
 
+def test_serve_vectors_bounds_its_shortlist(run_here, capsys, tmp_path):
+    """A shortlist longer than the corpus is the corpus, every vector once; pgvector's index has no longer one."""
+    pytest.importorskip("faiss", reason="needs faiss-cpu")
+    random = np.random.default_rng(0)
+    files = [tmp_path / "corpus.npy", tmp_path / "queries.npy"]
+    for file, count in zip(files, (40, 5), strict=True):
+        np.save(file, random.normal(size=(count, 16)).astype(np.float32))
+    own = ["--vectors", files[0], "--queries", files[1], "--dims", 8]
+    printed = run_here("serve_vectors.py", "--engines", "faiss", *own, "--shortlist", 400)
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| FAISS")]
+    assert {cell for row in rows for cell in row[4:6]} == {"1.000"}, "all are rescored at full width"
+    with pytest.raises(SystemExit):
+        run_here("serve_vectors.py", "--engines", "faiss", "pgvector", *own, "--shortlist", 1001)
+    assert "--shortlist: the index of pgvector finds 1,000 vectors at most, got 1001" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_here("serve_vectors.py", "--engines", "faiss", *own, 12)
+    assert "--dims must be multiples of 8, for binary codes fill whole bytes, got [12]" in capsys.readouterr().err
+
+
 @needs_model
 @pytest.mark.parametrize(
     ("script", "message"),
@@ -434,6 +453,7 @@ def test_train_nli_scores_every_dim(trained_nli):
         assert name in printed
     table = [line for line in printed.splitlines() if line.startswith("|")]
     assert all(re.search(rf"\b{dim}\b", "".join(table)) for dim in (8, 16, 32)), printed
+    assert "sts-dev, which chose the checkpoint" in printed, "without a --test-file there is no test"
 
 
 def test_train_nli_saves_a_model_whose_card_says_matryoshka(trained_nli):

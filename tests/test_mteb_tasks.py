@@ -732,6 +732,51 @@ def test_files_of_another_folder_or_main_score_are_not_read(model, folder_task, 
     assert score_of(model, second, tmp_path / "out") == score_of(model, second, tmp_path / "z") != scores[1]
 
 
+def test_another_data_set_on_the_hub_is_a_condition():
+    """Data of another repository are not the published ones; another revision is in mteb's own files."""
+    task = mteb.get_task("STS13")
+    published = task.metadata
+    found = []
+    for change in ({}, {"revision": "0" * 40}, {"path": "someone/sts13"}):
+        task.metadata = published.model_copy(update={"dataset": published.dataset | change})
+        found.append(mteb_tasks._job(task, None).conditions("default", "float32"))
+    assert found[:2] == [None, None]
+    assert "someone/sts13" in found[2]
+
+
+# a method that calls super() has its class in its closure
+HOLDS_ITSELF = """
+class Mine:
+    def score(self):
+        return [2, super()]
+"""
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        ["lambda texts: [len(text) * 2 for text in texts]", "lambda texts: [len(text) * 3 for text in texts]"],
+        ["lambda texts: max(texts)", "lambda texts: min(texts)"],
+        ["lambda texts, times=2: texts * times", "lambda texts, times=3: texts * times"],
+        ["(lambda times: lambda texts: texts * times)(2)", "(lambda times: lambda texts: texts * times)(3)"],
+        ["type('Mine', (), {'score': lambda self: 2})", "type('Mine', (), {'score': lambda self: 3})"],
+        [HOLDS_ITSELF, HOLDS_ITSELF.replace("2", "3")],
+    ],
+)
+def test_code_on_a_task_is_a_setting(tiny_tasks, sources):
+    """Two of one name that differ in what they do, wherever they do it, are two settings; the same code is one."""
+
+    def condition(source):
+        task = copy.copy(tiny_tasks[1])
+        names = {"__name__": "mine"}
+        exec(source if source.startswith("\nclass") else f"Mine = {source}", names)
+        task.evaluator = names["Mine"]
+        return mteb_tasks._job(task, None).conditions("default", "float32")
+
+    assert [condition(each) for each in sources] == [condition(each) for each in sources]
+    assert len({condition(each) for each in sources}) == 2
+
+
 def test_results_of_another_data_revision_are_not_read(model, tiny_tasks, tmp_path, monkeypatch):
     """mteb moved the task to another revision of its data: run again."""
     run(model, tiny_tasks[:1], [8], tmp_path)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -501,9 +502,22 @@ def _shown(value: Any) -> str:
     """A value as a result file names it: a class or function by its name and code, without addresses."""
     name = getattr(value, "__qualname__", "")
     shown = f"{value.__module__}.{name}" if name else repr(value)
-    if code := getattr(value, "__code__", None):
-        shown += f" {short_hash([code.co_code.hex(), re.sub(r' at 0x[0-9a-f]+', '', repr(code.co_consts))])}"
+    if code := _code_of(value):
+        shown += f" {short_hash(code)}"
     return re.sub(r" at 0x\w+", "", shown)
+
+
+def _code_of(value: Any) -> Any:
+    """What a function does, or the methods of a class: byte code with that of inner functions, names and constants."""
+    if isinstance(value, type):
+        return {name: code for name, each in sorted(vars(value).items()) if (code := _code_of(each))}
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), *value.co_names, *map(_code_of, value.co_consts)]
+    if isinstance(value, FunctionType):
+        held = [value.__defaults__, value.__kwdefaults__, *(cell.cell_contents for cell in value.__closure__ or ())]
+        # a function may hold itself, and a method its class
+        return [_code_of(value.__code__), *(_code_of(getattr(each, "__code__", repr(each))) for each in held)]
+    return re.sub(r" at 0x\w+", "", repr(value))
 
 
 @cache
