@@ -16,8 +16,10 @@ A second table has the layer cuts: layers 3 and 4 as they are, fitted, and fitte
 from __future__ import annotations
 
 import os
+import sys
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "--model" not in sys.argv:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is asked of the hub, so don't wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse

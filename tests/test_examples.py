@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from mipic_st import presets
 
@@ -675,6 +676,39 @@ def test_compare_rotations_prints_every_way(tmp_path):
     assert cuts["layer 3, fitted"]["64"] > cuts["layer 3, as it is"]["64"]
     assert cuts["full depth"]["384"] == pytest.approx(whole, abs=0.01), "the same sets"
     assert "warns of" in printed
+
+
+def test_compare_rotations_keeps_a_normalize_in_the_middle(monkeypatch, tiny_model):
+    """Only that behind the last layer goes where the rotation is put: before a Dense with a bias it is part of it."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+
+    from conftest import sentences
+    from mipic_st import fit_rotation
+
+    monkeypatch.setattr(sys, "argv", ["compare_rotations.py"])
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    script = runpy.run_path(str(ROOT / "examples" / "compare_rotations.py"))
+    dense = Dense(32, 32, activation_function=torch.nn.Identity())
+    torch.nn.init.normal_(dense.linear.bias)
+    model = SentenceTransformer(modules=[*tiny_model(), Normalize(), dense, Normalize()], device="cpu")
+    texts = sentences(60, 0)
+    pairs = Dataset.from_dict({"anchor": texts[:30], "positive": texts[30:]})
+    sts = Dataset.from_dict({"sentence1": texts[:30], "sentence2": texts[30:], "score": [float(i) for i in range(30)]})
+    turn = fit_rotation(model.encode(texts), dims=[8], max_steps=2)
+    scores, _ = script["layer_cuts"](
+        model,
+        pairs,
+        [1],
+        [32, 8],
+        turn,
+        [sts],
+        lambda data, of: (of.encode(data["sentence1"][:]), of.encode(data["sentence2"][:]), data["score"][:]),
+        {"max_steps": 0},
+    )
+    assert scores["full depth, rotated"]["32"] == pytest.approx(scores["full depth"]["32"], abs=1e-3)
+    assert scores["full depth, rotated"]["8"] != pytest.approx(scores["full depth"]["8"], abs=1e-3)
 
 
 @needs_model
