@@ -837,18 +837,3 @@ def test_state_dicts_carry_the_draw_of_dims(tiny_model):
     assert [copy.deepcopy(other)._draw_dims() for _ in range(8)] != expected
     other.load_state_dict(torch.load(file, weights_only=True))
     assert [other._draw_dims() for _ in range(8)] == expected
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_state_dicts_without_the_draw_load_strictly(tiny_model, wrapped):
-    """Those saved before the draw was in them; what else is missing is still named."""
-    _, loss = fresh(tiny_model)
-    module = torch.nn.ModuleDict({"a": loss}) if wrapped else loss
-    state = module.state_dict()
-    del state["a._extra_state" if wrapped else "_extra_state"]
-    draws = loss._draw_state()
-    assert module.load_state_dict(state) == ([], [])
-    assert loss._draw_state() == draws
-    del state[next(name for name in state if "mipic_projections" in name)]
-    with pytest.raises(RuntimeError, match=r"Missing key.*mipic_projections"):
-        module.load_state_dict(state)

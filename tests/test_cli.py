@@ -11,7 +11,8 @@ from transformers import RwkvConfig
 
 from conftest import assemble, save_encoder, sentences
 from evaluation_fixtures import tiny_model
-from mipic_st import cli
+from mipic_st import EvaluationReport, cli
+from mipic_st._checks import powers_of_two
 from mipic_st.cli import main
 from mipic_st.rotation import Rotation
 
@@ -135,13 +136,22 @@ def no_model(monkeypatch):
         (["export", "m", "--dim", "-1"], "--dim: must be a whole number from 1 on, got '-1'"),
         (["export", "m", "--layer", "0"], "--layer: must be a whole number from 1 on, got '0'"),
         (["export", "m", "--dim", "8", "--output", "FILE"], "--output: .* is a file; name a folder"),
+        # an unset variable of a shell
+        (["export", "m", "--dim", "8", "--output", ""], "--output: is empty"),
+        (["export", "m", "--layer", "2", "--texts", ""], "--texts: is empty"),
+        (["rotate", "m", "--pairs", " "], "--pairs: is empty"),
+        (["rotate", "m", "--texts", ""], "--texts: is empty"),
+        (["rotate", "m", "--dataset", ""], "--dataset: is empty"),
+        (["eval", "m", "--data-dir", ""], "--data-dir: is empty"),
+        (["check", "m", "--url", ""], "--url: is empty"),
     ],
 )
 def test_bad_values_exit_with_2_before_loading(tmp_path, capsys, arguments, message):
     """Numbers out of range, and files for folders, are wrong usage."""
     (tmp_path / "file").write_text("x")
     places = {"FILE": tmp_path / "file", "FILE/deeper": tmp_path / "file" / "deeper", "NONE": tmp_path / "none"}
-    needed = ["--output", str(tmp_path / "out")] + (["--tasks", "STS13"] if arguments[0] == "eval" else [])
+    needed = [] if arguments[0] == "check" else ["--output", str(tmp_path / "out")]
+    needed += ["--tasks", "STS13"] if arguments[0] == "eval" else []
     command, model, *options = arguments
     assert main([command, model, *needed, *(str(places.get(option, option)) for option in options)]) == 2
     assert re.search(message, capsys.readouterr().err)
@@ -331,6 +341,33 @@ def test_eval_compares_models_side_by_side(tmp_path, capsys, monkeypatch):
     # random models: what cannot be drawn is told, and costs nothing else
     assert "no plot retained: the scores of STS13" in printed.err
     assert not (tmp_path / "out" / "retained.png").exists()
+
+
+def test_eval_that_fails_writes_what_it_has(tmp_path, capsys, monkeypatch):
+    """Of the models before; the error and its exit code stay."""
+
+    def evaluate(model, *_, **__):
+        if model == "org/second":
+            raise ValueError("dims exceed")
+        score = {"task": "STS13", "metric": "s", "dim": 8, "score": 0.5}
+        return EvaluationReport([{"model": model, **score}])
+
+    monkeypatch.setattr(cli, "_load", lambda place, *_: place)
+    monkeypatch.setattr("mipic_st.backbone.full_width", lambda model: 32)
+    monkeypatch.setattr("mipic_st.mteb_tasks.evaluate_mteb", evaluate)
+    call = ["eval", "org/first", "org/second", "--tasks", "STS13", "--output", str(tmp_path), "--no-plots"]
+    assert main(call) == 1
+    assert "dims exceed" in capsys.readouterr().err
+    assert [record["model"] for record in EvaluationReport.from_json(tmp_path / "report.json").records] == ["org/first"]
+
+
+@pytest.mark.parametrize(
+    ("least", "below", "powers"), [(16, 384, [16, 32, 64, 128, 256]), (16, 256, [16, 32, 64, 128]), (8, 8, [])]
+)
+def test_powers_of_two_are_below_the_width(least, below, powers):
+    """The default dims of models, however wide."""
+    assert powers_of_two(least, below) == powers
+    assert powers_of_two(16, 8192)[-1] == 4096
 
 
 @pytest.mark.slow

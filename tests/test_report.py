@@ -133,6 +133,74 @@ def test_retained_share_is_relative_to_the_widest():
     assert line.get_ydata() == pytest.approx([100 * (0.5 + dim / 1000) / 0.884 for dim in DIMS])
 
 
+def test_retained_share_leaves_out_a_seed_without_the_largest_dim(caplog):
+    """It has no share of it; 100 % of its own largest dim would be one of another vector."""
+    whole = [one(score, dim=dim, seed=1) for dim, score in ((8, 0.4), (384, 0.8))]
+    report = EvaluationReport([*whole, one(0.4, dim=8, seed=2)])
+    axes = report.plot_retained().axes[0]
+    assert axes.lines[0].get_ydata() == pytest.approx([50, 100])
+    assert axes.get_ylabel() == "share of the largest dim kept (%)"
+    assert "seeds without a score at the largest dim are left out: m at 384" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("dim", "8"), ("dim", None), ("dim", 8.5), ("layer", "x"), ("seed", "a"), ("bytes", True), ("primary", "no")),
+        *(("score", None), ("score", "high"), ("score", True)),
+    ],
+)
+def test_records_of_other_kinds_are_refused(key, value):
+    """A dim that is text would be sorted as text, "False" be a main score, and no score a zero somewhere."""
+    with pytest.raises(ValueError, match=f"{key} of a record must be .*got {value!r}"):
+        EvaluationReport([one(0.5) | {key: value}])
+    with pytest.raises(TypeError, match="records must be dicts, got 3"):
+        EvaluationReport([3])
+
+
+def test_a_frame_comes_back_as_records():
+    """Columns with gaps hold floats and NaN."""
+    records = [one(0.5, layer=None), one(0.6, dim=16, layer=2, seed=1)]
+    frame = pd.DataFrame(EvaluationReport(records).records)
+    again = EvaluationReport(frame.to_dict("records"))
+    assert again.records == EvaluationReport(records).records
+
+
+@pytest.mark.parametrize("plot", ["plot_score_by_dim", "plot_retained", "plot_quality_by_bytes", "plot_layer_dim"])
+def test_plots_of_one_task_and_one_model(plot):
+    """Each draws what the report of that task, or that model, alone would show; others are named."""
+    cells = [
+        (task, dim, layer) for task in "tu" for dim in (8, 16) for layer in ((1, 2) if "layer" in plot else (None,))
+    ]
+    every = [
+        one((index + 3 * number + 1) / 40, f"m{number}", dim=dim, task=task, layer=layer, bytes=4 * dim)
+        for number in range(2)
+        for index, (task, dim, layer) in enumerate(cells)
+    ]
+    chosen = {"model": "m1"} if "layer" in plot else {}
+    alone = [record for record in every if record["task"] == "u" and record["model"] in chosen.get("model", "m0 m1")]
+
+    def drawn(records, **which):
+        axes = getattr(EvaluationReport(records), plot)(**which).axes[0]
+        return [list(line.get_ydata()) for line in axes.lines], [text.get_text() for text in axes.texts]
+
+    assert drawn(every, task="u", **chosen) == drawn(alone)
+    with pytest.raises(ValueError, match="task 'v' is not in the report, which has"):
+        drawn(every, task="v", **chosen)
+    if chosen:
+        with pytest.raises(ValueError, match=r"model must be one of \['m0', 'm1'\], got None"):
+            drawn(every)
+        with pytest.raises(ValueError, match="no scores for model 'm2'"):
+            drawn(every, model="m2")
+
+
+def test_models_that_would_share_a_row_are_refused():
+    """A model's name that looks like another one's revision: their mean would be of two models."""
+    records = [one(0.2, revision="a"), one(0.4, revision="b"), one(0.9, "m@a")]
+    with pytest.raises(ValueError, match=r"models share a row of the table, \{'m@a': \['m', 'm@a'\]\}"):
+        EvaluationReport(records).table()
+
+
 def test_a_share_of_a_score_below_zero_is_refused():
     """The scores of MSEEvaluator are: half of the error would be drawn as a share of 50 %."""
     report = EvaluationReport(rows(offset=-1.0))
@@ -154,6 +222,10 @@ def test_info_of_two_reports_is_kept():
     parts = [EvaluationReport([one(0.5, model=name)], {"revision": name, "kind": "x"}) for name in "abc"]
     assert (parts[0] + parts[1] + parts[2]).info == {"revision": ["a", "b", "c"], "kind": "x"}
     assert parts[0].info == {"revision": "a", "kind": "x"}
+    assert (parts[0] + (parts[1] + parts[2])).info == (parts[0] + parts[1] + parts[2]).info
+    lists = [EvaluationReport([], {"dims": dims, "curve": np.array(dims)}) for dims in ([8, 16], [8, 16], [8, 32])]
+    assert (lists[0] + lists[1]).info["dims"] == [8, 16]
+    assert (lists[0] + lists[1] + lists[2]).info["dims"] == [[8, 16], [8, 32]]
 
 
 def test_names_at_line_ends_do_not_overlap():

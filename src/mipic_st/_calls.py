@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 
-_METHODS = ("encode", "encode_query", "encode_document")
+from mipic_st.backbone import evaluation_mode
+
+METHODS = ("encode", "encode_query", "encode_document")
 
 
 def reads_task(model: SentenceTransformer) -> bool:
@@ -48,19 +48,19 @@ def reads_task(model: SentenceTransformer) -> bool:
     return any("task" in str(getattr(holder, "chat_template", None)) for holder in holders)
 
 
-@contextmanager
-def modes_kept(model: SentenceTransformer) -> Iterator[None]:
-    """Put every module back into the mode, training or evaluation, that it was in.
+def without_own_methods(model: SentenceTransformer) -> SentenceTransformer:
+    """A shallow copy without what was set on the instance in the place of its methods (a counter, a cache).
 
     Args:
-        model: The model.
+        model: The model; it stays as it is.
+
+    Returns:
+        The copy, which shares the modules.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    twin = copy.copy(model)
+    for name in METHODS:
+        vars(twin).pop(name, None)
+    return twin
 
 
 class _Seen(Exception):
@@ -90,12 +90,10 @@ def as_preprocess_sees_it(
     def stop(inputs: Any, prompt: str | None = None, **options: Any) -> Any:
         raise _Seen(prompt, options)
 
-    twin = copy.copy(model)
-    for name in _METHODS:
-        vars(twin).pop(name, None)
+    twin = without_own_methods(model)
     vars(twin)["preprocess"] = stop
     try:
-        with modes_kept(model):
+        with evaluation_mode(model):
             getattr(twin, method)(["a"], show_progress_bar=False, **given)
     except _Seen as seen:
         return seen.args

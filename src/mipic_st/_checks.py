@@ -1,7 +1,8 @@
 """Checks of arguments, one for each kind that several modules take: numbers, flags, dims, layers, pairs.
 
-NumPy and tensor values count as what they hold. An error names the argument, what is allowed and what was given; a
-wrong kind is a TypeError, a wrong value a ValueError.
+NumPy and tensor values count as what they hold. An error names the argument, what is allowed and what was given. It is
+a ValueError for a value that is not allowed, also where a count or a choice is of another kind, and a TypeError for
+what is no number, flag, text or sequence at all.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ def is_whole(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a plain value is a real number; True and False are none."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def powers_of_two(least: int, below: int) -> list[int]:
+    """The powers of two from ``least``, one of them, to below a width."""
+    return [2**power for power in range(least.bit_length() - 1, (below - 1).bit_length())]
 
 
 def as_list(name: str, values: Any, example: str) -> list[Any]:

@@ -46,7 +46,7 @@ class Vectors:
         if self._file is None and self._limit is not None and self.nbytes + vectors.nbytes > self._limit:
             self._move_to_file()
         if self._file is not None:
-            self._file.seek(0, 2)
+            self._file.seek(self.nbytes)  # not its end: a write that failed may have left a part of its rows
             write_array(self._file, vectors)
             self._count += len(vectors)
             return
@@ -97,7 +97,7 @@ class Vectors:
 
 
 def write_array(file: Any, array: np.ndarray) -> None:
-    """Append an array to a temporary file.
+    """Write an array where a temporary file stands.
 
     Args:
         file: The file.

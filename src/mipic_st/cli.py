@@ -10,6 +10,10 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mipic_st.report import EvaluationReport
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -29,9 +33,16 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _given(text: str) -> str:
+    """A text that is not empty, as an unset variable of a shell is, for argparse."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def _output_folder(text: str) -> Path:
     """A folder that is there or can be made, for argparse."""
-    path = Path(text)
+    path = Path(_given(text))
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"{str(there)!r} is a file; name a folder")
@@ -40,7 +51,7 @@ def _output_folder(text: str) -> Path:
 
 def _input_folder(text: str) -> Path:
     """A folder that is there, for argparse."""
-    if not Path(text).is_dir():
+    if not Path(_given(text)).is_dir():
         raise argparse.ArgumentTypeError(
             f"{text!r} is {'a file' if Path(text).exists() else 'not there'}; name a folder"
         )
@@ -55,9 +66,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"mipic-st {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    # what several commands take
+    loads, runs = (argparse.ArgumentParser(add_help=False) for _ in range(2))
+    loads.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+    runs.add_argument("--quiet", action="store_true", help="no progress bars, no table on the terminal")
+    runs.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
 
     run = commands.add_parser(
         "eval",
+        parents=[loads, runs],
         help="score models on MTEB tasks at several dims, encoding once",
         description="Score models on MTEB tasks at several dims. Every text is encoded once per model.",
         epilog=_EVAL_EPILOG,
@@ -89,17 +106,15 @@ def _parser() -> argparse.ArgumentParser:
         help="float32 (default), int8, binary",
     )
     run.add_argument("--batch-size", type=_whole, default=32, metavar="N", help="texts per forward pass (default: 32)")
-    run.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
-    run.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
     run.add_argument("--no-normalize", action="store_true", help="do not renormalise after the cut")
     run.add_argument("--overwrite", action="store_true", help="run again what is in --output already")
     run.add_argument("--skip-missing", action="store_true", help="leave out tasks without data instead of failing")
     run.add_argument("--no-plots", action="store_true", help="write tables only")
-    run.add_argument("--quiet", action="store_true", help="no progress bars, no table on the terminal")
     run.set_defaults(function=_eval)
 
     turn = commands.add_parser(
         "rotate",
+        parents=[loads, runs],
         help="make an encoder Matryoshka without training it",
         description="Fit a rotation of the embedding space on texts or pairs, and save the model with it. Full-width "
         "cosines stay as they are; the saved folder loads without this package.",
@@ -109,20 +124,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     turn.add_argument("model", metavar="MODEL", help="hub name or local folder")
     data = turn.add_mutually_exclusive_group(required=True)
-    data.add_argument("--pairs", metavar="FILE", help="csv, tsv, jsonl or parquet: anchor, positive, or STS columns")
-    data.add_argument("--texts", metavar="FILE", help="txt (a text a line), or a table with texts")
-    data.add_argument("--dataset", metavar="NAME", help="pairs from the hub: NAME or NAME:CONFIG")
+    data.add_argument(
+        "--pairs", type=_given, metavar="FILE", help="csv, tsv, jsonl or parquet: anchor, positive, or STS columns"
+    )
+    data.add_argument("--texts", type=_given, metavar="FILE", help="txt (a text a line), or a table with texts")
+    data.add_argument("--dataset", type=_given, metavar="NAME", help="pairs from the hub: NAME or NAME:CONFIG")
     turn.add_argument("--dims", nargs="+", type=_whole, metavar="DIM", help="default: powers of 2 from 8")
     turn.add_argument("--output", type=_output_folder, required=True, metavar="DIR", help="new or empty folder")
     turn.add_argument("--batch-size", type=_whole, default=32, metavar="N", help="texts per forward pass (default: 32)")
     turn.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out part and the batches")
-    turn.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
-    turn.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
-    turn.add_argument("--quiet", action="store_true", help="no progress bars, no table on the terminal")
     turn.set_defaults(function=_rotate)
 
     cut = commands.add_parser(
         "export",
+        parents=[loads, runs],
         help="save a model cut to its first layers and dims",
         description="Save a plain SentenceTransformer with fewer layers and dims; it loads without this package.",
         epilog="example:\n  mipic-st export ./run-a --layer 3 --dim 64 --texts corpus.txt --output ./run-a-small",
@@ -133,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     cut.add_argument("--dim", type=_whole, metavar="D", help="values to keep (default: all)")
     cut.add_argument(
         "--texts",
+        type=_given,
         metavar="FILE",
         help="txt (a text a line) or a table: fit what follows the last layer to the full model's vectors",
     )
@@ -142,13 +158,11 @@ def _parser() -> argparse.ArgumentParser:
         help="with --texts: keep the plain mean of the tokens, for servers that know no WordWeights module",
     )
     cut.add_argument("--output", type=_output_folder, required=True, metavar="DIR", help="new or empty folder")
-    cut.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
-    cut.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
-    cut.add_argument("--quiet", action="store_true", help="no progress bars, no table on the terminal")
     cut.set_defaults(function=_export)
 
     served = commands.add_parser(
         "save",
+        parents=[loads],
         help="save a model in the form that a server reads",
         description="tei: the form of text-embeddings-inference, with older module paths and pooling keys, which older "
         "releases of vLLM, and infinity, need too. onnx: a file whose token states are behind the model's linear tail, "
@@ -159,11 +173,11 @@ def _parser() -> argparse.ArgumentParser:
     served.add_argument("model", metavar="MODEL", help="hub name or local folder")
     served.add_argument("--format", choices=["tei", "onnx"], required=True, help="which form")
     served.add_argument("--output", type=_output_folder, required=True, metavar="DIR", help="new or empty folder")
-    served.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
     served.set_defaults(function=_save)
 
     check = commands.add_parser(
         "check",
+        parents=[loads],
         help="compare a running server with the model",
         description="Ask an OpenAI-compatible endpoint for some vectors and compare them with the model's own. Exit "
         "code 1 if they differ.",
@@ -171,11 +185,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("model", metavar="MODEL", help="hub name or local folder")
-    check.add_argument("--url", required=True, help="address of the server, or of its .../embeddings route")
+    check.add_argument(
+        "--url", type=_given, required=True, help="address of the server, or of its .../embeddings route"
+    )
     check.add_argument("--dim", type=_whole, metavar="D", help="ask the server for D dims (default: all)")
-    check.add_argument("--name", default="model", help="the model's name in the request")
-    check.add_argument("--api-key", help="bearer token")
-    check.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
+    check.add_argument("--name", type=_given, default="model", help="the model's name in the request")
+    check.add_argument("--api-key", type=_given, help="bearer token")
     check.set_defaults(function=_check_server)
 
     groups = commands.add_parser("tasks", help="list groups of tasks with their sizes and expected minutes")
@@ -233,15 +248,9 @@ def _check_places(places: Sequence[str]) -> None:
             raise ValueError(f"model {place!r} cannot be loaded: there is no such folder.")
 
 
-def _default_dims(width: int) -> list[int]:
-    dims = [2**power for power in range(4, 12) if 2**power < width]
-    return [*dims, width]
-
-
 def _eval(arguments: argparse.Namespace) -> int:
     from mipic_st._checks import checked_dims
-    from mipic_st.backbone import full_width
-    from mipic_st.mteb_tasks import evaluate_mteb, resolve_tasks
+    from mipic_st.mteb_tasks import resolve_tasks
     from mipic_st.report import EvaluationReport
 
     _check_places(arguments.models)
@@ -251,28 +260,47 @@ def _eval(arguments: argparse.Namespace) -> int:
     tasks = arguments.tasks[0] if len(arguments.tasks) == 1 else arguments.tasks
     resolve_tasks(tasks)
     report = EvaluationReport([])
-    for place, name in zip(arguments.models, names, strict=True):
-        if not arguments.quiet:
-            print(f"{place}", file=sys.stderr)
-        model = _load(place, arguments.device, arguments.trust_remote_code)
-        part = evaluate_mteb(
-            model,
-            tasks,
-            arguments.dims or _default_dims(full_width(model)),
-            output=arguments.output,
-            model_name=name,
-            data_dir=arguments.data_dir,
-            precisions=list(dict.fromkeys(["float32", *arguments.precisions])),
-            batch_size=arguments.batch_size,
-            normalize=not arguments.no_normalize,
-            overwrite=arguments.overwrite,
-            skip_missing=arguments.skip_missing,
-            show_progress_bar=not arguments.quiet,
-        )
-        report += EvaluationReport(part.records, {str(part.records[0]["model"]) if part.records else place: part.info})
-        del model
+    try:
+        for place, name in zip(arguments.models, names, strict=True):
+            report += _evaluated(place, name, tasks, arguments)
+    except Exception:
+        if len(report):  # hours may have gone into the models before
+            _write(report, arguments)
+        raise
     if not len(report):
         raise ValueError("no task had data, nothing was evaluated.")
+    _write(report, arguments)
+    return EXIT_OK
+
+
+def _evaluated(place: str, name: str, tasks: str | list[str], arguments: argparse.Namespace) -> EvaluationReport:
+    """The scores of one model, which is gone from memory afterwards."""
+    from mipic_st._checks import powers_of_two
+    from mipic_st.backbone import full_width
+    from mipic_st.mteb_tasks import evaluate_mteb
+
+    if not arguments.quiet:
+        print(place, file=sys.stderr)
+    model = _load(place, arguments.device, arguments.trust_remote_code)
+    width = full_width(model)
+    return evaluate_mteb(
+        model,
+        tasks,
+        arguments.dims or [*powers_of_two(16, width), width],
+        output=arguments.output,
+        model_name=name,
+        data_dir=arguments.data_dir,
+        precisions=list(dict.fromkeys(["float32", *arguments.precisions])),
+        batch_size=arguments.batch_size,
+        normalize=not arguments.no_normalize,
+        overwrite=arguments.overwrite,
+        skip_missing=arguments.skip_missing,
+        show_progress_bar=not arguments.quiet,
+    )
+
+
+def _write(report: EvaluationReport, arguments: argparse.Namespace) -> None:
+    """Tables and plots into the folder, and the table on the terminal."""
     output: Path = arguments.output
     report.to_csv(output / "report.csv")
     report.to_json(output / "report.json")
@@ -283,7 +311,6 @@ def _eval(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         print(table)
     print(f"written to {output}", file=sys.stderr)
-    return EXIT_OK
 
 
 def _model_names(places: Sequence[str]) -> list[str]:
@@ -305,7 +332,7 @@ def _model_names(places: Sequence[str]) -> list[str]:
     return names
 
 
-def _plots(report, output: Path) -> None:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _plots(report: EvaluationReport, output: Path) -> None:
     from mipic_st._checks import missing_extra
 
     try:
@@ -331,7 +358,7 @@ def _check_empty(output: Path) -> None:
 
 
 def _rotate(arguments: argparse.Namespace) -> int:
-    from mipic_st._checks import checked_dims
+    from mipic_st._checks import checked_dims, powers_of_two
     from mipic_st.backbone import full_width
     from mipic_st.data import load_texts_file, load_training_file, load_training_hub
     from mipic_st.rotation import rotate_model
@@ -347,7 +374,9 @@ def _rotate(arguments: argparse.Namespace) -> int:
         data = load_training_file(arguments.pairs) if arguments.pairs else load_training_hub(arguments.dataset)
     model = _load(arguments.model, arguments.device, arguments.trust_remote_code)
     width = full_width(model)
-    dims = arguments.dims or [2**power for power in range(3, 13) if 2**power < width]
+    dims = arguments.dims or powers_of_two(8, width)
+    if not dims:
+        raise ValueError(f"the model's {width} values leave no power of 2 from 8 on below them: give --dims.")
     rotation = rotate_model(
         model,
         data,

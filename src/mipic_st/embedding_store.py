@@ -18,10 +18,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
-from mipic_st._calls import as_preprocess_sees_it, frozen, given_arguments, modes_kept, reads_task
+from mipic_st._calls import as_preprocess_sees_it, frozen, given_arguments, reads_task
 from mipic_st._checks import as_list, checked_count, checked_number
 from mipic_st._vectors import Vectors, write_array
-from mipic_st.backbone import NO_CUT, check_layers, full_width, model_depth
+from mipic_st.backbone import NO_CUT, check_layers, evaluation_mode, full_width, in_half_precision, model_depth
 from mipic_st.layers import encode_layers
 
 PRECISIONS = ("float32", "int8", "binary")
@@ -93,8 +93,8 @@ class EmbeddingStore:
             ``TMPDIR`` names), which is gone when the store is, even if the process is killed. So do results of one
             ``encode`` call that are larger. None sets no limit.
         device: Where to encode, as in ``model.encode``: one device, or a list of devices for one process each. The
-            processes are started once and run until :meth:`clear`. Not with ``layers`` if it is a list.
-        pool: A pool of sentence-transformers that is running already. It stays the caller's.
+            processes are started once and run until :meth:`clear`. Not with ``layers`` if it is a list. A pool that is
+            running already is given to :meth:`DimView.encode`, and stays the caller's.
 
     Raises:
         ValueError: If ``memory_limit`` is negative, or processes are asked for together with layers.
@@ -112,15 +112,12 @@ class EmbeddingStore:
         *,
         memory_limit: int | None = MEMORY_LIMIT,
         device: Any = None,
-        pool: dict[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.layers = None if layers is None else check_layers(layers, model)
         self.width = full_width(model)
         self.memory_limit = checked_limit(memory_limit)
-        if self.layers is not None and pool is not None:
-            raise ValueError(_NO_PROCESSES)
-        self._where = {"device": check_place(device, self.layers), "pool": pool}
+        self._where = {"device": check_place(device, self.layers)}
         self._vectors = Vectors(1 if self.layers is None else len(self.layers), self.width, self.memory_limit)
         self._spaces: dict[Any, dict[str, int]] = {}
         self._calibration: int | None = None
@@ -360,13 +357,12 @@ class EmbeddingStore:
     ) -> None:
         """The last layer must give what the method gives: a module in between may do more than the layers see."""
         last = encode_layers(self.model, [text], [model_depth(self.model)], prompt=prompt, **options)[0, 0]
-        with modes_kept(self.model):
+        with evaluation_mode(self.model):
             expected = getattr(self.model, method)(
                 [text], truncate_dim=NO_CUT, convert_to_numpy=True, show_progress_bar=False, **asked
             )
         expected = np.asarray(expected, dtype=np.float32)[0]
-        parameter = next(self.model.parameters(), None)
-        half = parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16)
+        half = in_half_precision(self.model)
         scale = max(float(np.abs(expected).max()), 1e-6)
         worst = float(np.abs(last - expected).max()) if last.shape == expected.shape else float("inf")
         if np.isfinite(expected).all() and worst > (5e-2 if half else 1e-3) * scale:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -14,13 +13,13 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from mipic_st.backbone import NO_CUT
+from mipic_st._calls import METHODS, without_own_methods
+from mipic_st.backbone import NO_CUT, evaluation_mode
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["fingerprint", "model_name_of"]
 
-_METHODS = ("encode", "encode_query", "encode_document")
 # Of different lengths, so that some are padded; with capitals, digits, accents and brackets, for tokenizers.
 _PROBES = (
     "a",
@@ -169,14 +168,10 @@ def _words(model: SentenceTransformer) -> list[str]:
 
 def _probe_numbers(model: SentenceTransformer) -> Iterator[bytes]:
     """Direction and length of the probe texts' vectors by each method, as a few rounded numbers."""
-    # What was set on the instance (a counter, a cache) is no part of the model.
-    twin = copy.copy(model)
-    for method in _METHODS:
-        twin.__dict__.pop(method, None)
+    twin = without_own_methods(model)
     texts = [*_PROBES, *_words(model)]
-    training = [module for module in model.modules() if module.training]
-    try:
-        for method in _METHODS:
+    with evaluation_mode(model):
+        for method in METHODS:
             try:
                 vectors = getattr(twin, method)(
                     texts, batch_size=len(texts), truncate_dim=NO_CUT, convert_to_numpy=True, show_progress_bar=False
@@ -186,9 +181,6 @@ def _probe_numbers(model: SentenceTransformer) -> Iterator[bytes]:
                 yield f"{method}: {type(error).__name__}".encode()
                 continue
             yield _rounded(np.asarray(vectors, dtype=np.float64)).tobytes()
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _rounded(vectors: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import WordWeights
 from torch import Tensor
 
-from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_number, checked_texts
+from mipic_st._checks import checked_count, checked_dims, checked_flag, checked_number, checked_texts, powers_of_two
 from mipic_st.backbone import (
     check_layers,
     evaluation_mode,
@@ -159,7 +159,7 @@ def fit_layer_cuts(
     if wrong := [layer for layer in layers if not 1 <= layer < depth]:
         raise ValueError(f"layers must be from 1 to {depth - 1}, below the model's depth of {depth}, got {wrong}.")
     if dims is None:
-        dims = [*(2**power for power in range(4, 13) if 2**power < width), width]
+        dims = [*powers_of_two(16, width), width]
     dims = sorted(checked_dims("dims", dims, width))
     held_out = checked_number("held_out", held_out, 0, 0.5, exclusive=True)
     seed = checked_count("seed", seed, least=0)

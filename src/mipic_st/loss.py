@@ -189,7 +189,7 @@ class MIPICLoss(nn.Module):
             model is not built of Transformer, Pooling and such a tail. The message names the argument and what is
             allowed. In the first ``forward``, if the model does not pool its last hidden state. In ``forward``, if
             labels are no vectors of a teacher where ``teacher_weight`` asks for them.
-        TypeError: If ``model``, ``loss`` or another argument is of the wrong kind.
+        TypeError: If ``model`` or ``loss`` is none, or an argument no number, flag or sequence where it has to be one.
         FloatingPointError: In ``forward``, if a term is nan or inf, and in the backward pass, if the vector of an empty
             text makes the base loss's gradient overflow. The message names term, step and text. With fp16's gradient
             scaler such batches are logged, and skipped by it.
@@ -316,7 +316,6 @@ class MIPICLoss(nn.Module):
             self._set_up_alignment(self._backbone, sia_layers, pic_chain, gammas)
         check_not_sharded(model, self.mipic_projections)
         self.keeper = ProjectionKeeper(self.mipic_projections)
-        self.register_load_state_dict_post_hook(_allow_missing_draws)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """The trainer puts wrapped models here, and with ``model_init`` a new one for each run."""
@@ -1087,14 +1086,6 @@ class MIPICLoss(nn.Module):
 def _has_zero_vector(embeddings: Tensor) -> Tensor:
     """Whether any row is all zeros, as a boolean scalar on its device."""
     return (embeddings.detach() == 0).all(dim=-1).any()
-
-
-def _allow_missing_draws(loss: nn.Module, keys: Any) -> None:
-    """Hook after ``load_state_dict``: a state dict saved before it held the draw of dims loads too."""
-    others = tuple(f"{name}._extra_state" for name, _ in loss.named_modules() if name)
-    own = [key for key in keys.missing_keys if key.endswith("_extra_state") and not key.endswith(others)]
-    for key in own:
-        keys.missing_keys.remove(key)
 
 
 def _checked_weights(dims: list[int], weights: Any) -> list[float]:

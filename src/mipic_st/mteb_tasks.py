@@ -123,6 +123,7 @@ def _random_state_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda_states)
 
 
+@_random_state_kept()
 def evaluate_mteb(
     model: SentenceTransformer,
     tasks: str | Sequence[Any],
@@ -181,7 +182,7 @@ def evaluate_mteb(
             takes the model's.
 
     Returns:
-        A report with one row per (task, dim, precision); ``report.info`` holds the peak size of the vectors in bytes.
+        A report with one row per (task, dim, precision).
 
     Raises:
         ImportError: If mteb is missing.
@@ -199,46 +200,14 @@ def evaluate_mteb(
     normalize, overwrite = checked_flag("normalize", normalize), checked_flag("overwrite", overwrite)
     skip_missing, batch_size = checked_flag("skip_missing", skip_missing), checked_count("batch_size", batch_size)
     kept: dict[str, Any] = {"memory_limit": checked_limit(memory_limit), "device": check_place(device, None)}
-    with _random_state_kept():
-        return _evaluate(
-            model,
-            tasks,
-            dims,
-            precisions,
-            Path(output),
-            model_name,
-            None if data_dir is None else Path(data_dir),
-            batch_size,
-            normalize,
-            overwrite,
-            skip_missing,
-            show_progress_bar,
-            kept,
-        )
-
-
-def _evaluate(
-    model: SentenceTransformer,
-    tasks: str | Sequence[Any],
-    dims: tuple[int, ...],
-    precisions: tuple[str, ...],
-    output: Path,
-    model_name: str | None,
-    data_dir: Path | None,
-    batch_size: int,
-    normalize: bool,
-    overwrite: bool,
-    skip_missing: bool,
-    show_progress_bar: bool,
-    kept: dict[str, Any],
-) -> EvaluationReport:
+    data_dir = None if data_dir is None else Path(data_dir)
+    if data_dir is not None and not data_dir.is_dir():
+        raise FileNotFoundError(f"data_dir {str(data_dir)!r} is not a folder.")
     from tqdm.auto import tqdm
 
     from mipic_st.report import EvaluationReport
 
-    if data_dir is not None and not data_dir.is_dir():
-        raise FileNotFoundError(f"data_dir {str(data_dir)!r} is not a folder.")
-    results = _Results(output, {"batch_size": batch_size, "show_progress_bar": False})
+    results = _Results(Path(output), {"batch_size": batch_size, "show_progress_bar": False})
     runner = _Runner(model, model_name_of(model, model_name), normalize, results.encode_kwargs)
     cells = [(dim, precision) for precision in precisions for dim in dims]
 
@@ -267,14 +236,12 @@ def _evaluate(
         if not skip_missing:
             raise FileNotFoundError(message)
         logger.warning(message)
-    peak = 0
     progress = tqdm(
         total=sum(len(job.leaves()) for job in jobs) * len(cells), desc="MTEB", disable=not show_progress_bar
     )
 
     def scored(job: _Job) -> dict[tuple[int, str], Any]:
         """The job's results by cell, from the files or run now."""
-        nonlocal peak
         found = {cell: stored(job, cell) for cell in cells}
         if all(not job.missing(result) for result in found.values()):
             progress.update(len(cells) * len(job.leaves()))
@@ -297,7 +264,6 @@ def _evaluate(
                 complete |= missing == job.missing(None)
                 for result in runner.run(job, store, cell, missing):
                     found[cell] = results.save(job, result, runner.meta(*cell), cell[1])
-                peak = max(peak, store.nbytes)
                 progress.update()
         return found
 
@@ -327,7 +293,7 @@ def _evaluate(
                 }
                 for cell, result in found.items()
             )
-    return EvaluationReport(records, info={"peak_vector_bytes": peak, "revision": runner.revision})
+    return EvaluationReport(records)
 
 
 # Jobs: tasks with what their scores are called and depend on ------------------------------------------------------

@@ -6,14 +6,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mipic_st._checks import missing_extra, plain
+from mipic_st._checks import is_number, is_whole, missing_extra, plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,6 +81,30 @@ def _or_none(value: Any) -> Any:
     return None if missing else value
 
 
+def _checked_record(given: Any) -> dict[str, Any]:
+    """A record with all keys and values of their kind, as a table or a plot takes them."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"records must be dicts, got {given!r}.")
+    missing = [key for key in _REQUIRED if key not in given]
+    unknown = sorted(set(given) - set(COLUMNS))
+    if missing or unknown:
+        raise ValueError(f"a record lacks {missing} or has unknown keys {unknown}; keys are {list(COLUMNS)}.")
+    record = {key: given.get(key, _DEFAULTS.get(key)) for key in COLUMNS}
+    for key in _MAY_BE_NONE:
+        record[key] = _or_none(record[key])
+    for key in ("dim", "layer", "bytes", "seed"):
+        value = plain(record[key])
+        if isinstance(value, float) and value.is_integer():  # a frame's column with gaps
+            value = record[key] = int(value)
+        if not (is_whole(value) or (value is None and key in _MAY_BE_NONE)):
+            raise ValueError(f"{key} of a record must be a whole number, got {value!r} in {dict(given)}.")
+    if not is_number(plain(record["score"])):
+        raise ValueError(f"score of a record must be a number, nan for none, got {record['score']!r} in {dict(given)}.")
+    if not isinstance(plain(record["primary"]), bool):
+        raise ValueError(f"primary of a record must be True or False, got {record['primary']!r} in {dict(given)}.")
+    return record
+
+
 def _run(record: dict[str, Any]) -> tuple[str, Any, Any]:
     """(model, revision, seed) of a record: what has one score per cell."""
     return str(record["model"]), record["revision"], record["seed"]
@@ -109,6 +133,11 @@ def _row_names(records: Iterable[dict[str, Any]]) -> dict[tuple[str, Any, Any], 
                 rows[revision, seed] = f"{model}{at} (seed {seed})"
         alone = len(set(rows.values())) == 1
         names |= {(model, *run): model if alone else row for run, row in rows.items()}
+    models_of: dict[str, set[str]] = {}
+    for (model, *_), row in names.items():
+        models_of.setdefault(row, set()).add(model)
+    if same := {row: sorted(models) for row, models in models_of.items() if len(models) > 1}:
+        raise ValueError(f"models share a row of the table, {same}: give them other names.")
     return names
 
 
@@ -148,6 +177,10 @@ def _of_task(cells: dict[tuple[Any, ...], _Cell], task: str | None) -> dict[tupl
     return cells
 
 
+class _Several(list[Any]):
+    """Different values of reports that were added, no list that one of them had."""
+
+
 class EvaluationReport:
     """Scores of models by task, metric, dim, layer and precision.
 
@@ -162,7 +195,8 @@ class EvaluationReport:
         info: Anything to keep with the scores (peak memory, revision); written to JSON.
 
     Raises:
-        ValueError: If a record lacks a key or has an unknown one.
+        TypeError: If a record is no dict.
+        ValueError: If it lacks a key, has an unknown one, or a value of another kind than the table needs.
 
     Example:
         >>> report = EvaluationReport([{"model": "m", "task": "sts", "metric": "spearman", "dim": 8, "score": 0.5}])
@@ -171,33 +205,25 @@ class EvaluationReport:
     """
 
     def __init__(self, records: Iterable[dict[str, Any]], info: dict[str, Any] | None = None) -> None:
-        self.records: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = [_checked_record(record) for record in records]
         self.info = dict(info or {})
-        for record in records:
-            missing = [key for key in _REQUIRED if key not in record]
-            unknown = sorted(set(record) - set(COLUMNS))
-            if missing or unknown:
-                raise ValueError(f"a record lacks {missing} or has unknown keys {unknown}; keys are {list(COLUMNS)}.")
-            whole = {key: record.get(key, _DEFAULTS.get(key)) for key in COLUMNS}
-            self.records.append({**whole, **{key: _or_none(whole[key]) for key in _MAY_BE_NONE}})
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __add__(self, other: EvaluationReport) -> EvaluationReport:
         """Both reports' scores in one; of ``info``, values that differ become a list."""
-        info = dict(self.info)
-        for key, value in other.info.items():
-            known = info.setdefault(key, value)
-            if known != value:
-                info[key] = [*(known if isinstance(known, list) else [known]), value]
+        info: dict[str, Any] = {}
+        for key in {**self.info, **other.info}:
+            values: dict[str, Any] = {}
+            for value in (report.info[key] for report in (self, other) if key in report.info):
+                for each in value if isinstance(value, _Several) else [value]:
+                    values.setdefault(json.dumps(each, sort_keys=True, default=_jsonable), each)
+            info[key] = _Several(values.values()) if len(values) > 1 else next(iter(values.values()))
         return EvaluationReport(self.records + other.records, info)
 
-    def frame(self, primary_only: bool = False) -> pd.DataFrame:
+    def frame(self) -> pd.DataFrame:
         """A pandas frame, one row per score.
-
-        Args:
-            primary_only: Leave out all but each task's main metric.
 
         Returns:
             Columns model, revision, seed, task, metric, primary, layer, dim, precision, bytes, score (0 to 1).
@@ -206,7 +232,7 @@ class EvaluationReport:
         frame = pandas.DataFrame(self.records, columns=list(COLUMNS))
         frame["layer"] = frame["layer"].astype("Int64")
         frame["seed"] = frame["seed"].astype("Int64")
-        return frame[frame["primary"].astype(bool)] if primary_only else frame
+        return frame
 
     def _cells(self) -> dict[tuple[Any, ...], _Cell]:
         """Main scores by (row's name, layer, precision, dim, task, metric), in the order of the records.
@@ -291,9 +317,7 @@ class EvaluationReport:
         ]
         return keys, names, index, values, there
 
-    def _text(
-        self, mark_best: bool, bold: Callable[[str], str]
-    ) -> tuple[list[str], list[str], list[tuple[list[str], list[str]]]]:
+    def _text(self, bold: Callable[[str], str]) -> tuple[list[str], list[str], list[tuple[list[str], list[str]]]]:
         """Key names, column names and rows (keys, cells) as text; with several models the best cells are marked.
 
         Built by hand: a task may be called like a key.
@@ -301,7 +325,7 @@ class EvaluationReport:
         keys, columns, index, values, there = self._wide(average=True)
         shown = np.round(values, 2)
         best: dict[tuple[Any, ...], float] = {}
-        several = mark_best and len({row[0] for row in index}) > 1
+        several = len({row[0] for row in index}) > 1
         for number, row in enumerate(index):
             for column in range(len(columns)):
                 if (value := shown[number, column]) == value:
@@ -320,17 +344,16 @@ class EvaluationReport:
             rows.append(([str(part) for part in row], cells))
         return keys, columns, rows
 
-    def to_markdown(self, path: str | Path | None = None, *, mark_best: bool = True) -> str:
+    def to_markdown(self, path: str | Path | None = None) -> str:
         """The table as Markdown; with several models the highest per column and dim is bold.
 
         Args:
             path: File to write to, if any.
-            mark_best: Mark the highest.
 
         Returns:
             The table as text; ``n/a`` is a score that is not a number, an empty cell one that is not there.
         """
-        keys, columns, body = self._text(mark_best, "**{}**".format)
+        keys, columns, body = self._text("**{}**".format)
         rows = [[*keys, *columns], *([*row, *cells] for row, cells in body)]
         rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(rows[0]))]
@@ -358,7 +381,14 @@ class EvaluationReport:
         return _written(self.frame().to_csv(index=False), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """All scores and ``info``; `from_json` reads them back. NaN becomes null, NumPy values plain ones."""
+        """All scores and ``info``; `from_json` reads them back. NaN becomes null, NumPy values plain ones.
+
+        Args:
+            path: File to write to, if any.
+
+        Returns:
+            The JSON text.
+        """
         records = [{**record, "score": _none_if_nan(record["score"])} for record in self.records]
         return _written(json.dumps({"info": self.info, "records": records}, indent=1, default=_jsonable) + "\n", path)
 
@@ -368,6 +398,9 @@ class EvaluationReport:
 
         Args:
             path: The file.
+
+        Returns:
+            A report of the same scores.
 
         Raises:
             FileNotFoundError: If there is none.
@@ -385,17 +418,16 @@ class EvaluationReport:
                 f"{path} is no report, that is, JSON with info and records as to_json writes it: {error!r}."
             ) from error
 
-    def to_latex(self, path: str | Path | None = None, *, mark_best: bool = True) -> str:
-        """The table as a LaTeX ``tabular`` with booktabs rules.
+    def to_latex(self, path: str | Path | None = None) -> str:
+        """The table as a LaTeX ``tabular`` with booktabs rules; with several models the highest per column is bold.
 
         Args:
             path: File to write to, if any.
-            mark_best: With several models, set the highest per column and dim in bold.
 
         Returns:
             The LaTeX text.
         """
-        keys, columns, rows = self._text(mark_best, "\\textbf{{{}}}".format)
+        keys, columns, rows = self._text("\\textbf{{{}}}".format)
         escaped = {character: "\\" + character for character in "_&%#${}"}
         escaped |= {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
 
@@ -471,7 +503,7 @@ class EvaluationReport:
         return self._line_plot(points, "score (x 100)", self._title(task), path)
 
     def plot_retained(self, path: str | Path | None = None, task: str | None = None) -> Figure:
-        """Share of the largest dim's score that each dim keeps, in percent.
+        """Share of the largest dim's score that each dim keeps, in percent; each model has a largest dim of its own.
 
         Args:
             path: See `plot_score_by_dim`.
@@ -484,11 +516,12 @@ class EvaluationReport:
             ValueError: If a largest dim's score is below 0, as those of MSEEvaluator are: a share of it says nothing.
         """
         curves = self._curves(task)
-        widest: dict[tuple[Any, ...], _Point] = {}
+        largest: dict[str, int] = {}
         for point in curves:
-            known = widest.setdefault((point.row, point.run), point)
-            if point.dim > known.dim:
-                widest[point.row, point.run] = point
+            largest[point.row] = max(point.dim, largest.get(point.row, 0))
+        widest = {(point.row, point.run): point for point in curves if point.dim == largest[point.row]}
+        if without := sorted({f"{point.row} at {largest[point.row]}" for point in curves if point[:2] not in widest}):
+            logger.warning("seeds without a score at the largest dim are left out: %s", "; ".join(without))
         if below := sorted({str(name) for (name, _), point in widest.items() if point.score < 0}):
             raise ValueError(
                 f"the scores of {self._title(task)} are below 0 at the largest dim ({', '.join(below)}), so a share of "
@@ -498,8 +531,9 @@ class EvaluationReport:
             # a share of zero is none
             (point.row, (point.dim,), 100 * point.score / (widest[point.row, point.run].score or float("nan")))
             for point in curves
+            if point[:2] in widest
         ]
-        figure = self._line_plot(points, "share of full width kept (%)", self._title(task), None)
+        figure = self._line_plot(points, "share of the largest dim kept (%)", self._title(task), None)
         figure.axes[0].axhline(100, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
         return _saved(figure, path)
 
@@ -539,6 +573,9 @@ class EvaluationReport:
 
         Returns:
             The figure.
+
+        Raises:
+            ValueError: If there are no layers, or it has to be said which of several models is meant.
         """
         pyplot = _pyplot()
         cells = {key: cell for key, cell in self._cells().items() if key[1] is not None and key[2] == "float32"}
