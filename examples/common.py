@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from mipic_st import MatryoshkaEvaluator
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
 from mipic_st.demo import synthetic_sts
+from mipic_st.layers import prompt_of
 
 SMOKE_STEPS, SMOKE_BATCH, SMOKE_ROWS = 2, 8, 64
 
@@ -139,10 +140,12 @@ def show_teacher(args: argparse.Namespace, teacher: SentenceTransformer) -> None
 
 
 def training_arguments(
-    args: argparse.Namespace, data: Dataset, folder: str, **settings: Any
+    args: argparse.Namespace, model: SentenceTransformer | None, data: Dataset, folder: str, **settings: Any
 ) -> SentenceTransformerTrainingArguments:
     """Trainer settings from the arguments; ``settings`` win."""
     defaults = {
+        # encode puts a default prompt before texts by itself; the trainer has to be told
+        "prompts": model and prompt_of(model, None),
         "output_dir": folder,
         "num_train_epochs": args.epochs,
         "max_steps": SMOKE_STEPS if args.smoke else args.steps,

@@ -133,7 +133,7 @@ from mipic_st.backbone import push_vectors, tail_of
 from mipic_st.cut_fits import fit_cut
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
 from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
-from mipic_st.layers import encode_layers
+from mipic_st.layers import encode_layers, prompt_of
 from mipic_st.presets import PAPER_SETTINGS, RELEASED_SETTINGS
 
 Scores = dict[str, dict[int, float]]
@@ -565,6 +565,7 @@ def train(
             warmup_steps=0.1,
             batch_sampler="batch_sampler" if is_scored(data.train) else "no_duplicates",
             bf16=args.bf16,
+            prompts=prompt_of(model, None),
             use_cpu=not torch.cuda.is_available(),
             seed=seed,
             save_strategy="no",

@@ -35,7 +35,6 @@ from common import (
 from mipic_st import MIPICCallback, MIPICLoss, export_truncated
 from mipic_st.data import is_scored
 from mipic_st.demo import synthetic_pairs
-from mipic_st.layers import prompt_of
 
 
 def labelled_by(teacher: SentenceTransformer, data: Dataset, seed: int) -> Dataset:
@@ -85,7 +84,7 @@ def main() -> None:
         trainer = SentenceTransformerTrainer(
             model=student,
             # the student is scored and served behind its own prompt, if it has one
-            args=training_arguments(args, train, args.output_dir or scratch, prompts=prompt_of(student, None)),
+            args=training_arguments(args, student, train, args.output_dir or scratch),
             train_dataset=train,
             loss=loss,
             callbacks=[MIPICCallback(loss)],

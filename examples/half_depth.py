@@ -42,7 +42,6 @@ from common import (
 )
 from mipic_st import export_truncated, fit_layer_cuts, rotate_model, set_matryoshka_config
 from mipic_st.demo import synthetic_pairs
-from mipic_st.layers import prompt_of
 
 SMOKE_PAIRS = 300
 
@@ -92,14 +91,12 @@ def main() -> None:
     # 3. The cut, with a tail that is right already, learns the rest
     name = f"layer {layer}, fitted and trained"
     settings: dict[str, Any] = {"bf16": True, "use_cpu": not torch.cuda.is_available()} if args.bf16 else {}
-    # encode puts a default prompt before the teacher's texts and those of the saved cut; the trainer has to be told
-    settings["prompts"] = prompt_of(teacher, None)
     for seed in args.seeds or [args.seed]:
         student = export_truncated(teacher, layer, cuts=cuts)
         with tempfile.TemporaryDirectory() as scratch:
             trainer = SentenceTransformerTrainer(
                 model=student,
-                args=training_arguments(args, lessons, args.output_dir or scratch, seed=seed, **settings),
+                args=training_arguments(args, student, lessons, args.output_dir or scratch, seed=seed, **settings),
                 train_dataset=lessons,
                 loss=MSELoss(student),
             )

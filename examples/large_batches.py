@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=model,
-            args=training_arguments(args, train, args.output_dir or scratch, logging_steps=1),
+            args=training_arguments(args, model, train, args.output_dir or scratch, logging_steps=1),
             train_dataset=train,
             loss=loss,
             callbacks=[MIPICCallback(loss)],

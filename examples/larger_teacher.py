@@ -61,7 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=student,
-            args=training_arguments(args, taught, args.output_dir or scratch),
+            args=training_arguments(args, student, taught, args.output_dir or scratch),
             train_dataset=taught,
             loss=loss,
         )

@@ -86,7 +86,7 @@ def main() -> None:
         before = score(model, evaluator)
         trainer = SentenceTransformerTrainer(
             model=model,
-            args=training_arguments(args, train, f"{scratch}/run", prompts={"anchor": QUERY_PROMPT}),
+            args=training_arguments(args, model, train, f"{scratch}/run", prompts={"anchor": QUERY_PROMPT}),
             train_dataset=train,
             loss=loss,
             callbacks=[MIPICCallback(loss)],

@@ -45,6 +45,8 @@ def main() -> None:
     args = parse_args()
     if len(args.files) > 2:
         raise SystemExit("give one file of vectors, or two files of pairs")
+    if args.output and (args.output.suffix != ".npy" or not args.output.absolute().parent.is_dir()):
+        raise SystemExit(f"--output must be a file NAME.npy in a folder that is there, got {str(args.output)!r}")
     arrays = [np.load(file) for file in args.files] or made_up()
     rotation = fit_rotation(*arrays, dims=args.dims, max_steps=20 if args.smoke else args.steps, show_progress_bar=True)
     print(rotation)

@@ -52,7 +52,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=model,
-            args=training_arguments(args, train, args.output_dir or scratch),
+            args=training_arguments(args, model, train, args.output_dir or scratch),
             train_dataset=train,
             loss=loss,
             callbacks=[MIPICCallback(loss)],

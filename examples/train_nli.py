@@ -55,7 +55,10 @@ def parse_args() -> argparse.Namespace:
         "--push-to-hub", metavar="NAME", help="name on the hub, as in me/my-model; needs `hf auth login`"
     )
     parser.add_argument("--smoke", action="store_true", help="a few steps on a few rows, to see that all runs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.train_rows < 0:
+        parser.error(f"--train-rows must be 0 or more, got {args.train_rows}")
+    return args
 
 
 def evaluator_of(dataset, name, dims):
@@ -129,6 +132,8 @@ def main() -> None:
         learning_rate=args.learning_rate,
         warmup_steps=0.1,
         bf16=has_bf16,
+        # encode puts a default prompt before texts by itself; the trainer has to be told
+        prompts=model.prompts.get(model.default_prompt_name),
         dataloader_pin_memory=torch.cuda.is_available(),
         # the same sentence twice in a batch would be its own negative
         batch_sampler="no_duplicates",

@@ -153,6 +153,7 @@ def main() -> None:
             model=model,
             args=training_arguments(
                 args,
+                model,
                 train,
                 args.output_dir or f"{scratch}/run",
                 weight_decay=training["weight_decay"],

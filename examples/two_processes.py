@@ -32,6 +32,7 @@ from common import (
 from mipic_st import MIPICCallback, MIPICLoss
 from mipic_st.data import is_scored
 from mipic_st.demo import synthetic_pairs
+from mipic_st.layers import prompt_of
 
 
 def main() -> None:
@@ -42,12 +43,14 @@ def main() -> None:
         train = load_train(args, synthetic_pairs(1600, negatives=False))
         if is_scored(train):
             raise SystemExit(f"A ranking loss needs the columns anchor and positive, got {train.column_names}")
-        settings = training_arguments(args, train, args.output_dir or scratch, use_cpu=not torch.cuda.is_available())
+        use_cpu = not torch.cuda.is_available()
+        settings = training_arguments(args, None, train, args.output_dir or scratch, use_cpu=use_cpu)
         first = settings.process_index == 0
         print(f"process {settings.process_index} of {settings.world_size} on {settings.device}")
 
         # 2. A model, and the dims that it will be served at
         model = load_model(args.model)
+        settings.prompts = prompt_of(model, None)
         dims = choose_dims(args.dims, model.get_embedding_dimension())
 
         # 3. With 2 processes of 16 rows, each anchor has 31 negatives

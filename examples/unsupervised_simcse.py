@@ -59,6 +59,7 @@ def main() -> None:
             model=model,
             args=training_arguments(
                 args,
+                model,
                 train,
                 args.output_dir or scratch,
                 lr_scheduler_type="cosine",

@@ -710,6 +710,23 @@ def test_what_was_said_of_smaller_dims_goes(tiny_model, tmp_path, loaded):
 # --- the keeper -------------------------------------------------------------------------------------------------------
 
 
+def test_the_authors_own_section_stays(tiny_model):
+    """A section of that name with other words is not ours; the tag goes with what was said."""
+    model = tiny_model()
+    own = "## Truncated embeddings\n\nWe measured them by hand.\n"
+    model._model_card_text = f"---\ntags:\n- mine\n---\n# A model\n\n{own}\n## More\n\nWords.\n"
+    set_matryoshka_config(model, [8, WIDTH])
+    assert own in model._model_card_text
+    assert "can be cut to 8 values" in model._model_card_text
+    assert model._model_card_text.count("- matryoshka") == 1
+    set_matryoshka_config(model, [WIDTH])
+    assert own in model._model_card_text
+    assert "## More" in model._model_card_text
+    assert "can be cut" not in model._model_card_text
+    assert "matryoshka" not in model._model_card_text.split("---")[1]
+    assert "matryoshka" not in (model.model_card_data.tags or [])
+
+
 def test_hooks_go_with_the_loss(tiny_model):
     """No optimizer hook outlives its loss, and copies have their own."""
     hooks = torch_optimizer._global_optimizer_pre_hooks

@@ -103,6 +103,30 @@ def test_pairs_win_over_scores(tmp_path):
     assert load_sts_file(path).column_names == ["sentence1", "sentence2", "score"]
 
 
+@pytest.mark.parametrize(
+    ("names", "last"),
+    [(("query", "answer"), "label"), (("anchor", "positive"), "score"), (("question", "answer"), "is_duplicate")],
+)
+def test_pairs_that_a_column_tells_apart_are_refused(tmp_path, names, last):
+    """Those that do not belong together would be positives. One value throughout tells nothing; texts need none."""
+    texts = dict(zip(names, (["a", "b"], ["c", "d"]), strict=True))
+    path = write(tmp_path / "data.csv", {**texts, last: [1, 0]})
+    with pytest.raises(ValueError, match=f"the column '{last}' that says how far each belongs together"):
+        load_training_file(path)
+    assert load_texts_file(path) == list("abcd")
+    assert load_training_file(write(tmp_path / "same.csv", {**texts, last: [1, 1]})).num_rows == 2
+    triplets = write(tmp_path / "triplets.csv", {**texts, "negative": ["e", "f"], last: [0.5, 0.1]})
+    assert load_training_file(triplets).column_names == ["anchor", "positive", "negative"], "a margin"
+
+
+@pytest.mark.parametrize("header", ["text,text", "text,Text"])
+def test_two_columns_of_texts_of_one_name_are_refused(tmp_path, header):
+    """Of which one would be taken."""
+    (tmp_path / "texts.csv").write_text(f"{header}\na,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="share a name"):
+        load_texts_file(tmp_path / "texts.csv")
+
+
 def test_scores_stay_as_they_are_unless_a_range_is_given(tmp_path):
     """score_range maps to [0, 1]; without it nothing changes."""
     path = write(tmp_path / "data.csv", SCORED)
@@ -185,12 +209,22 @@ def test_evaluation_needs_scores(tmp_path):
 
 @pytest.mark.parametrize(
     ("score_range", "message"),
-    [((0, 4), "Row 6 in column 'score'"), ((5, 0), "score_range must be (lowest, highest), got (5, 0)")],
+    [
+        ((0, 4), "Row 6 in column 'score'"),
+        ((5, 0), "score_range must be (lowest, highest), two finite numbers, got (5, 0)"),
+        ((0, float("inf")), "two finite numbers, got (0, inf)"),
+        ((float("-inf"), 5), "two finite numbers, got (-inf, 5)"),
+        ((0, float("nan")), "two finite numbers, got (0, nan)"),
+        (5, "two finite numbers, got 5"),
+        (("0", "5"), "two finite numbers, got ('0', '5')"),
+    ],
 )
 def test_score_range_is_checked(tmp_path, score_range, message):
     """A score outside the range, or a range upside down, is refused."""
-    with pytest.raises(ValueError, match=re.escape(message)):
-        load_sts_file(write(tmp_path / "data.csv", SCORED), score_range=score_range)
+    path = write(tmp_path / "data.csv", SCORED)
+    for load in (load_sts_file, load_training_file):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load(path, score_range=score_range)
 
 
 def test_hub_loader_takes_a_folder_and_a_split(tmp_path, monkeypatch):

@@ -518,6 +518,50 @@ def test_two_processes():
     assert len(table_rows(done.stdout)) == 6
 
 
+@needs_model
+@pytest.mark.parametrize(
+    "script",
+    ["quickstart.py", "large_batches.py", "sts_regression.py", "two_processes.py", "train_nli.py", "larger_teacher.py"],
+)
+def test_training_has_the_prompt_that_serving_has(run_here, tiny_model, tmp_path, monkeypatch, script):
+    """encode puts a model's default prompt before texts; the trainer does so only if it is told."""
+    import pandas as pd
+    from sentence_transformers import SentenceTransformerTrainer
+
+    from conftest import sentences
+
+    model = tiny_model(normalize=True)
+    model.prompts, model.default_prompt_name = {"all": "book "}, "all"
+    model.save_pretrained(str(tmp_path / "tiny"))
+    scored = script == "sts_regression.py"
+    names = ("sentence1", "sentence2") if scored else ("anchor", "positive", "negative")[: 3 if "nli" in script else 2]
+    columns = {name: sentences(200, seed) for seed, name in enumerate(names)}
+    if scored:
+        columns["score"] = [row % 6 / 5 for row in range(200)]
+    pd.DataFrame(columns).to_csv(tmp_path / "train.csv", index=False)
+    sts = {"sentence1": sentences(20, 3), "sentence2": sentences(20, 4), "score": [row % 6 / 5 for row in range(20)]}
+    pd.DataFrame(sts).to_csv(tmp_path / "sts.csv", index=False)
+    prompts = []
+    train = SentenceTransformerTrainer.train
+
+    def noted(trainer):
+        prompts.append(trainer.args.prompts)
+        return train(trainer)
+
+    monkeypatch.setattr(SentenceTransformerTrainer, "train", noted)
+    files = ["--train-file", tmp_path / "train.csv", "--eval-file", tmp_path / "sts.csv"]
+    steps = ["--steps", 1] if script == "quickstart.py" else ["--smoke"]
+    run_here(script, *steps, "--model", tmp_path / "tiny", "--dims", 32, 8, *files)
+    assert prompts == ["book "]
+
+
+def test_rotate_vectors_checks_its_output_before_the_fit(run_here, tmp_path):
+    """NumPy would write another file than the one that is named, or none after minutes."""
+    for output in (tmp_path / "out", tmp_path / "run.safetensors", tmp_path / "none" / "out.npy"):
+        with pytest.raises(SystemExit, match=r"--output must be a file NAME\.npy in a folder that is there"):
+            run_here("rotate_vectors.py", "--smoke", "--output", output)
+
+
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 

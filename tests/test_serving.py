@@ -82,6 +82,45 @@ def test_tei_form_of_a_tokenizer_without_limit(tiny_model, tmp_path):
     assert written == model[0].auto_model.config.max_position_embeddings
 
 
+class OwnPooling(Pooling):
+    """What a user's own code may do, of which a server knows nothing."""
+
+
+@pytest.mark.parametrize("kind", ["link", "rights", "file"])
+def test_a_folder_that_was_there_stays_itself(tiny_model, tmp_path, monkeypatch, kind):
+    """After a failure a link is still a link, and rights are what they were; what is no folder is named."""
+
+    def stop(*_):
+        raise RuntimeError("stopped halfway")
+
+    monkeypatch.setattr("mipic_st.serving._most_tokens", stop)
+    place = tmp_path / "place"
+    if kind == "file":
+        place.write_text("x")
+        with pytest.raises(ValueError, match="is a file; name a new one"):
+            save_for_tei(tiny_model(), place)
+        return
+    real = tmp_path / "real" if kind == "link" else place
+    real.mkdir()
+    real.chmod(0o2770)
+    if kind == "link":
+        place.symlink_to(real)
+    with pytest.raises(RuntimeError, match="stopped halfway"):
+        save_for_tei(tiny_model(), place)
+    assert place.is_symlink() == (kind == "link")
+    assert real.stat().st_mode & 0o7777 == 0o2770
+    assert not list(real.iterdir())
+
+
+def test_onnx_says_that_a_default_prompt_is_not_in_it(tiny_model, tmp_path, caplog):
+    """The runtime's vectors of bare texts are others than encode's."""
+    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    model = tiny_model()
+    model.prompts, model.default_prompt_name = {"all": "book "}, "all"
+    export_onnx(model, tmp_path / "onnx")
+    assert "default prompt 'book ' is not in the exported files" in caplog.text
+
+
 @pytest.mark.parametrize("existed", [False, True])
 @pytest.mark.parametrize("write", [save_for_tei, export_onnx])
 def test_a_failure_leaves_the_folder_as_it_was(tiny_model, tmp_path, monkeypatch, write, existed):
@@ -115,6 +154,9 @@ def test_a_failure_leaves_the_folder_as_it_was(tiny_model, tmp_path, monkeypatch
         (lambda m: m.append(Dense(WIDTH, 8, activation_function=nn.GELU())), "a Dense has the activation GELU, which"),
         (lambda m: m.__setitem__(1, Pooling(WIDTH, "max")), "the pooling mode is 'max'"),
         (lambda m: m.append(nn.Dropout(0.1)), "behind the pooling the model has Dropout"),
+        (lambda m: setattr(m[0], "query_length", 4), "called with query_length 4"),
+        (lambda m: m.__setitem__(1, OwnPooling(WIDTH, "mean")), "module 1 is a OwnPooling with code of its own"),
+        (lambda m: m.append(Dense(WIDTH, 8, module_output_name="other")), "a Dense makes 'other' of 'sentence_emb"),
     ],
 )
 def test_what_tei_does_not_know_is_refused(tiny_model, tmp_path, change, message):

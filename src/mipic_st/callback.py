@@ -19,14 +19,13 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mipic_st.backbone import unwrap
 from mipic_st.loss import MIPICLoss
-from mipic_st.model_config import extend_model_card, set_matryoshka_config
+from mipic_st.model_config import describe_dims
 from mipic_st.optimizer_hooks import sharding_run
 
 logger = logging.getLogger(__name__)
@@ -127,7 +126,6 @@ class MIPICCallback(TrainerCallback):
             raise FileNotFoundError(f"There is no folder {path.parent} to save the projections in: make it first.")
         projections = {name: parameter.detach().cpu().contiguous() for name, parameter in self.projections().items()}
         metadata = {
-            "format": "1",
             "optimizer": self._fingerprint(optimizer),
             "model": self._model_sample(),
             "draws": json.dumps({name: loss._draw_state() for name, loss in self.losses.items()}),
@@ -137,28 +135,27 @@ class MIPICCallback(TrainerCallback):
         os.replace(partial, path)
         return path
 
-    def load(self, folder: str | os.PathLike[str], with_draws: bool = True) -> str:
+    def load(self, folder: str | os.PathLike[str], with_draws: bool = True) -> None:
         """Read projections (and draws) from a folder, in place. Nothing is changed unless all of it fits.
 
         Args:
             folder: A checkpoint folder.
             with_draws: Whether to restore the draw of dims too.
 
-        Returns:
-            The fingerprint of the optimizer that the file was saved with, empty if none.
-
         Raises:
             FileNotFoundError: If there is no file.
             ValueError: If it is damaged, or made by a loss with other projections.
         """
         metadata, tensors = self._read(Path(folder) / PROJECTIONS_FILE)
+        self._restore(metadata, tensors, with_draws)
+
+    def _restore(self, metadata: dict[str, str], tensors: dict[str, Tensor], with_draws: bool = True) -> None:
         with torch.no_grad():
             for name, parameter in self.projections().items():
                 parameter.copy_(tensors[name])
         if with_draws:
             for name, state in json.loads(metadata["draws"]).items():
                 self.losses[name]._set_draw_state(state)
-        return metadata.get("optimizer", "")
 
     def _read(self, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         if not path.is_file():
@@ -270,7 +267,7 @@ class MIPICCallback(TrainerCallback):
                     f"Resuming at step {state.global_step}, but there is no {folder}. Name the folder that the trainer "
                     f"resumes from: MIPICCallback(loss, resume_from_checkpoint=...)."
                 )
-            metadata, _ = self._read(folder / PROJECTIONS_FILE)
+            metadata, tensors = self._read(folder / PROJECTIONS_FILE)
             for what, present in (("optimizer", self._fingerprint(optimizer)), ("model", self._model_sample())):
                 if not (present and metadata.get(what)):
                     continue
@@ -281,7 +278,7 @@ class MIPICCallback(TrainerCallback):
                         f"{folder / PROJECTIONS_FILE} is of another run than the {what} that the trainer resumed. Name "
                         "the folder that the trainer resumes from: MIPICCallback(loss, resume_from_checkpoint=...)."
                     )
-            self.load(folder)
+            self._restore(metadata, tensors)
             logger.info("Restored the projections of MIPICLoss from %s.", folder)
         if optimizer is not None:
             for loss in self.losses.values():
@@ -290,10 +287,7 @@ class MIPICCallback(TrainerCallback):
     def _mark(self, model: nn.Module) -> None:
         dims = {dim for loss in self.losses.values() for dim in loss.matryoshka_dims}
         chain = {pair for loss in self.losses.values() for pair in loss.pic_chain}
-        if any(isinstance(module, Transformer) for module in model.modules()):
-            set_matryoshka_config(model, sorted(dims), sorted(chain))
-        else:  # no config, but a card
-            extend_model_card(unwrap(model), dims)
+        describe_dims(model, dims, chain)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -17,7 +17,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mipic_st._checks import missing_extra
+from mipic_st._checks import is_number, missing_extra, plain
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -51,7 +51,7 @@ def load_training_file(path: str | PathLike[str], *, score_range: tuple[float, f
 
     Returns:
         Data set with the columns ``anchor, positive[, negative]`` or ``sentence1, sentence2, score``, in this order.
-        A file with both shapes is read as pairs.
+        A file with both shapes is read as pairs; pairs beside a label or score that tells them apart are refused.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -64,7 +64,7 @@ def load_training_file(path: str | PathLike[str], *, score_range: tuple[float, f
         >>> load_training_file("pairs.csv").column_names  # doctest: +SKIP
         ['anchor', 'positive']
     """
-    return _select(_read(path), (_PAIRS, _SCORED), str(path), score_range)
+    return _select(_read(path), (PAIR_COLUMNS, SCORED_COLUMNS), str(path), score_range)
 
 
 def load_texts_file(path: str | PathLike[str]) -> list[str]:
@@ -72,7 +72,7 @@ def load_texts_file(path: str | PathLike[str]) -> list[str]:
 
     Args:
         path: A ``.txt`` file with one text a line, UTF-8, or a table as for :func:`load_training_file`: its column
-            ``text`` (or ``sentence``) is taken, or else both sides of its pairs.
+            ``text`` (or ``sentence``) is taken, or else both sides of its pairs, and their negatives.
 
     Returns:
         The texts, each once, in the order of the file.
@@ -98,7 +98,7 @@ def load_texts_file(path: str | PathLike[str]) -> list[str]:
         if not texts:
             raise ValueError(f"{path} holds no text.")
     else:
-        selected = _select(_read(path), (_TEXTS, _PAIRS, _BOTH), str(path), None)
+        selected = _select(_read(path), (TEXT_COLUMN, PAIR_COLUMNS, _BOTH), str(path), None)
         texts = [text for name in selected.column_names for text in selected[name]]
     return list(dict.fromkeys(texts))
 
@@ -122,7 +122,7 @@ def load_sts_file(path: str | PathLike[str], *, score_range: tuple[float, float]
         >>> load_sts_file("sts13_test.csv").num_rows  # doctest: +SKIP
         1500
     """
-    return _select(_read(path), (_SCORED,), str(path), score_range)
+    return _select(_read(path), (SCORED_COLUMNS,), str(path), score_range)
 
 
 def load_training_hub(name: str, *, split: str = "train", score_range: tuple[float, float] | None = None) -> Dataset:
@@ -159,7 +159,7 @@ def load_training_hub(name: str, *, split: str = "train", score_range: tuple[flo
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"Cannot load split {split!r} of the data set {name!r}: {error}") from error
-    return _select(loaded, (_PAIRS, _SCORED), f"{name} ({split})", score_range)
+    return _select(loaded, (PAIR_COLUMNS, SCORED_COLUMNS), f"{name} ({split})", score_range)
 
 
 def is_scored(dataset: Dataset) -> bool:
@@ -179,9 +179,6 @@ def is_scored(dataset: Dataset) -> bool:
     return "score" in dataset.column_names
 
 
-_PAIRS = PAIR_COLUMNS
-_SCORED = SCORED_COLUMNS
-_TEXTS = TEXT_COLUMN
 _BOTH = {name: SCORED_COLUMNS[name] for name in ("sentence1", "sentence2")}
 
 
@@ -231,8 +228,8 @@ def _select(
     dataset: Dataset, shapes: Sequence[dict[str, tuple[str, ...]]], source: str, score_range: tuple[float, float] | None
 ) -> Dataset:
     """Keep the columns of the first shape that fits, under their standard names, and check their values."""
-    if score_range is not None and not (len(score_range) == 2 and score_range[0] < score_range[1]):
-        raise ValueError(f"score_range must be (lowest, highest), got {score_range!r}.")
+    if score_range is not None and not _is_range(score_range):
+        raise ValueError(f"score_range must be (lowest, highest), two finite numbers, got {score_range!r}.")
     try:
         _require_single(dataset.column_names)
     except ValueError as error:
@@ -248,6 +245,8 @@ def _select(
         raise ValueError(f"{source} has the columns {dataset.column_names} but no rows.")
     if "anchor" in columns:
         columns |= _match({"negative": NEGATIVE_COLUMN}, present) or {}
+        if SCORED_COLUMNS in shapes and "negative" not in columns and not _match(SCORED_COLUMNS, present):
+            _require_unscored(dataset, present, source)
 
     values: dict[str, list[Any]] = {}
     for name, original in columns.items():
@@ -263,6 +262,22 @@ def _select(
     return _datasets().Dataset.from_dict(values)
 
 
+def _is_range(given: Any) -> bool:
+    given = plain(given)
+    numbers = isinstance(given, (list, tuple)) and len(given) == 2 and all(map(is_number, given))
+    return bool(numbers and -math.inf < given[0] < given[1] < math.inf)
+
+
+def _require_unscored(dataset: Dataset, present: dict[str, str], source: str) -> None:
+    """Refuse pairs that a further column tells apart: those that do not belong together would be learned, too."""
+    for original in (present[name] for name in SCORED_COLUMNS["score"] if name in present):
+        if len(set(map(str, dataset[original]))) > 1:
+            raise ValueError(
+                f"{source} has pairs, and the column {original!r} that says how far each belongs together. Keep the "
+                "rows that do, and leave that column out; for scores, call the texts sentence1 and sentence2."
+            )
+
+
 def found_classes(name: str, scores: Sequence[float]) -> list[int]:
     """The first classes in a column of whole numbers under a label's name, none for yes or no, or for a scale."""
     found = set(scores)
@@ -276,9 +291,8 @@ def _plain_name(name: str) -> str:
 
 def _require_single(names: Sequence[str]) -> None:
     """Refuse two columns of one name, of which one would be taken without a word."""
-    known = {
-        alias for columns in (_PAIRS, {"": NEGATIVE_COLUMN}, _SCORED) for each in columns.values() for alias in each
-    }
+    groups = (PAIR_COLUMNS, {"": NEGATIVE_COLUMN}, SCORED_COLUMNS, TEXT_COLUMN)
+    known = {alias for columns in groups for each in columns.values() for alias in each}
     for alias in sorted(known):
         if len(same := [name for name in names if _plain_name(name) == alias]) > 1:
             raise ValueError(f"the columns {same} share a name (case does not matter); rename or remove all but one")

@@ -28,7 +28,7 @@ from importlib.resources import files
 from itertools import cycle, islice, repeat
 from typing import Literal, NamedTuple, TypeVar
 
-from mipic_st._checks import is_whole, plain
+from mipic_st._checks import checked_count, is_whole, plain
 
 Split = Literal["train", "eval"]
 T = TypeVar("T")
@@ -60,17 +60,18 @@ def synthetic_pairs(
 
     Args:
         size: Number of rows, > 0.
-        seed: Seed of the draw, any integer.
+        seed: Seed of the draw, an integer from 0 on.
         negatives: Whether to add a ``negative`` to each row: a "change" or a "contradiction" of the anchor, often in
             the anchor's own wording.
         split: ``"train"`` for the training frames and words, ``"eval"`` for the held-out ones.
 
     Returns:
-        Rows with ``anchor``, ``positive`` (a paraphrase, in one of five rows with a detail more or less) and, if
-        asked for, ``negative``. No row repeats.
+        Rows with ``anchor``, ``positive`` (a paraphrase; where the frame has a detail, one of five times with it more
+        or less) and, if asked for, ``negative``. No row repeats.
 
     Raises:
-        ValueError: If ``size`` is not positive, ``split`` is unknown, or the frames do not give that many rows.
+        ValueError: If ``size`` is not positive, ``seed`` is negative, ``split`` is unknown, or the frames do not give
+            that many rows.
 
     Example:
         >>> sorted(synthetic_pairs(1)[0])
@@ -103,7 +104,7 @@ def synthetic_sts(size: int = 1500, *, seed: int = 0, split: Split = "eval") -> 
 
     Args:
         size: Number of rows, > 0; the kinds of :data:`SCORES` take turns.
-        seed: Seed of the draw, any integer.
+        seed: Seed of the draw, an integer from 0 on.
         split: ``"eval"`` for the held-out frames and words, ``"train"`` for those of :func:`synthetic_pairs`.
 
     Returns:
@@ -111,7 +112,8 @@ def synthetic_sts(size: int = 1500, *, seed: int = 0, split: Split = "eval") -> 
         repeats.
 
     Raises:
-        ValueError: If ``size`` is not positive, ``split`` is unknown, or the frames do not give that many rows.
+        ValueError: If ``size`` is not positive, ``seed`` is negative, ``split`` is unknown, or the frames do not give
+            that many rows.
 
     Example:
         >>> [row["kind"] for row in synthetic_sts(3)]
@@ -154,14 +156,15 @@ def synthetic_topics(size: int = 1000, *, seed: int = 0, split: Split = "train")
 
     Args:
         size: Number of rows, > 0; the topics take turns.
-        seed: Seed of the draw, any integer.
+        seed: Seed of the draw, an integer from 0 on.
         split: ``"train"`` or ``"eval"``: different frames and words, the same topics.
 
     Returns:
         Rows with ``text`` and ``label``, a topic such as ``"kitchen"``. No text repeats.
 
     Raises:
-        ValueError: If ``size`` is not positive, ``split`` is unknown, or the frames do not give that many rows.
+        ValueError: If ``size`` is not positive, ``seed`` is negative, ``split`` is unknown, or the frames do not give
+            that many rows.
 
     Example:
         >>> sorted(synthetic_topics(1)[0])
@@ -230,7 +233,8 @@ class _Draw:
     """Seeded draws that rest on ``Random.random`` alone, which Python promises never to change for a seed."""
 
     def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
+        # Random takes the absolute value of a seed, and any other kind too
+        self._random = random.Random(checked_count("seed", seed, least=0))
 
     def chance(self, probability: float) -> bool:
         return self._random.random() < probability

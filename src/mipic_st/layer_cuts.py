@@ -230,7 +230,7 @@ def fit_layer_cuts(
 def probe_vectors(model: SentenceTransformer) -> np.ndarray:
     """What a model makes of a few fixed texts at full width, at unit length."""
     with evaluation_mode(model):
-        return unit_length(encode_texts(model, _PROBES, "", None, len(_PROBES), False))
+        return unit_length(encode_texts(model, _PROBES))
 
 
 def same_vectors(vectors: np.ndarray, others: np.ndarray) -> bool:

@@ -60,6 +60,23 @@ def set_matryoshka_config(
     extend_model_card(inner, dims)
 
 
+def describe_dims(
+    model: nn.Module, dims: Iterable[int], pic_chain: Iterable[tuple[int, int]] = (), introduction: str = ""
+) -> None:
+    """Say at which dims the model can be used: in its config, where it has one, and in its card.
+
+    Args:
+        model: SentenceTransformer model.
+        dims: As for :func:`set_matryoshka_config`, in any order.
+        pic_chain: See there.
+        introduction: See :func:`extend_model_card`.
+    """
+    inner = unwrap(model)
+    if any(isinstance(module, Transformer) for module in inner.modules()):
+        set_matryoshka_config(inner, sorted(dims), sorted(pic_chain))
+    extend_model_card(inner, dims, introduction)
+
+
 def extend_model_card(model: nn.Module, dims: Iterable[int], introduction: str = "") -> None:
     """Say in the model card at which dims the model can be used: the tag ``matryoshka``, and a line on how to load it.
 
@@ -79,6 +96,7 @@ def extend_model_card(model: nn.Module, dims: Iterable[int], introduction: str =
     if data.task_name is not None:
         data.task_name = data.task_name.partition(f". {_CUT}")[0]
     if not smaller:
+        data.tags = [tag for tag in data.tags or [] if tag != "matryoshka"]
         _extend_loaded_card(model, "")
         return
     listed = " or ".join(filter(None, [", ".join(map(str, smaller[:-1])), str(smaller[-1])]))
@@ -94,19 +112,21 @@ def extend_model_card(model: nn.Module, dims: Iterable[int], introduction: str =
 
 
 def _extend_loaded_card(model: SentenceTransformer, text: str) -> None:
-    """Put the text into its section, in the place of what is there; an empty one takes the section out."""
+    """Put the text into its section, in the place of what was put there; an empty one takes section and tag out."""
     from huggingface_hub import ModelCard
 
     # private: sentence-transformers has no other way to a loaded card. Without it the tag remains.
     content = getattr(model, "_model_card_text", None)
     if not isinstance(content, str):
         return
-    if not text and _SECTION not in content:
+    # a section of that name with other words is the author's own
+    put_there = rf"\n+{_SECTION}\n(?:(?!\n#).)*?{_CUT}.*?(?=\n#|\Z)"
+    if not text and not re.search(put_there, content, flags=re.DOTALL):
         return
     card: Any = ModelCard(content, ignore_metadata_errors=True)
-    tags = card.data.get("tags") or []
-    card.data.tags = tags if "matryoshka" in tags else [*tags, "matryoshka"]
-    others = re.sub(rf"\n+{_SECTION}\n.*?(?=\n#|\Z)", "", card.text.rstrip(), flags=re.DOTALL)
+    tags = [tag for tag in card.data.get("tags") or [] if tag != "matryoshka"]
+    card.data.tags = [*tags, "matryoshka"] if text else tags
+    others = re.sub(put_there, "", card.text.rstrip(), flags=re.DOTALL)
     section = f"\n\n{_SECTION}\n\n{text}" if text else ""
     card.text = f"{others.rstrip()}{section}\n"
     model._model_card_text = str(card)  # type: ignore[assignment]

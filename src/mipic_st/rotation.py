@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
@@ -40,7 +40,7 @@ from mipic_st._checks import checked_count, checked_dims, checked_number, checke
 from mipic_st.backbone import evaluation_mode, full_width, in_half_precision, unwrap
 from mipic_st.data import LABEL_COLUMNS, SCORED_COLUMNS, found_classes
 from mipic_st.embedding_store import unit_length
-from mipic_st.model_config import extend_model_card, set_matryoshka_config
+from mipic_st.model_config import describe_dims
 from mipic_st.sia import no_autocast
 from mipic_st.tails import (
     BLOCK,
@@ -664,10 +664,19 @@ def rotate_model(
     logger.info("The rotation is fitted on %s.", used)
     present = getattr(data, "column_names", [])
     prompt_of = per_column("prompts", prompts, [*columns], present)
-    route_of = per_column("router_mapping", router_mapping or {}, [*columns], present)
+    route_of = per_column("router_mapping", router_mapping, [*columns], present)
 
     def encode(texts: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
-        found = dict(encode_columns(model, texts, prompt_of, route_of, batch_size, show_progress_bar))
+        found = dict(
+            encode_columns(
+                model,
+                texts,
+                prompts=prompt_of,
+                routes=route_of,
+                batch_size=batch_size,
+                show_progress_bar=show_progress_bar,
+            )
+        )
         return {name: found[name] for name in texts}
 
     inner = unwrap(model)
@@ -817,12 +826,9 @@ def _check_cosines(before: np.ndarray, after: np.ndarray, rotation: Rotation, ha
 def _describe_rotation(model: SentenceTransformer, dims: Sequence[int], rotation: Rotation) -> None:
     """Tell the config, for serving engines, and the model card what the model can do now."""
     width = len(rotation.matrix)
-    inner = unwrap(model)
-    if any(isinstance(module, Transformer) for module in inner.modules()):
-        set_matryoshka_config(inner, sorted({*dims, width}))
-    extend_model_card(
-        inner,
-        dims,
-        "The embedding space was rotated with mipic-st, so that the first values of a vector say most. Full-width "
-        "cosine similarities are those of the original model.",
+    describe_dims(
+        model,
+        {*dims, width},
+        introduction="The embedding space was rotated with mipic-st, so that the first values of a vector say most. "
+        "Full-width cosine similarities are those of the original model.",
     )

@@ -13,6 +13,7 @@ import copy
 import http.client
 import itertools
 import json
+import logging
 import shutil
 import urllib.error
 import urllib.request
@@ -33,7 +34,10 @@ from mipic_st._checks import checked_dims, checked_number, checked_texts, missin
 from mipic_st.backbone import describe, evaluation_mode, full_width, is_linear
 from mipic_st.embedding_store import unit_length
 from mipic_st.export import merged_encoders
+from mipic_st.layers import prompt_of
 from mipic_st.tails import encode_texts
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["EndpointCheck", "check_endpoint", "export_onnx", "save_for_tei"]
 
@@ -47,6 +51,8 @@ _POOLING_KEYS = {
 }
 # The activations that text-embeddings-inference knows by their class.
 _TEI_ACTIVATIONS = (nn.Identity, nn.Tanh)
+_TEI_MODULES = (Transformer, Pooling, Dense, Normalize)
+
 _TEXTS = ("A short text.", "Another one, with a few more words in it than the first.", "What is the third text about?")
 
 
@@ -115,8 +121,12 @@ def _not_for_tei(module: nn.Module, place: int) -> str:
     name = type(module).__name__
     if (place == 0) != isinstance(module, Transformer) or (place == 1) != isinstance(module, Pooling):
         return f"module {place} is {name}"
-    if isinstance(module, Transformer) and (given := getattr(module, "processing_kwargs", None)):
-        return f"the tokenizer is called with processing_kwargs {given}"
+    if isinstance(module, _TEI_MODULES) and type(module) not in _TEI_MODULES:
+        return f"module {place} is a {name} with code of its own"
+    if isinstance(module, Transformer):
+        for key in ("processing_kwargs", "query_length", "document_length", "query_expansion"):
+            if given := getattr(module, key, None):
+                return f"the tokenizer is called with {key} {given}"
     if isinstance(module, Pooling) and module.pooling_mode not in ("cls", "mean", "lasttoken"):
         return f"the pooling mode is {module.pooling_mode!r}"
     if isinstance(module, Dense):
@@ -124,6 +134,8 @@ def _not_for_tei(module: nn.Module, place: int) -> str:
             return f"a Dense has the activation {type(module.activation_function).__name__}"
         if getattr(module, "use_residual", False):
             return "a Dense has use_residual"
+        if {module.module_input_name, module.module_output_name} != {"sentence_embedding"}:
+            return f"a Dense makes {module.module_output_name!r} of {module.module_input_name!r}"
     elif place > 1 and not isinstance(module, Normalize):
         return f"behind the pooling the model has {name}"
     return ""
@@ -134,14 +146,18 @@ def _new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     """A new or empty folder, which is written as a whole or left as it was, so that another attempt finds it empty."""
     folder = Path(folder)
     existed = folder.exists()
+    if existed and not folder.is_dir():
+        raise ValueError(f"folder {str(folder)!r} is a file; name a new one.")
     if existed and any(folder.iterdir()):
         raise ValueError(f"folder {str(folder)!r} exists and is not empty; name a new one.")
     try:
         yield folder
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if existed:
-            folder.mkdir()
+        # what was there stays itself: a link, a mounted place, a folder with rights of its own
+        for content in folder.iterdir() if folder.exists() else ():
+            shutil.rmtree(content, ignore_errors=True) if content.is_dir() else content.unlink()
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
@@ -209,7 +225,8 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
     A runtime that tokenizes, pools (``mean``, ``cls`` or last token), cuts and normalizes by itself then gives the
     model's vectors; it needs to know nothing of Dense layers, since a bias-free one commutes with pooling, nor of the
     word weights of a layer cut, whose means it gets in the right direction, if not length. The pooling is written
-    beside it as sentence-transformers writes it, and ``modules.json`` lists nothing else.
+    beside it as sentence-transformers writes it, and ``modules.json`` lists nothing else. A default prompt, which
+    ``model.encode`` puts before texts, is not in the files: whoever asks the runtime has to put it there.
 
     Args:
         model: A model of Transformer, Pooling and a bias-free linear tail.
@@ -235,6 +252,12 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         raise ValueError("the model is in bfloat16, which ONNX Runtime does not compute in on a CPU: model.float() it.")
     product = linear_tail(model)
+    if prompt := prompt_of(model, None):
+        logger.warning(
+            "The model's default prompt %r is not in the exported files: put it before the texts that the runtime "
+            "embeds, as model.encode does.",
+            prompt,
+        )
     with _new_folder(folder) as new, evaluation_mode(model):
         return _write_onnx(model, product, new, onnxruntime)
 
@@ -269,7 +292,7 @@ def _write_onnx(model: SentenceTransformer, product: Tensor | None, folder: Path
     (states,) = session.run(None, {name: given[name].cpu().numpy().astype(np.int64) for name in names})
     pooled = own_pooling({"token_embeddings": torch.as_tensor(states), "attention_mask": given["attention_mask"].cpu()})
     got = unit_length(pooled["sentence_embedding"].numpy())
-    own = unit_length(encode_texts(model, texts, "", None, len(texts), False))
+    own = unit_length(encode_texts(model, texts))
     if not np.abs(got - own).max() < 1e-3:
         raise RuntimeError(f"the ONNX file gives other vectors than the model, by {np.abs(got - own).max():.1e}.")
     width = own_pooling.embedding_dimension if product is None else full_width(model)
@@ -349,16 +372,19 @@ def check_endpoint(
         >>> check_endpoint(model, "http://localhost:8000", dim=64).findings  # doctest: +SKIP
         ()
     """
-    if not url.startswith(("http://", "https://")):
+    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
         raise ValueError(f"url must begin with http:// or https://, got {url!r}.")
     width = full_width(model)
     if dim is not None:
         (dim,) = checked_dims("dim", [dim], width)
     tolerance = checked_number("tolerance", tolerance, 0, exclusive=True)
+    timeout = checked_number("timeout", timeout, 0, exclusive=True)
+    if api_key is not None and not (isinstance(api_key, str) and api_key.isascii()):
+        raise ValueError("api_key must be a text of ASCII characters, as a header of HTTP is.")
     texts = checked_texts("texts", texts)
     served = _ask(url, texts, dim, name, api_key, timeout)
     with evaluation_mode(model):
-        own = encode_texts(model, texts, "", None, 32, False)
+        own = encode_texts(model, texts)
     wanted = dim or width
     findings = []
     if served.shape[1] != wanted:
@@ -420,7 +446,7 @@ def _encoded(model: SentenceTransformer, modules: list[nn.Module], texts: list[s
     """Vectors of the model with other modules behind its encoder."""
     other = SentenceTransformer(modules=modules, device=str(model.device))
     with evaluation_mode(model):
-        return encode_texts(other, texts, "", None, 32, False)
+        return encode_texts(other, texts)
 
 
 def _ask(url: str, texts: list[str], dim: int | None, name: str, api_key: str | None, timeout: float) -> np.ndarray:

@@ -62,20 +62,21 @@ def checked_vectors(name: str, vectors: Any) -> Tensor:
 def encode_texts(
     model: SentenceTransformer,
     texts: Sequence[str],
-    prompt: str | None,
-    route: str | None,
-    batch_size: int,
-    show_progress_bar: bool | None,
+    *,
+    prompt: str | None = "",
+    route: str | None = None,
+    batch_size: int = 32,
+    show_progress_bar: bool | None = False,
 ) -> np.ndarray:
     """Full-width vectors, float32, each distinct text encoded once.
 
     Args:
         model: The model.
         texts: Texts, any of them more than once.
-        prompt: Stands before each. Default: what ``encode`` does by default.
-        route: Of a Router. Default: its own default route.
+        prompt: Stands before each; "" is none, None what ``encode`` does by default.
+        route: Of a Router; None is its own default route.
         batch_size: Texts per forward pass.
-        show_progress_bar: Default: as the log level says, like ``encode``.
+        show_progress_bar: None is as the log level says, like ``encode``.
 
     Returns:
         (len(texts), D).
@@ -97,9 +98,11 @@ def encode_texts(
 def encode_columns(
     model: SentenceTransformer,
     columns: Mapping[str, Sequence[str]],
+    *,
     prompts: Mapping[str, str | None],
     routes: Mapping[str, str | None],
-    *options: Any,
+    batch_size: int,
+    show_progress_bar: bool | None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The vectors of some columns, where a text that is in several of them has the same vector to the last bit.
 
@@ -110,7 +113,8 @@ def encode_columns(
         columns: Texts by name.
         prompts: By column, see :func:`encode_texts`.
         routes: By column, see there.
-        *options: What follows there.
+        batch_size: See there.
+        show_progress_bar: See there.
 
     Yields:
         Name and vectors of each column; those of one prompt and one route come together.
@@ -120,7 +124,9 @@ def encode_columns(
         alike.setdefault((prompts[name], routes[name]), []).append(name)
     for (prompt, route), names in alike.items():
         joined = [text for name in names for text in columns[name]]
-        vectors = encode_texts(model, joined, prompt, route, *options)
+        vectors = encode_texts(
+            model, joined, prompt=prompt, route=route, batch_size=batch_size, show_progress_bar=show_progress_bar
+        )
         ends = np.cumsum([len(columns[name]) for name in names])[:-1]
         yield from zip(names, np.split(vectors, ends), strict=True)
 

@@ -115,7 +115,8 @@ def add_teacher_vectors(
 
     labels: np.ndarray = np.empty(0, dtype=np.float32)
     with evaluation_mode(teacher):
-        for name, vectors in encode_columns(teacher, texts, prompt_of, route_of, batch_size, show_progress_bar):
+        options: dict[str, Any] = {"batch_size": batch_size, "show_progress_bar": show_progress_bar}
+        for name, vectors in encode_columns(teacher, texts, prompts=prompt_of, routes=route_of, **options):
             if not len(labels):
                 labels = np.empty((len(dataset), len(names), vectors.shape[1]), dtype=np.float32)
             _require_directions(vectors, name, texts[name])

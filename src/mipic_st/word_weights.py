@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
 from torch import Tensor
 
+from mipic_st._checks import checked_count, checked_dims, checked_number
 from mipic_st.backbone import transformer_of
 from mipic_st.cut_fits import cut_objective, ridge_map
 from mipic_st.sia import no_autocast
@@ -91,18 +92,29 @@ def fit_word_weights(
         held-out texts.
 
     Raises:
-        ValueError: If lengths, tokens and states do not belong together.
+        ValueError: If lengths, tokens and states do not belong together, a text is empty, a value is nan or inf, or an
+            argument is out of its range.
 
     Source:
         The first factor: Arora et al., A Simple but Tough-to-Beat Baseline for Sentence Embeddings, ICLR 2017. Its a
         was chosen on STS13 and SICK validation with layer 3 of all-MiniLM-L6-v2; steps and rate are those of
         :func:`mipic_st.cut_fits.refine_cut`.
     """
+    dims = checked_dims("dims", dims, targets.shape[1])
+    vector_weight = checked_number("vector_weight", vector_weight, 0)
+    max_steps, batch_size = checked_count("max_steps", max_steps, least=0), checked_count("batch_size", batch_size)
+    learning_rate = checked_number("learning_rate", learning_rate, 0, exclusive=True)
     if not int(lengths.sum()) == len(tokens) == len(states) or len(lengths) != len(targets):
         raise ValueError(
             f"lengths must say how the tokens are shared out among the texts, got {len(lengths)} lengths with a sum of "
             f"{int(lengths.sum())} for {len(tokens)} tokens, {len(states)} states and {len(targets)} texts."
         )
+    if int(lengths.min()) < 1:
+        raise ValueError(f"lengths holds {int(lengths.min())} in row {int(lengths.argmin())}: leave out empty texts.")
+    if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(features):
+        raise ValueError(f"tokens must be from 0 to {len(features) - 1}, the rows of features, got {tokens.unique()}.")
+    if not bool(states.isfinite().all()) or not bool(targets.isfinite().all()):
+        raise ValueError("states and targets must be finite, they hold nan or inf.")
     if len(lengths) < 4:
         raise ValueError(f"{len(lengths)} texts are too few for word weights: give some thousand.")
     generator = torch.Generator().manual_seed(seed)
