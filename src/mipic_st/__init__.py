@@ -1,4 +1,4 @@
-"""MIPIC losses and per-dimension evaluation for sentence-transformers.
+"""Matryoshka embeddings for sentence-transformers: rotations, MIPICLoss, layer cuts, evaluation, export, serving.
 
 Names are imported when they are first used, so that ``import mipic_st`` and ``mipic-st --version`` are instant.
 """

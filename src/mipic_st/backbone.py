@@ -170,10 +170,11 @@ def layer_count(transformer: Transformer) -> int | None:
     Returns:
         What the config says, or None.
     """
-    return _depth_of(transformer.auto_model)
+    return depth_of(transformer.auto_model)
 
 
-def _depth_of(auto_model: Any) -> int | None:
+def depth_of(auto_model: Any) -> int | None:
+    """The same of an encoder of transformers."""
     return getattr(auto_model.config.get_text_config(), "num_hidden_layers", None)
 
 
@@ -490,7 +491,6 @@ class _Call(NamedTuple):
     """One module's part in a forward pass."""
 
     name: str
-    module: nn.Module
     inputs: list[Tensor]
     output: Tensor | None
 
@@ -671,7 +671,7 @@ def _probe(auto_model: Any) -> tuple[list[_Call], Sequence[Tensor], Tensor]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) and output else output
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            calls.append(_Call(name, module, inputs, first if isinstance(first, Tensor) else None))
+            calls.append(_Call(name, inputs, first if isinstance(first, Tensor) else None))
 
         return hook
 
@@ -693,7 +693,7 @@ def _probe(auto_model: Any) -> tuple[list[_Call], Sequence[Tensor], Tensor]:
                 "layers out for this model."
             ) from error
     states, last = getattr(output, "hidden_states", None), getattr(output, "last_hidden_state", None)
-    depth = _depth_of(auto_model)
+    depth = depth_of(auto_model)
     if states is None or last is None or len(states) < 2 or len(states) - 1 != depth:
         shown = "none" if states is None else len(states)
         raise TypeError(

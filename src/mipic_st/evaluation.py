@@ -193,9 +193,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
                     cell = cells[layer, dim, precision]
                     metrics.update(cell.texts)
                     metrics.update(cell.scores)
-                    records.extend(
-                        self._cell_records(cell.evaluator, cell.scores, cell.primary_key, layer, dim, precision)
-                    )
+                    records.extend(self._cell_records(cell, layer, dim, precision))
                     if layer == layers[-1] and precision == "float32":
                         main[dim] = (cell.primary_key, cell.scores[cell.primary_key])
         if alike is not None:
@@ -205,8 +203,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
         self._revision = fingerprint(model)
         summary = self._summary(main, cells[layers[-1], self.dims[-1], "float32"])
         metrics.update(summary)
-        store_card = getattr(model, "model_card_data", None)
-        if store_card is not None:
+        if getattr(model, "model_card_data", None) is not None:
             self.store_metrics_in_model_card_data(model, summary, epoch, steps)
         return metrics
 
@@ -277,11 +274,16 @@ class MatryoshkaEvaluator(BaseEvaluator):
 
     def _unlabelled(self, cell: _Cell, key: str) -> str:
         """A score's name without its dim."""
+        task, metric = self._task_and_metric(cell, key)
+        return key if metric == key else f"{task}_{metric}"
+
+    def _task_and_metric(self, cell: _Cell, key: str) -> tuple[str, str]:
+        """Whose score it is and which; the whole name as the metric, if the cell is not in it."""
         names = sorted((_name(leaf) for leaf in _leaves(self.evaluator, inner=True)), key=len, reverse=True)
         for name in (*names, self.name, "dim"):
-            if key.startswith(f"{name}-{cell.label}_"):
-                return f"{name}_{key[len(name) + len(cell.label) + 2 :]}"
-        return key
+            if key.startswith(start := f"{name}-{cell.label}_"):
+                return name, key.removeprefix(start)
+        return self.name, key
 
     def _score_uncut_alike(
         self, store: EmbeddingStore, uncut: _Cell, layer: int | None, epoch: int, steps: int
@@ -346,25 +348,15 @@ class MatryoshkaEvaluator(BaseEvaluator):
             self._copies[cell] = _renamed_copy(self.evaluator, _cell_label(*cell))
         return self._copies[cell]
 
-    def _cell_records(
-        self,
-        evaluator: BaseEvaluator,
-        scores: dict[str, float],
-        primary_key: str,
-        layer: int | None,
-        dim: int,
-        precision: str,
-    ) -> list[dict[str, Any]]:
-        label = _cell_label(layer, dim, precision)
-        names = sorted((_name(leaf) for leaf in _leaves(self.evaluator, inner=True)), key=len, reverse=True)
-        primaries = _main_keys(evaluator, scores, primary_key, label)
+    def _cell_records(self, cell: _Cell, layer: int | None, dim: int, precision: str) -> list[dict[str, Any]]:
+        primaries = _main_keys(cell.evaluator, cell.scores, cell.primary_key, cell.label)
         records = []
-        for key, value in scores.items():
-            task = next((name for name in names if key.startswith(f"{name}-{label}_")), self.name)
+        for key, value in cell.scores.items():
+            task, metric = self._task_and_metric(cell, key)
             records.append(
                 {
                     "task": task,
-                    "metric": key.removeprefix(f"{task}-{label}_"),
+                    "metric": metric,
                     "primary": key in primaries,
                     "layer": layer,
                     "dim": dim,

@@ -117,7 +117,7 @@ def fit_layer_cuts(
         dims: Truncation dimensions of the grid. Default: powers of two from 16, and the full width. One map serves all
             dims of a layer; a single dim gets a little more at that dim.
         sts: Scored pairs for the report: a Dataset with ``sentence1``, ``sentence2``, ``score``, or three lists.
-        ridge: Ridge of the least squares, see :func:`mipic_st.cut_fits.fit_cut`.
+        ridge: Ridge of the maps' least squares, see :func:`mipic_st.cut_fits.fit_cut`; word weights have their own.
         vector_weight: What the steps after least squares weigh the distance to the full-depth vectors with, >= 0,
             beside the similarities among the cut's own. A high one keeps the vectors of the cut comparable with those
             of the full model at small dims (queries by the one, documents by the other); with 0 the cut is best by

@@ -1,6 +1,6 @@
-"""The one place that touches objects which are not ours: the model's forward, its config, its modules.
+"""What a loss changes in the model that it is given: its forward, and what its config asks for.
 
-What the first two change is undone when their ``with`` block ends, however it ends; the others change nothing:
+Both are undone when their ``with`` block ends, however it ends; only :func:`require_eager_attention` is for good:
 
 - :func:`record_states` keeps what every forward pass of the model produced at each layer.
 - :func:`truncated_passes` lets a base loss run once per truncation dimension on one set of forward passes.
@@ -318,14 +318,9 @@ def truncated_passes(model: nn.Module) -> Iterator[TruncatedPasses]:
     Yields:
         Its ``start_dim`` is to be called with each dim, in descending order, before the base loss is run for it.
     """
-    passes: list[TruncatedPasses] = []
-
-    def make(forward: Callable[..., Features]) -> TruncatedPasses:
-        passes.append(TruncatedPasses(forward))
-        return passes[0]
-
-    with replaced_forward(model, make):
-        yield passes[0]
+    passes = TruncatedPasses(model.forward)
+    with replaced_forward(model, lambda _: passes):
+        yield passes
 
 
 def require_eager_attention(model: nn.Module) -> None:

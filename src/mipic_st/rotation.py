@@ -554,9 +554,7 @@ def _fit_frame(
 def _completed(frame: Tensor, training: _Pairs) -> Tensor:
     """The orthogonal matrix that begins with the frame; the other columns follow by the variance they hold."""
     width, columns = frame.shape
-    orthonormal, triangle = torch.linalg.qr(frame.double())
-    # QR may turn a column's sign
-    leading = orthonormal * triangle.diagonal().sign()
+    leading = _Orthonormal()(frame.double())
     rest = torch.linalg.qr(leading, mode="complete").Q[:, columns:]
     second = torch.zeros(width - columns, width - columns, dtype=torch.double, device=rest.device)
     for block in training.rows[:, 0].to(rest.device).split(BLOCK):
