@@ -130,8 +130,11 @@ def test_two_columns_of_texts_of_one_name_are_refused(tmp_path, header):
 def test_scores_stay_as_they_are_unless_a_range_is_given(tmp_path):
     """score_range maps to [0, 1]; without it nothing changes."""
     path = write(tmp_path / "data.csv", SCORED)
-    assert load_sts_file(path)["score"][:] == SCORED["score"]
-    assert load_sts_file(path, score_range=(0, 5))["score"][:] == [score / 5 for score in SCORED["score"]]
+    (tmp_path / "hub").mkdir()
+    write(tmp_path / "hub" / "train.parquet", SCORED)
+    for load in (load_sts_file, load_training_file, lambda _, **how: load_training_hub(str(tmp_path / "hub"), **how)):
+        assert load(path)["score"][:] == SCORED["score"]
+        assert load(path, score_range=(0, 5))["score"][:] == [score / 5 for score in SCORED["score"]]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.sentence_transformer.evaluation import (
     BinaryClassificationEvaluator,
@@ -640,6 +641,30 @@ def probe(**kwargs):
     train = [f"{text} {word} {word}" for text, word in zip(sentences(36, 5), words, strict=True)]
     test = [f"{word} {text}" for text, word in zip(sentences(36, 6), words, strict=True)]
     return ClassificationProbeEvaluator(train, words, test, words, name="animals", **kwargs)
+
+
+def test_every_option_of_the_probe_counts(model, tmp_path, monkeypatch):
+    """Batches and bars reach encode, one iteration is another classifier, and the CSV file can be left out."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    asked = []
+    encode = SentenceTransformer.encode
+
+    def noted(called, texts, **options):
+        asked.append((options["batch_size"], options["show_progress_bar"]))
+        return encode(called, texts, **options)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", noted)
+    usual = probe()(model, str(tmp_path / "usual"))
+    assert set(asked) == {(32, False)}
+    asked.clear()
+    assert probe(batch_size=5, show_progress_bar=True)(model)["animals_accuracy"] == usual["animals_accuracy"]
+    assert set(asked) == {(5, True)}
+    with pytest.warns(ConvergenceWarning):
+        assert probe(max_iter=1)(model) != usual
+    assert [path.name for path in (tmp_path / "usual").iterdir()] == ["classification_probe_animals_results.csv"]
+    probe(write_csv=False)(model, str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_probe_equals_a_plain_loop(model):

@@ -310,6 +310,24 @@ def test_speedup_is_measured(tmp_path):
     assert figures["parameters_cut"] < figures["parameters_full"]
 
 
+def test_speedup_is_of_the_given_texts(tmp_path, monkeypatch):
+    """In the given batches, by both models, the first one of each to warm up."""
+    model = tiny_model(tmp_path, layers=2)
+    cut = export_truncated(model, layer=1)
+    asked = []
+    encode = SentenceTransformer.encode
+
+    def noted(called, texts, **options):
+        asked.append((called is cut, texts, options["batch_size"]))
+        return encode(called, texts, **options)
+
+    monkeypatch.setattr(SentenceTransformer, "encode", noted)
+    texts = ["one", "two", "three"]
+    measure_speedup(model, cut, texts, batch_size=2, repeats=1)
+    expected = [(which, part, 2) for part in (texts[:2], texts) for which in (False, True)]
+    assert asked == expected
+
+
 @pytest.mark.parametrize("bad", [{"repeats": 0}, {"repeats": 1.5}, {"batch_size": 0}, {"batch_size": "8"}])
 def test_bad_counts_are_named(tmp_path, bad):
     """Rounds and texts per pass are whole and at least one."""

@@ -275,6 +275,7 @@ def serve():
             def do_POST(self):
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 start.paths.append(self.path)
+                start.asked.append((asked["model"], asked["input"], self.headers["Authorization"]))
                 given = vectors(asked["input"], asked.get("dimensions"))
                 rows = [{"index": index, "embedding": row.tolist()} for index, row in enumerate(given)]
                 self.send_response(status)
@@ -289,7 +290,7 @@ def serve():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{server.server_port}"
 
-    start.paths = []
+    start.paths, start.asked = [], []
     yield start
     for server in servers:
         server.shutdown()
@@ -311,6 +312,41 @@ def test_a_server_of_the_model_agrees(model, serve, dim):
     assert not check.findings
     assert check.worst < 1e-5
     assert serve.paths == ["/v1/embeddings"]
+
+
+def test_every_option_of_the_check_counts(model, serve):
+    """Name, key and texts are what the server gets; the tolerance decides."""
+
+    def near(texts, dim):
+        noise = np.random.default_rng(0).normal(size=(len(texts), WIDTH)) * 0.01
+        return unit(model.encode(texts) + noise)
+
+    url = serve(near)
+    texts = ["one text", "and another"]
+    loose = check_endpoint(model, url, name="mine", texts=texts, api_key="secret", tolerance=0.5)
+    assert serve.asked == [("mine", texts, "Bearer secret")]
+    assert loose.agrees
+    strict = check_endpoint(model, url, texts=texts, tolerance=1e-4)
+    assert not strict.agrees
+    assert serve.asked[1] == ("model", texts, None)
+    assert strict.worst == loose.worst > 0.01
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"url": 5}, ValueError, "url must begin with http"),
+        ({"timeout": "x"}, TypeError, "timeout must be a number"),
+        ({"timeout": 0}, ValueError, "timeout must be > 0"),
+        ({"tolerance": -1}, ValueError, "tolerance must be > 0"),
+        ({"api_key": "schlüssel"}, ValueError, "api_key must be a text of ASCII"),
+    ],
+)
+def test_wrong_options_of_the_check_are_named(model, wrong, error, message):
+    """Before the server is asked; the key itself is not shown."""
+    with pytest.raises(error, match=message) as caught:
+        check_endpoint(model, **({"url": "http://127.0.0.1:9"} | wrong))
+    assert "schlüssel" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
