@@ -156,7 +156,14 @@ def _width_of(modules: Sequence[nn.Module]) -> int | None:
 
 
 def full_width(model: SentenceTransformer) -> int:
-    """The width D of the model's vectors, whatever ``truncate_dim`` it was loaded with."""
+    """The width D of the model's vectors, whatever ``truncate_dim`` it was loaded with.
+
+    Args:
+        model: The model. If its modules do not say their width, it encodes a text.
+
+    Returns:
+        D.
+    """
     width = embedding_width(model)
     return width or int(model.encode(["a"], truncate_dim=NO_CUT, show_progress_bar=False).shape[-1])
 
@@ -199,6 +206,12 @@ def transformer_of(model: SentenceTransformer) -> Any:
 
 def model_depth(model: SentenceTransformer) -> int:
     """How many encoder layers the model has (layer 0 is the embedding layer).
+
+    Args:
+        model: A model whose first module is a Transformer.
+
+    Returns:
+        What its config says.
 
     Raises:
         TypeError: If it has none, or its config does not say.

@@ -53,7 +53,16 @@ def fit_cut(states: np.ndarray | Tensor, targets: np.ndarray | Tensor, *, ridge:
 
 
 def ridge_map(z: Tensor, f: Tensor, ridge: float = 1e-3) -> Tensor:
-    """W of :func:`fit_cut`, also for fewer texts than values."""
+    """W of :func:`fit_cut`, also for fewer texts than values.
+
+    Args:
+        z: Z, (N, H).
+        f: F, (N, D).
+        ridge: Share of the mean squared value that is added to the diagonal.
+
+    Returns:
+        (H, D), float32, on the CPU.
+    """
     gram = torch.zeros(z.shape[1], z.shape[1], dtype=torch.double, device=z.device)
     product = torch.zeros(z.shape[1], f.shape[1], dtype=torch.double, device=z.device)
     for left, right in zip(z.split(BLOCK), f.to(z.device).split(BLOCK), strict=True):

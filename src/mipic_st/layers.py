@@ -92,7 +92,15 @@ def encode_layers(
 
 
 def prompt_of(model: SentenceTransformer, prompt: str | None) -> str | None:
-    """The prompt that was given, or the one that ``model.encode`` puts before texts by itself."""
+    """The prompt that was given, or the one that ``model.encode`` puts before texts by itself.
+
+    Args:
+        model: The model.
+        prompt: Given; None for none, "" for an empty one.
+
+    Returns:
+        The prompt, or None if there is none.
+    """
     if prompt is None and model.default_prompt_name is not None:
         return model.prompts.get(model.default_prompt_name)
     return prompt
