@@ -65,7 +65,12 @@ def model_name_of(model: SentenceTransformer, name: str | None = None) -> str:
 
     Returns:
         The hub name, or ``local/<folder>``.
+
+    Raises:
+        TypeError: If the name is no text.
     """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"model_name must be a text, got {name!r}.")
     if name is None:
         backbone = getattr(model[0], "auto_model", None)
         name = str(getattr(getattr(backbone, "config", None), "_name_or_path", "") or "model")
