@@ -96,6 +96,8 @@ def test_result_cache_of_mteb_finds_the_results(model, tiny_tasks, tmp_path):
         "STS13", "org/m", mteb_tasks.fingerprint(model), experiment_name="truncate_dim_8"
     )
     assert path.is_file()
+    with pytest.raises(TypeError, match="model_name must be a text, got 3"):
+        run(model, tiny_tasks[:1], [8], tmp_path, model_name=3)
 
 
 def test_resume_runs_only_what_is_missing(model, tiny_tasks, tmp_path, monkeypatch):
