@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import sys
 
-if "--model" not in sys.argv:
+if not any(argument.startswith("--m") for argument in sys.argv):  # --model, or --model=NAME
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is asked of the hub, so don't wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -707,9 +707,6 @@ def test_what_was_said_of_smaller_dims_goes(tiny_model, tmp_path, loaded):
         assert ("## Truncated embeddings" in card) == (loaded and number == 0)
 
 
-# --- the keeper -------------------------------------------------------------------------------------------------------
-
-
 def test_the_authors_own_section_stays(tiny_model):
     """A section of that name with other words is not ours; the tag goes with what was said."""
     model = tiny_model()
@@ -725,6 +722,9 @@ def test_the_authors_own_section_stays(tiny_model):
     assert "can be cut" not in model._model_card_text
     assert "matryoshka" not in model._model_card_text.split("---")[1]
     assert "matryoshka" not in (model.model_card_data.tags or [])
+
+
+# --- the keeper -------------------------------------------------------------------------------------------------------
 
 
 def test_hooks_go_with_the_loss(tiny_model):

@@ -357,8 +357,14 @@ def test_eval_that_fails_writes_what_it_has(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mipic_st.mteb_tasks.evaluate_mteb", evaluate)
     call = ["eval", "org/first", "org/second", "--tasks", "STS13", "--output", str(tmp_path), "--no-plots"]
     assert main(call) == 1
-    assert "dims exceed" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "dims exceed" in told
+    assert "incomplete, 2 models were asked for" in told
     assert [record["model"] for record in EvaluationReport.from_json(tmp_path / "report.json").records] == ["org/first"]
+    call[1:3] = ["org/second", "org/first"]
+    call[call.index(str(tmp_path))] = str(tmp_path / "none")
+    assert main(call) == 1
+    assert not (tmp_path / "none").exists(), "there is nothing to write"
 
 
 @pytest.mark.parametrize(

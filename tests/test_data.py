@@ -105,18 +105,25 @@ def test_pairs_win_over_scores(tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "last"),
-    [(("query", "answer"), "label"), (("anchor", "positive"), "score"), (("question", "answer"), "is_duplicate")],
+    [
+        (("query", "answer"), "label"),
+        (("anchor", "positive"), "score"),
+        (("question", "answer"), "is_duplicate"),
+        (("anchor", "positive"), "labels"),
+    ],
 )
 def test_pairs_that_a_column_tells_apart_are_refused(tmp_path, names, last):
     """Those that do not belong together would be positives. One value throughout tells nothing; texts need none."""
     texts = dict(zip(names, (["a", "b"], ["c", "d"]), strict=True))
     path = write(tmp_path / "data.csv", {**texts, last: [1, 0]})
-    with pytest.raises(ValueError, match=f"the column '{last}' that says how far each belongs together"):
+    with pytest.raises(ValueError, match=f"numbers that differ between them in the column '{last}'"):
         load_training_file(path)
     assert load_texts_file(path) == list("abcd")
     assert load_training_file(write(tmp_path / "same.csv", {**texts, last: [1, 1]})).num_rows == 2
     triplets = write(tmp_path / "triplets.csv", {**texts, "negative": ["e", "f"], last: [0.5, 0.1]})
     assert load_training_file(triplets).column_names == ["anchor", "positive", "negative"], "a margin"
+    topics = write(tmp_path / "topics.csv", {**texts, last: ["tech", "food"]})
+    assert load_training_file(topics).column_names == ["anchor", "positive"]
 
 
 @pytest.mark.parametrize("header", ["text,text", "text,Text"])

@@ -54,6 +54,15 @@ def test_rows_are_the_same_everywhere():
     assert digest(6) != DIGEST
 
 
+@pytest.mark.parametrize("seed", [-1, None, "1", 1.5])
+def test_seeds_that_would_be_another_are_refused(seed):
+    """Random takes -1 for 1, and None for a new one each time; NumPy's whole numbers are whole numbers."""
+    for make in (synthetic_pairs, synthetic_sts, synthetic_topics):
+        with pytest.raises(ValueError, match="seed must be an integer >= 0"):
+            make(3, seed=seed)
+        assert make(3, seed=np.int64(3)) == make(3, seed=3)
+
+
 def test_rows_do_not_depend_on_the_hash_seed():
     """A process with another hash seed gives the same rows."""
     hash_seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"

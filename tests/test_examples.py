@@ -551,6 +551,7 @@ def test_training_has_the_prompt_that_serving_has(run_here, tiny_model, tmp_path
     monkeypatch.setattr(SentenceTransformerTrainer, "train", noted)
     files = ["--train-file", tmp_path / "train.csv", "--eval-file", tmp_path / "sts.csv"]
     steps = ["--steps", 1] if script == "quickstart.py" else ["--smoke"]
+    monkeypatch.chdir(tmp_path)  # train_nli.py saves below the present folder
     run_here(script, *steps, "--model", tmp_path / "tiny", "--dims", 32, 8, *files)
     assert prompts == ["book "]
 

@@ -1,12 +1,15 @@
 """Invariants of evaluate_mteb: equal to mteb's own run, no collisions, resumable, random state kept."""
 
 import copy
+import importlib.util
 import json
 import logging
 import multiprocessing
 import os
 import random
+import sys
 import time
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -746,37 +749,91 @@ def test_another_data_set_on_the_hub_is_a_condition():
     assert "someone/sts13" in found[2]
 
 
-# a method that calls super() has its class in its closure
-HOLDS_ITSELF = """
-class Mine:
+IN_A_FILE = """
+from functools import partial, wraps
+
+class Base:
+    kind = 0
+    def helper(self):
+        return 1
+
+class Mine(Base):
+    words = {"the", "a", "of"}
+    @property
     def score(self):
         return [2, super()]
+
+Mine.kin = Mine
+method = Mine().helper
+
+def function(texts):
+    return [len(text) * 4 for text in texts]
+
+@wraps(function)
+def wrapped(texts):
+    return function(texts)
 """
 
 
 @pytest.mark.parametrize(
     "sources",
     [
+        # without a source text, as at a prompt
         ["lambda texts: [len(text) * 2 for text in texts]", "lambda texts: [len(text) * 3 for text in texts]"],
         ["lambda texts: max(texts)", "lambda texts: min(texts)"],
         ["lambda texts, times=2: texts * times", "lambda texts, times=3: texts * times"],
+        ["lambda texts, *, times=2: texts * times", "lambda texts, *, times=3: texts * times"],
         ["(lambda times: lambda texts: texts * times)(2)", "(lambda times: lambda texts: texts * times)(3)"],
-        ["type('Mine', (), {'score': lambda self: 2})", "type('Mine', (), {'score': lambda self: 3})"],
-        [HOLDS_ITSELF, HOLDS_ITSELF.replace("2", "3")],
+        ["partial(print, 2)", "partial(print, 3)"],
+        ["partial(print, sep='a')", "partial(print, sep='b')"],
+        # in a file: its class, its base, a method, a function behind a wrapper
+        [("Mine", "", ""), ("Mine", "[2, super", "[3, super")],
+        [("Mine", "", ""), ("Mine", "return 1", "return 5")],
+        [("method", "", ""), ("method", "return 1", "return 5")],
+        [("function", "", ""), ("function", "* 4", "* 5")],
+        [("wrapped", "", ""), ("wrapped", "* 4", "* 5")],
     ],
+    ids=str,
 )
-def test_code_on_a_task_is_a_setting(tiny_tasks, sources):
+def test_code_on_a_task_is_a_setting(tiny_tasks, tmp_path, monkeypatch, sources):
     """Two of one name that differ in what they do, wherever they do it, are two settings; the same code is one."""
 
-    def condition(source):
+    def condition(number, source):
         task = copy.copy(tiny_tasks[1])
-        names = {"__name__": "mine"}
-        exec(source if source.startswith("\nclass") else f"Mine = {source}", names)
-        task.evaluator = names["Mine"]
+        if isinstance(source, tuple):
+            name, old, new = source
+            folder = tmp_path / str(number)
+            folder.mkdir(exist_ok=True)
+            (folder / "mine.py").write_text(IN_A_FILE.replace(old, new) if old else IN_A_FILE)
+            made = importlib.util.spec_from_file_location("mine", folder / "mine.py")
+            module = importlib.util.module_from_spec(made)
+            monkeypatch.setitem(sys.modules, "mine", module)
+            made.loader.exec_module(module)
+            task.evaluator = getattr(module, name)
+        else:
+            task.evaluator = eval(source, {"__name__": "mine", "partial": partial})
         return mteb_tasks._job(task, None).conditions("default", "float32")
 
-    assert [condition(each) for each in sources] == [condition(each) for each in sources]
-    assert len({condition(each) for each in sources}) == 2
+    assert [condition(*each) for each in enumerate(sources)] == [condition(*each) for each in enumerate(sources)]
+    assert len({condition(*each) for each in enumerate(sources)}) == 2
+
+
+def test_plain_settings_and_empty_cells_are_shown_as_they_are(tiny_tasks):
+    """So that results of before are found; a function that is not finished is no error."""
+    task = copy.copy(tiny_tasks[1])
+    task.n_experiments = 3
+    assert '"n_experiments": "3"' in mteb_tasks._job(task, None).conditions("default", "float32")
+
+    def outer():
+        def inner():
+            return later
+
+        task.evaluator = inner
+        found = mteb_tasks._job(task, None).conditions("default", "float32")
+        later = found
+        return later
+
+    assert "inner" in outer()
 
 
 def test_results_of_another_data_revision_are_not_read(model, tiny_tasks, tmp_path, monkeypatch):

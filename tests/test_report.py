@@ -140,14 +140,14 @@ def test_retained_share_leaves_out_a_seed_without_the_largest_dim(caplog):
     axes = report.plot_retained().axes[0]
     assert axes.lines[0].get_ydata() == pytest.approx([50, 100])
     assert axes.get_ylabel() == "share of the largest dim kept (%)"
-    assert "seeds without a score at the largest dim are left out: m at 384" in caplog.text
+    assert "runs without a score at the largest dim are left out: m at 384 (revision None, seed 2)" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         *(("dim", "8"), ("dim", None), ("dim", 8.5), ("layer", "x"), ("seed", "a"), ("bytes", True), ("primary", "no")),
-        *(("score", None), ("score", "high"), ("score", True)),
+        *(("score", "high"), ("score", True)),
     ],
 )
 def test_records_of_other_kinds_are_refused(key, value):
@@ -161,6 +161,7 @@ def test_records_of_other_kinds_are_refused(key, value):
 def test_a_frame_comes_back_as_records():
     """Columns with gaps hold floats and NaN."""
     records = [one(0.5, layer=None), one(0.6, dim=16, layer=2, seed=1)]
+    assert np.isnan(EvaluationReport([one(None)]).records[0]["score"]), "null in JSON"
     frame = pd.DataFrame(EvaluationReport(records).records)
     again = EvaluationReport(frame.to_dict("records"))
     assert again.records == EvaluationReport(records).records
@@ -223,6 +224,10 @@ def test_info_of_two_reports_is_kept():
     assert (parts[0] + parts[1] + parts[2]).info == {"revision": ["a", "b", "c"], "kind": "x"}
     assert parts[0].info == {"revision": "a", "kind": "x"}
     assert (parts[0] + (parts[1] + parts[2])).info == (parts[0] + parts[1] + parts[2]).info
+    for odd in ({1: 3, "a": 2}, {(1, 2): 3}):
+        assert (EvaluationReport([], {"kept": odd}) + EvaluationReport([])).info == {"kept": odd}
+    large = [EvaluationReport([], {"kept": {"a": np.arange(3000) != row}}) for row in (1500, 1600)]
+    assert len((large[0] + large[1]).info["kept"]) == 2
     lists = [EvaluationReport([], {"dims": dims, "curve": np.array(dims)}) for dims in ([8, 16], [8, 16], [8, 32])]
     assert (lists[0] + lists[1]).info["dims"] == [8, 16]
     assert (lists[0] + lists[1] + lists[2]).info["dims"] == [[8, 16], [8, 32]]

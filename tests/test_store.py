@@ -350,6 +350,34 @@ def test_a_full_disk_is_named(small_blocks, transformer_folder, monkeypatch):
         EmbeddingStore(build("plain", transformer_folder), memory_limit=100).view(8).encode(TEXTS)
 
 
+def test_a_write_that_failed_halfway_can_be_repeated(transformer_folder, monkeypatch):
+    """What it left behind must not move the vectors that come after it."""
+    model = build("plain", transformer_folder)
+    room = [True]
+    write = _vectors.write_array
+
+    def partly(file, array):
+        if not room[0]:
+            file.write(np.ascontiguousarray(array).tobytes()[:200])
+            raise OSError(28, "No space left on device")
+        write(file, array)
+
+    monkeypatch.setattr(_vectors, "write_array", partly)
+    view = EmbeddingStore(model, memory_limit=0).view(WIDTH)
+    view.encode(TEXTS[:2])
+    room[0] = False
+    with pytest.raises(OSError, match="No space"):
+        view.encode(TEXTS)
+    room[0] = True
+    np.testing.assert_allclose(view.encode(TEXTS), model.encode(TEXTS), atol=1e-6)
+
+
+def test_one_text_is_no_list_of_texts(transformer_folder):
+    """Of which each letter would be a text."""
+    with pytest.raises(TypeError, match="texts must be a list of texts, got one text"):
+        EmbeddingStore(build("plain", transformer_folder)).rows_of("a cat")
+
+
 @pytest.mark.parametrize(("limit", "error"), [(-1, ValueError), ("1 GB", TypeError), (True, TypeError)])
 def test_bad_limits_are_named(limit, error, transformer_folder):
     """Bytes, from 0 on."""

@@ -907,12 +907,15 @@ def test_cuts_are_fitted_as_the_model_encodes(tiny_model):
     assert (default - none).abs().max() > 1e-3
 
 
-def test_a_text_of_nothing_is_named(tiny_model):
+@pytest.mark.parametrize("word_weights", [False, True])
+def test_a_text_of_nothing_is_named(tiny_model, word_weights):
     """It has no states, so it cannot be fitted; the message has the text, not a row of a shuffled part."""
     model = tiny_model(normalize=True)
     model[0].tokenizer.backend_tokenizer.post_processor = None  # no special tokens
     with pytest.raises(ValueError, match="texts holds '', of which the tokenizer leaves nothing: leave it out"):
-        fit_layer_cuts(model, [*TEXTS, ""], layers=[2], dims=[8], max_steps=0)
+        fit_layer_cuts(
+            model, [*TEXTS, ""], layers=[2], dims=[8], max_steps=int(word_weights), word_weights=word_weights
+        )
 
 
 def test_a_truncated_model_is_rotated_at_full_width(tiny_model):

@@ -126,6 +126,9 @@ def test_bar_and_bad_lengths(noisy, capsys):
         ((states, tokens, lengths), {"max_steps": -1}, "max_steps must be an integer >= 0"),
         ((states, tokens, lengths), {"batch_size": 0}, "batch_size must be an integer >= 1"),
         ((states, tokens, lengths), {"dims": []}, "dims is empty"),
+        ((states, tokens, lengths), {"learning_rate": 0}, "learning_rate must be > 0"),
+        ((states, tokens, lengths), {"vector_weight": -1}, "vector_weight must be >= 0"),
+        ((states[:0], tokens[:0], lengths[:0]), {}, "0 lengths with a sum of 0"),
     ):
         with pytest.raises(ValueError, match=message):
             fit_word_weights(*given, *others, **({"dims": [6]} | changed))

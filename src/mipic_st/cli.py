@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -265,7 +266,9 @@ def _eval(arguments: argparse.Namespace) -> int:
             report += _evaluated(place, name, tasks, arguments)
     except Exception:
         if len(report):  # hours may have gone into the models before
-            _write(report, arguments)
+            print(f"incomplete, {len(arguments.models)} models were asked for:", file=sys.stderr)
+            with contextlib.suppress(Exception):  # the error that ended the run is the one to be told
+                _write(report, arguments)
         raise
     if not len(report):
         raise ValueError("no task had data, nothing was evaluated.")

@@ -5,8 +5,8 @@ Two shapes are understood, by the names of their columns (case does not matter):
 - pairs: ``anchor, positive`` and perhaps ``negative``, for contrastive losses;
 - scored pairs (STS): ``sentence1, sentence2, score``, for ``CoSENTLoss`` and for evaluation.
 
-Other columns are left out. Scores stay as they are, whatever their range, since ``CoSENTLoss`` and Spearman's
-correlation only use their order; pass ``score_range`` to map them to [0, 1].
+Other columns are left out, unless they say which pairs belong together. Scores stay as they are, whatever their range,
+since ``CoSENTLoss`` and Spearman's correlation only use their order; pass ``score_range`` to map them to [0, 1].
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ def load_training_file(path: str | PathLike[str], *, score_range: tuple[float, f
 
     Returns:
         Data set with the columns ``anchor, positive[, negative]`` or ``sentence1, sentence2, score``, in this order.
-        A file with both shapes is read as pairs; pairs beside a label or score that tells them apart are refused.
+        A file with both shapes is read as pairs.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file cannot be read, has no rows or not the columns, or holds an empty text or a score that
             is no finite number or outside ``score_range``, or classes under a label's name (whole numbers other than 0
-            and 1, without ``score_range``). The message names the file, and column and row.
+            and 1, without ``score_range``), or pairs beside numbers under a label's or score's name that differ
+            between them. The message names the file, and column and row.
         ImportError: If ``datasets`` is not installed.
 
     Example:
@@ -228,6 +229,7 @@ def _select(
     dataset: Dataset, shapes: Sequence[dict[str, tuple[str, ...]]], source: str, score_range: tuple[float, float] | None
 ) -> Dataset:
     """Keep the columns of the first shape that fits, under their standard names, and check their values."""
+    score_range = plain(score_range)
     if score_range is not None and not _is_range(score_range):
         raise ValueError(f"score_range must be (lowest, highest), two finite numbers, got {score_range!r}.")
     try:
@@ -263,18 +265,23 @@ def _select(
 
 
 def _is_range(given: Any) -> bool:
-    given = plain(given)
     numbers = isinstance(given, (list, tuple)) and len(given) == 2 and all(map(is_number, given))
     return bool(numbers and -math.inf < given[0] < given[1] < math.inf)
 
 
 def _require_unscored(dataset: Dataset, present: dict[str, str], source: str) -> None:
-    """Refuse pairs that a further column tells apart: those that do not belong together would be learned, too."""
-    for original in (present[name] for name in SCORED_COLUMNS["score"] if name in present):
-        if len(set(map(str, dataset[original]))) > 1:
+    """Refuse pairs that numbers tell apart: those that do not belong together would be learned as if they did."""
+    names = dict.fromkeys((*SCORED_COLUMNS["score"], *LABEL_COLUMNS))
+    for original in (present[name] for name in names if name in present):
+        try:
+            numbers = {float(value) for value in dataset[original]}
+        except (TypeError, ValueError):  # texts such as topics, or vectors
+            continue
+        if len(numbers) > 1:
             raise ValueError(
-                f"{source} has pairs, and the column {original!r} that says how far each belongs together. Keep the "
-                "rows that do, and leave that column out; for scores, call the texts sentence1 and sentence2."
+                f"{source} has pairs, and numbers that differ between them in the column {original!r}. If these say "
+                "which pairs belong together, keep those rows; then leave the column out, of a file or with "
+                "datasets' remove_columns. For scores, call the texts sentence1 and sentence2."
             )
 
 
@@ -291,8 +298,10 @@ def _plain_name(name: str) -> str:
 
 def _require_single(names: Sequence[str]) -> None:
     """Refuse two columns of one name, of which one would be taken without a word."""
-    groups = (PAIR_COLUMNS, {"": NEGATIVE_COLUMN}, SCORED_COLUMNS, TEXT_COLUMN)
+    groups = (PAIR_COLUMNS, {"": NEGATIVE_COLUMN}, SCORED_COLUMNS)
     known = {alias for columns in groups for each in columns.values() for alias in each}
+    if not known & set(map(_plain_name, names)):
+        known = {alias for each in TEXT_COLUMN.values() for alias in each}
     for alias in sorted(known):
         if len(same := [name for name in names if _plain_name(name) == alias]) > 1:
             raise ValueError(f"the columns {same} share a name (case does not matter); rename or remove all but one")

@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
 from mipic_st._calls import as_preprocess_sees_it, frozen, given_arguments, reads_task
-from mipic_st._checks import as_list, checked_count, checked_dims, checked_number
+from mipic_st._checks import as_list, checked_count, checked_number
 from mipic_st._vectors import Vectors, write_array
 from mipic_st.backbone import NO_CUT, check_layers, evaluation_mode, full_width, in_half_precision, model_depth
 from mipic_st.layers import encode_layers
@@ -190,7 +190,9 @@ class EmbeddingStore:
         Raises:
             ValueError: If the dim exceeds the width or the layer is not stored.
         """
-        (dim,) = checked_dims("dim", [dim], self.width)
+        dim = checked_count("dim", dim)
+        if dim > self.width:
+            raise ValueError(f"dim must be from 1 to the model's width {self.width}, got {dim}.")
         if (layer is None) != (self.layers is None) or (self.layers is not None and layer not in self.layers):
             raise ValueError(f"layer {layer!r} is not in this store, which holds layers {self.layers}.")
         return DimView(self, dim, layer, precision, normalize, normalize_uncut)

@@ -295,6 +295,8 @@ def _learn_word_weights(
 ) -> dict[int, Tensor]:
     """Word weights of the layers that are better for them."""
     found, targets = encode.tokens(texts)
+    if bool((found.lengths == 0).any()):  # the fit of the map names the text
+        return {}
     embeddings = input_embeddings(encode.model)
     if len(found.lengths) < found.pooled.shape[1]:
         logger.warning(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
@@ -470,20 +471,42 @@ def _shown(value: Any) -> str:
     shown = f"{value.__module__}.{name}" if name else repr(value)
     if code := _code_of(value):
         shown += f" {short_hash(code)}"
-    return re.sub(r" at 0x\w+", "", shown)
+    return _without_addresses(shown)
 
 
-def _code_of(value: Any) -> Any:
-    """What a function does, or the methods of a class: byte code with that of inner functions, names and constants."""
-    if isinstance(value, type):
-        return {name: code for name, each in sorted(vars(value).items()) if (code := _code_of(each))}
-    if isinstance(value, CodeType):
-        return [value.co_code.hex(), *value.co_names, *map(_code_of, value.co_consts)]
-    if isinstance(value, FunctionType):
-        held = [value.__defaults__, value.__kwdefaults__, *(cell.cell_contents for cell in value.__closure__ or ())]
-        # a function may hold itself, and a method its class
-        return [_code_of(value.__code__), *(_code_of(getattr(each, "__code__", repr(each))) for each in held)]
-    return re.sub(r" at 0x\w+", "", repr(value))
+def _code_of(value: Any) -> list[Any]:
+    """What functions and classes do: their source, a class's with its bases', and the values that functions hold."""
+    if isinstance(value, partial):
+        return [*_code_of(value.func), _without_addresses(repr((value.args, sorted(value.keywords.items()))))]
+    value = inspect.unwrap(getattr(value, "__func__", value))
+    if isinstance(value, type):  # mteb's own are those of its version
+        return [
+            _source(kind) for kind in value.__mro__ if kind.__module__.partition(".")[0] not in ("mteb", "builtins")
+        ]
+    if not isinstance(value, FunctionType):
+        return []
+    held: list[Any] = [value.__defaults__, value.__kwdefaults__]
+    for cell in value.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    return [_source(value), *(_without_addresses(repr(each)) for each in held)]
+
+
+def _source(value: Any) -> Any:
+    """The text of a function or class; the byte code where there is none, as of what is typed at a prompt."""
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):
+        return _byte_code(value.__code__) if isinstance(value, FunctionType) else ""
+
+
+def _byte_code(code: CodeType) -> list[Any]:
+    constants = [_byte_code(each) if isinstance(each, CodeType) else repr(each) for each in code.co_consts]
+    return [code.co_code.hex(), *code.co_names, *constants]
+
+
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x\w+", "", text)
 
 
 @cache

@@ -98,8 +98,12 @@ def _checked_record(given: Any) -> dict[str, Any]:
             value = record[key] = int(value)
         if not (is_whole(value) or (value is None and key in _MAY_BE_NONE)):
             raise ValueError(f"{key} of a record must be a whole number, got {value!r} in {dict(given)}.")
+    if record["score"] is None:  # what JSON has for nan
+        record["score"] = float("nan")
     if not is_number(plain(record["score"])):
-        raise ValueError(f"score of a record must be a number, nan for none, got {record['score']!r} in {dict(given)}.")
+        raise ValueError(
+            f"score of a record must be a number, nan or None for none, got {record['score']!r} in {dict(given)}."
+        )
     if not isinstance(plain(record["primary"]), bool):
         raise ValueError(f"primary of a record must be True or False, got {record['primary']!r} in {dict(given)}.")
     return record
@@ -212,13 +216,16 @@ class EvaluationReport:
         return len(self.records)
 
     def __add__(self, other: EvaluationReport) -> EvaluationReport:
-        """Both reports' scores in one; of ``info``, values that differ become a list."""
+        """Both reports' scores in one; of ``info``, values that differ become a list.
+
+        A list that was read back from a file counts as one value.
+        """
         info: dict[str, Any] = {}
         for key in {**self.info, **other.info}:
             values: dict[str, Any] = {}
             for value in (report.info[key] for report in (self, other) if key in report.info):
                 for each in value if isinstance(value, _Several) else [value]:
-                    values.setdefault(json.dumps(each, sort_keys=True, default=_jsonable), each)
+                    values.setdefault(_content(each), each)
             info[key] = _Several(values.values()) if len(values) > 1 else next(iter(values.values()))
         return EvaluationReport(self.records + other.records, info)
 
@@ -408,11 +415,7 @@ class EvaluationReport:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            records = [
-                {**record, "score": float("nan") if record["score"] is None else record["score"]}
-                for record in content["records"]
-            ]
-            return cls(records, content["info"])
+            return cls(content["records"], content["info"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} is no report, that is, JSON with info and records as to_json writes it: {error!r}."
@@ -520,8 +523,9 @@ class EvaluationReport:
         for point in curves:
             largest[point.row] = max(point.dim, largest.get(point.row, 0))
         widest = {(point.row, point.run): point for point in curves if point.dim == largest[point.row]}
-        if without := sorted({f"{point.row} at {largest[point.row]}" for point in curves if point[:2] not in widest}):
-            logger.warning("seeds without a score at the largest dim are left out: %s", "; ".join(without))
+        if without := sorted({(point.row, *map(str, point.run)) for point in curves if point[:2] not in widest}):
+            told = (f"{row} at {largest[row]} (revision {revision}, seed {seed})" for row, revision, seed in without)
+            logger.warning("runs without a score at the largest dim are left out: %s", "; ".join(told))
         if below := sorted({str(name) for (name, _), point in widest.items() if point.score < 0}):
             raise ValueError(
                 f"the scores of {self._title(task)} are below 0 at the largest dim ({', '.join(below)}), so a share of "
@@ -737,6 +741,14 @@ def _short_names(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     shorts = [_short(name) for name in names]
     return {name: short if shorts.count(short) == 1 else name for name, short in zip(names, shorts, strict=True)}
+
+
+def _content(value: Any) -> str:
+    """What tells values apart: arrays have no single answer to ==."""
+    try:
+        return json.dumps(value, default=_jsonable)
+    except TypeError:  # keys that JSON has not
+        return repr(value)
 
 
 def _none_if_nan(value: float) -> float | None:

@@ -379,8 +379,8 @@ def check_endpoint(
         (dim,) = checked_dims("dim", [dim], width)
     tolerance = checked_number("tolerance", tolerance, 0, exclusive=True)
     timeout = checked_number("timeout", timeout, 0, exclusive=True)
-    if api_key is not None and not (isinstance(api_key, str) and api_key.isascii()):
-        raise ValueError("api_key must be a text of ASCII characters, as a header of HTTP is.")
+    if api_key is not None and not (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()):
+        raise ValueError("api_key must be a text of ASCII characters without line ends, as a header of HTTP is.")
     texts = checked_texts("texts", texts)
     served = _ask(url, texts, dim, name, api_key, timeout)
     with evaluation_mode(model):

@@ -109,14 +109,17 @@ def fit_word_weights(
             f"lengths must say how the tokens are shared out among the texts, got {len(lengths)} lengths with a sum of "
             f"{int(lengths.sum())} for {len(tokens)} tokens, {len(states)} states and {len(targets)} texts."
         )
+    if len(lengths) < 4:
+        raise ValueError(f"{len(lengths)} texts are too few for word weights: give some thousand.")
     if int(lengths.min()) < 1:
         raise ValueError(f"lengths holds {int(lengths.min())} in row {int(lengths.argmin())}: leave out empty texts.")
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(features):
-        raise ValueError(f"tokens must be from 0 to {len(features) - 1}, the rows of features, got {tokens.unique()}.")
+        raise ValueError(
+            f"tokens must be from 0 to {len(features) - 1}, the rows of features, got {int(tokens.min())} to "
+            f"{int(tokens.max())}."
+        )
     if not bool(states.isfinite().all()) or not bool(targets.isfinite().all()):
         raise ValueError("states and targets must be finite, they hold nan or inf.")
-    if len(lengths) < 4:
-        raise ValueError(f"{len(lengths)} texts are too few for word weights: give some thousand.")
     generator = torch.Generator().manual_seed(seed)
     held_out = min(batch_size, max(2, len(lengths) // 10))
     test, seen = torch.randperm(len(lengths), generator=generator).tensor_split([held_out])
