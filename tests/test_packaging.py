@@ -150,8 +150,6 @@ def test_public_names_exist():
 @pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="no git checkout")
 def test_nothing_that_was_made_is_kept_in_the_repository():
     """Only what belongs there, at the top level: no model, run or report that a script or a test has saved."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
-        "\n"
-    )
-    top = {name.split("/")[0] for name in listed if name and not name.startswith(".")}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    top = {name.split("/")[0] for name in listed.splitlines() if not name.startswith(".")}
     assert top == {"CHANGELOG.md", "LICENSE", "README.md", "examples", "pyproject.toml", "src", "tests"}
