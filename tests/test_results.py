@@ -26,6 +26,7 @@ FILES = {
     "weak": "weak_start.json",
     "weak more": "weak_more.json",
     "weak rotated": "weak_rotated.json",
+    "weak taught": "weak_teacher.json",
     "curve": "curve.json",
     "half": "half_depth.json",
     "plain": "plain_starts.json",
@@ -87,6 +88,10 @@ WEAK_ROWS = {
         *("rotation+specialist-16", "rotation+specialist-8"),
     )
 } | {"rotation+specialist-16+rotation": "rotation, `MatryoshkaLoss` for 16 dims only, another rotation"}
+TAUGHT_ROWS = {
+    name: (ROWS | MORE_ROWS | LATER_ROWS)[name]
+    for name in ("rotation", "rotation+mipic", "rotation+mipic-teacher", "rotation+mipic-released", "rotation+mipic-paper")
+} | {"rotation+mipic-teacher+rotation": "rotation, `MIPICLoss` with a larger teacher, another rotation"}
 HEADLINE = ["truncation", "rotation", "base", "base+pca", "matryoshka", "rotation+matryoshka", "rotation+mipic"]
 RIVALS = ["truncation", "base", "matryoshka", "matryoshka-2d", "specialist", "rotation", "rotation+matryoshka"]
 RIVALS += ["rotation+mipic"]
@@ -156,7 +161,7 @@ def scores(measure, dims=(384, 256, 128, 64, 32, 16, 8), labels=ROWS):
 
 
 def differences(name, measure, dims):
-    names = WEAK_ROWS | MORE_ROWS | ROWS
+    names = TAUGHT_ROWS | WEAK_ROWS | MORE_ROWS | ROWS
 
     def made(entry):
         found = entry[name][f"{measure} differences"]
@@ -283,6 +288,12 @@ TABLES = {
         "weak",
         differences("rotation+specialist-16+rotation", "sts", (384, 256, 128, 64, 32, 16, 8)),
     ),
+    "weak taught": ("weak taught", "weak", scores("sts", labels=TAUGHT_ROWS)),
+    "weak taught differences": (
+        "weak taught",
+        "weak",
+        differences("rotation+mipic-teacher", "sts", (384, 256, 128, 64, 32, 16, 8)),
+    ),
     "later": ("later", "good", scores("sts", labels=LATER_ROWS)),
     "later layer 3 cut": ("later", "good", scores("sts, layer 3 cut", (384, 64, 32, 16, 8), LATER_ROWS)),
     "later layer 3 fitted": ("later", "good", scores("sts, layer 3 fitted", (384, 64, 32, 16, 8), LATER_ROWS)),
@@ -360,6 +371,7 @@ def test_the_comparison_is_over_seeds():
         ("more", "good", MORE_ROWS),
         ("later", "good", LATER_ROWS),
         ("weak rotated", "weak", WEAK_ROWS),
+        ("weak taught", "weak", TAUGHT_ROWS),
     ):
         entry = load(name)[start]
         trained |= {f"{name} {row}": entry[row] for row in labels if entry[row]["learning_rate"]}
