@@ -90,7 +90,7 @@ WEAK_ROWS = {
 } | {"rotation+specialist-16+rotation": "rotation, `MatryoshkaLoss` for 16 dims only, another rotation"}
 TAUGHT_ROWS = {
     name: (ROWS | MORE_ROWS | LATER_ROWS)[name]
-    for name in ("rotation", "rotation+mipic", "rotation+mipic-teacher", "rotation+mipic-released", "rotation+mipic-paper")
+    for name in ("rotation", *(f"rotation+mipic{kind}" for kind in ("", "-teacher", "-released", "-paper")))
 } | {"rotation+mipic-teacher+rotation": "rotation, `MIPICLoss` with a larger teacher, another rotation"}
 HEADLINE = ["truncation", "rotation", "base", "base+pca", "matryoshka", "rotation+matryoshka", "rotation+mipic"]
 RIVALS = ["truncation", "base", "matryoshka", "matryoshka-2d", "specialist", "rotation", "rotation+matryoshka"]
