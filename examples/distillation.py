@@ -83,7 +83,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=student,
-            # the student is scored and served behind its own prompt, if it has one
             args=training_arguments(args, student, train, args.output_dir or scratch),
             train_dataset=train,
             loss=loss,

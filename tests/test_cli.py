@@ -367,6 +367,14 @@ def test_eval_that_fails_writes_what_it_has(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "none").exists(), "there is nothing to write"
 
 
+def test_rotating_a_narrow_model_needs_dims(files, capsys, monkeypatch):
+    """Below 8 values there is no default; the option that is needed is named."""
+    monkeypatch.setattr("mipic_st.backbone.full_width", lambda model: 8)
+    call = ["rotate", str(files / "model"), "--texts", str(files / "texts.txt"), "--output", str(files / "out")]
+    assert main(call) == 1
+    assert "the model's 8 values leave no power of 2 from 8 on below them: give --dims" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("least", "below", "powers"), [(16, 384, [16, 32, 64, 128, 256]), (16, 256, [16, 32, 64, 128]), (8, 8, [])]
 )

@@ -37,6 +37,8 @@ SCORED_COLUMNS: dict[str, tuple[str, ...]] = {
 LABEL_COLUMNS: tuple[str, ...] = ("label", "labels", "score", "scores")
 #: Those of them, and other names, that hold classes as often as degrees of similarity.
 CLASS_COLUMNS: tuple[str, ...] = ("label", "labels", "is_duplicate")
+#: All names under which a column may say which texts belong together, most telling first.
+SCORE_NAMES: tuple[str, ...] = tuple(dict.fromkeys(("score", "scores", *SCORED_COLUMNS["score"], *LABEL_COLUMNS)))
 TEXT_COLUMN: dict[str, tuple[str, ...]] = {"text": ("text", "sentence")}
 SUFFIXES: tuple[str, ...] = (".csv", ".tsv", ".jsonl", ".parquet")
 
@@ -271,8 +273,7 @@ def _is_range(given: Any) -> bool:
 
 def _require_unscored(dataset: Dataset, present: dict[str, str], source: str) -> None:
     """Refuse pairs that numbers tell apart: those that do not belong together would be learned as if they did."""
-    names = dict.fromkeys((*SCORED_COLUMNS["score"], *LABEL_COLUMNS))
-    for original in (present[name] for name in names if name in present):
+    for original in (present[name] for name in SCORE_NAMES if name in present):
         try:
             numbers = {float(value) for value in dataset[original]}
         except (TypeError, ValueError):  # texts such as topics, or vectors

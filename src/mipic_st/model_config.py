@@ -42,6 +42,11 @@ def set_matryoshka_config(
         >>> model.save("my-model")  # doctest: +SKIP
     """
     inner = unwrap(model)
+    extend_model_card(inner, _write_config(inner, matryoshka_dims, pic_chain))
+
+
+def _write_config(inner: nn.Module, matryoshka_dims: Sequence[int], pic_chain: Iterable[tuple[int, int]]) -> list[int]:
+    """The keys of :func:`set_matryoshka_config`; the dims, checked and ascending."""
     width = embedding_width(inner)
     dims = sorted(checked_dims("matryoshka_dims", matryoshka_dims, width))
     transformers = [module for module in inner.modules() if isinstance(module, Transformer)]
@@ -57,7 +62,7 @@ def set_matryoshka_config(
             config.mipic_chain = [list(pair) for pair in pairs]
         elif hasattr(config, "mipic_chain"):  # of a training before
             del config.mipic_chain
-    extend_model_card(inner, dims)
+    return dims
 
 
 def describe_dims(
@@ -73,7 +78,7 @@ def describe_dims(
     """
     inner = unwrap(model)
     if any(isinstance(module, Transformer) for module in inner.modules()):
-        set_matryoshka_config(inner, sorted(dims), sorted(pic_chain))
+        _write_config(inner, sorted(dims), sorted(pic_chain))
     extend_model_card(inner, dims, introduction)
 
 

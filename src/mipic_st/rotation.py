@@ -38,7 +38,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from mipic_st._checks import checked_count, checked_dims, checked_number, checked_texts, per_column
 from mipic_st.backbone import evaluation_mode, full_width, in_half_precision, unwrap
-from mipic_st.data import LABEL_COLUMNS, SCORED_COLUMNS, found_classes
+from mipic_st.data import SCORE_NAMES, found_classes
 from mipic_st.embedding_store import unit_length
 from mipic_st.model_config import describe_dims
 from mipic_st.sia import no_autocast
@@ -77,8 +77,6 @@ _RANKED = 512
 _PROBES = 32
 # Texts whose nearest neighbours are looked for: all pairs of them are compared.
 _NEIGHBOURHOOD = 20_000
-# Columns that may say which texts belong together.
-_SCORES = tuple(dict.fromkeys(("score", "scores", *SCORED_COLUMNS["score"], *LABEL_COLUMNS)))
 # Passes over texts that come without pairs.
 _TEXT_PASSES = 8
 
@@ -720,7 +718,7 @@ def _text_columns(data: Any) -> dict[str, list[str]]:
     if not names:
         raise ValueError(f"data has no column of texts among {data.column_names}.")
     columns = {name: list(data[name]) for name in names}
-    score = next((name for name in _SCORES if name in data.column_names), None)
+    score = next((name for name in SCORE_NAMES if name in data.column_names), None)
     # beside three texts it is a margin, and several numbers a row are a teacher's
     if score is not None and len(texts_of) == 2 and np.ndim(data[0][score]) == 0:
         rows = _belonging(data[score], score)
@@ -737,7 +735,7 @@ def _columns_of_texts(data: Any) -> list[str]:
     return [
         name
         for name in data.column_names
-        if name not in _SCORES
+        if name not in SCORE_NAMES
         and (isinstance(first[name], str) or getattr(kinds.get(name), "dtype", "") in ("string", "large_string"))
     ]
 

@@ -153,11 +153,12 @@ def _new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        # what was there stays itself: a link, a mounted place, a folder with rights of its own
-        for content in folder.iterdir() if folder.exists() else ():
-            shutil.rmtree(content, ignore_errors=True) if content.is_dir() else content.unlink()
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)
+            raise
+        # what was there stays itself: a link, a mounted place, a folder with rights of its own
+        for content in folder.iterdir():
+            shutil.rmtree(content, ignore_errors=True) if content.is_dir() else content.unlink()
         raise
 
 

@@ -118,7 +118,8 @@ def fit_word_weights(
             f"tokens must be from 0 to {len(features) - 1}, the rows of features, got {int(tokens.min())} to "
             f"{int(tokens.max())}."
         )
-    if not bool(states.isfinite().all()) or not bool(targets.isfinite().all()):
+    # in parts, for the token states fill the memory that is set aside for them
+    if not all(bool(part.isfinite().all()) for whole in (states, targets) for part in whole.split(BLOCK)):
         raise ValueError("states and targets must be finite, they hold nan or inf.")
     generator = torch.Generator().manual_seed(seed)
     held_out = min(batch_size, max(2, len(lengths) // 10))
