@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from mipic_st import MatryoshkaEvaluator
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
 from mipic_st.demo import synthetic_sts
-from mipic_st.layers import prompt_of
+from mipic_st.encoder.encoding import prompt_of
 
 SMOKE_STEPS, SMOKE_BATCH, SMOKE_ROWS = 2, 8, 64
 

@@ -129,12 +129,13 @@ from torch import nn
 from transformers import TrainerCallback
 
 from mipic_st import MIPICLoss, add_teacher_vectors, fit_rotation, rotate_model
-from mipic_st.backbone import push_vectors, tail_of
-from mipic_st.cut_fits import fit_cut
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
 from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
-from mipic_st.layers import encode_layers, prompt_of
-from mipic_st.presets import PAPER_SETTINGS, RELEASED_SETTINGS
+from mipic_st.encoder.encoding import encode_layers, prompt_of
+from mipic_st.encoder.structure import tail_of
+from mipic_st.encoder.tail import push_vectors
+from mipic_st.losses.presets import PAPER_SETTINGS, RELEASED_SETTINGS
+from mipic_st.transforms.cut_fits import fit_cut
 
 Scores = dict[str, dict[int, float]]
 Turn = Callable[[np.ndarray], np.ndarray]

@@ -42,9 +42,9 @@ from common import load_model, sentences_of
 from mipic_st import Rotation, export_truncated, fit_layer_cuts, fit_rotation
 from mipic_st.data import load_sts_file, load_training_file
 from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
-from mipic_st.embedding_store import unit_length
-from mipic_st.rotation import rotation_objective
-from mipic_st.tails import identity_dense
+from mipic_st.encoder.surgery import identity_dense
+from mipic_st.numerics import unit_length
+from mipic_st.transforms.rotation import rotation_objective
 
 
 def parse_args() -> argparse.Namespace:

@@ -32,7 +32,7 @@ from common import (
 from mipic_st import MIPICCallback, MIPICLoss
 from mipic_st.data import is_scored
 from mipic_st.demo import synthetic_pairs
-from mipic_st.layers import prompt_of
+from mipic_st.encoder.encoding import prompt_of
 
 
 def main() -> None:

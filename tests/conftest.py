@@ -201,6 +201,25 @@ def assemble(
     return SentenceTransformer(modules=modules, device="cpu", **options).eval()
 
 
+class Scaled(Transformer):
+    """Changes its token embeddings after the encoder."""
+
+    def forward(self, features, **kwargs):
+        features = super().forward(features, **kwargs)
+        features["token_embeddings"] = features["token_embeddings"] * torch.linspace(1, 2, WIDTH)
+        return features
+
+
+def scaled(folder):
+    return [Scaled(folder), Pooling(WIDTH)]
+
+
+def other_output(folder):
+    """Pools the embedding layer's output."""
+    text = {"method": "forward", "method_output_name": ("hidden_states", 0)}
+    return [Transformer(folder, modality_config={"text": text}, module_output_name="token_embeddings"), Pooling(WIDTH)]
+
+
 @pytest.fixture(scope="session")
 def transformer_folder(tmp_path_factory) -> Callable[..., Path]:
     """A folder with a random encoder of the architecture and its tokenizer; made once per session."""

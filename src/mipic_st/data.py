@@ -17,7 +17,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mipic_st._checks import is_number, missing_extra, plain
+from mipic_st.validation import is_number, missing_extra, plain
 
 if TYPE_CHECKING:
     from datasets import Dataset

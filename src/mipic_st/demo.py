@@ -28,7 +28,7 @@ from importlib.resources import files
 from itertools import cycle, islice, repeat
 from typing import Literal, NamedTuple, TypeVar
 
-from mipic_st._checks import checked_count, is_whole, plain
+from mipic_st.validation import checked_count, is_whole, plain
 
 Split = Literal["train", "eval"]
 T = TypeVar("T")

@@ -1,0 +1,183 @@
+"""A running server compared with the model: a missing Dense layer shows in vectors, not in full-width cosines."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, WordWeights
+from torch import nn
+
+from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts
+from mipic_st.encoder.structure import evaluation_mode, full_width
+from mipic_st.numerics import unit_length
+from mipic_st.validation import checked_dims, checked_number, checked_texts
+
+
+@dataclass(frozen=True)
+class EndpointCheck:
+    """What a server's vectors are, compared with the model's.
+
+    Attributes:
+        agrees: Whether they are the model's vectors at this dim, at unit length.
+        worst: Largest distance between a vector of the server, at unit length, and the model's.
+        findings: What is wrong, in words; empty if nothing is.
+    """
+
+    agrees: bool
+    worst: float
+    findings: tuple[str, ...]
+
+
+def check_endpoint(
+    model: SentenceTransformer,
+    url: str,
+    dim: int | None = None,
+    *,
+    name: str = "model",
+    texts: Sequence[str] = PROBE_TEXTS,
+    api_key: str | None = None,
+    tolerance: float = 0.02,
+    timeout: float = 30.0,
+) -> EndpointCheck:
+    """Compare the vectors of an OpenAI-compatible endpoint with the model's own.
+
+    Vectors are compared, not cosines: a server that leaves a rotation out gives the same cosines at full width, and
+    other vectors at every dim.
+
+    Args:
+        model: The model that the server is meant to serve.
+        url: Address of the server, e.g. ``http://localhost:8000``, which gets ``/v1/embeddings``, or of its route if
+            that ends with ``/embeddings``, as infinity's does without ``/v1``.
+        dim: Asks the server for so many dims (``dimensions`` in the request). None asks for the full width.
+        name: The model's name in the request.
+        texts: What is embedded; no prompt is put before it.
+        api_key: Sent as a bearer token.
+        tolerance: Largest distance that counts as equal; servers compute in half precision.
+        timeout: Seconds to wait for an answer.
+
+    Returns:
+        :class:`EndpointCheck`.
+
+    Raises:
+        TypeError: If ``texts`` is no list of texts.
+        ValueError: If the address is none, ``dim`` is out of range, or the answer is no list of vectors.
+        ConnectionError: If the server cannot be reached or refuses the request.
+
+    Example:
+        >>> check_endpoint(model, "http://localhost:8000", dim=64).findings  # doctest: +SKIP
+        ()
+    """
+    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
+        raise ValueError(f"url must begin with http:// or https://, got {url!r}.")
+    width = full_width(model)
+    if dim is not None:
+        (dim,) = checked_dims("dim", [dim], width)
+    tolerance = checked_number("tolerance", tolerance, 0, exclusive=True)
+    timeout = checked_number("timeout", timeout, 0, exclusive=True)
+    if api_key is not None and not (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()):
+        raise ValueError("api_key must be a text of ASCII characters without line ends, as a header of HTTP is.")
+    texts = checked_texts("texts", texts)
+    served = _ask(url, texts, dim, name, api_key, timeout)
+    with evaluation_mode(model):
+        own = encode_texts(model, texts)
+    wanted = dim or width
+    findings = []
+    if served.shape[1] != wanted:
+        findings.append(f"it gives {served.shape[1]} values where {wanted} were asked for: cut and normalise them")
+    lengths = np.linalg.norm(served, axis=1)
+    if np.abs(lengths - 1).max() > 0.01:
+        findings.append(f"its vectors have lengths from {lengths.min():.3f} to {lengths.max():.3f}: normalise them")
+    common = min(served.shape[1], width)
+    worst = _distance(served[:, :common], own[:, :common])
+    if not worst <= tolerance:
+        for finding, vectors in _misread(model, texts):
+            given = served.shape[1]
+            if vectors.shape[1] >= given and _distance(served, vectors[:, :given]) <= tolerance:
+                findings.append(finding)
+                break
+        else:
+            findings.append(f"its vectors are others than the model's, by {worst:.2f}")
+    return EndpointCheck(not findings, worst, tuple(findings))
+
+
+def _distance(vectors: np.ndarray, others: np.ndarray) -> float:
+    return float(np.linalg.norm(unit_length(vectors) - unit_length(others), axis=1).max())
+
+
+def _misread(model: SentenceTransformer, texts: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """What a server gives that skips modules or pools as it likes, fewest mistakes first, and how to say so."""
+    modules = list(model.children())
+    pooling: Any = next((module for module in modules if isinstance(module, Pooling)), None)
+    modes = [] if pooling is None else [mode for mode in ("mean", "cls", "lasttoken") if mode != pooling.pooling_mode]
+    skips = [kind for kind in (WordWeights, Dense) if any(isinstance(module, kind) for module in modules)]
+    mistakes = [
+        (mode, skipped)
+        for mode in (None, *modes)
+        for count in range(len(skips) + 1)
+        for skipped in itertools.combinations(skips, count)
+    ]
+    for mode, skipped in sorted(mistakes[1:], key=lambda mistake: (mistake[0] is not None) + len(mistake[1])):
+        said = []
+        if mode is not None:
+            said.append(
+                f"its vectors are pooled by {mode!r} where the model has {pooling.pooling_mode!r}: the server does not "
+                "read the pooling"
+            )
+        if WordWeights in skipped:
+            said.append(
+                "its vectors have no word weights: the server leaves WordWeights out, fit the cut with "
+                "word_weights=False"
+            )
+        if Dense in skipped:
+            said.append("its vectors are those in front of the Dense layers: the server leaves them out")
+        kept = [module for module in modules if not isinstance(module, skipped)]
+        if mode is not None:
+            other = Pooling(pooling.embedding_dimension, mode)
+            kept = [other if module is pooling else module for module in kept]
+        yield "; ".join(said), _encoded(model, kept, texts)
+
+
+def _encoded(model: SentenceTransformer, modules: list[nn.Module], texts: list[str]) -> np.ndarray:
+    """Vectors of the model with other modules behind its encoder."""
+    other = SentenceTransformer(modules=modules, device=str(model.device))
+    with evaluation_mode(model):
+        return encode_texts(other, texts)
+
+
+def _ask(url: str, texts: list[str], dim: int | None, name: str, api_key: str | None, timeout: float) -> np.ndarray:
+    """The server's vectors, in the order of the texts."""
+    url = url.rstrip("/")
+    route = url if url.endswith("/embeddings") else f"{url}{'' if url.endswith('/v1') else '/v1'}/embeddings"
+    body: dict[str, Any] = {"model": name, "input": texts, "encoding_format": "float"}
+    if dim is not None:
+        body["dimensions"] = dim
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    request = urllib.request.Request(route, json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            given = answer.read()
+    except urllib.error.HTTPError as error:
+        told = error.read(500).decode(errors="replace")
+        hint = "; if its route is another one, give it whole, as in http://host:port/embeddings"
+        raise ConnectionError(
+            f"{route} refuses the request with status {error.code}: {told}{hint if error.code == 404 else ''}"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:  # the second is what no HTTP server, or no address, gives
+        raise ConnectionError(f"{route} cannot be reached: {error}; is the server running?") from error
+    try:
+        rows = sorted(json.loads(given)["data"], key=lambda row: row["index"])
+        vectors = np.asarray([row["embedding"] for row in rows], dtype=np.float32)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{route} answers with something else than OpenAI's embeddings: {given[:200]!r}.") from error
+    if vectors.ndim != 2 or len(vectors) != len(texts):
+        raise ValueError(f"{route} answers {len(texts)} texts with an array of shape {vectors.shape}.")
+    return vectors

@@ -1,0 +1,116 @@
+"""The older folder form that text-embeddings-inference and other servers read."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordWeights
+from torch import nn
+
+from mipic_st.encoder.structure import evaluation_mode
+from mipic_st.encoder.surgery import merged_encoders
+from mipic_st.files import new_folder, write_json
+
+_POOLING_KEYS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+
+
+# The activations that text-embeddings-inference knows by their class.
+_TEI_ACTIVATIONS = (nn.Identity, nn.Tanh)
+
+
+_TEI_MODULES = (Transformer, Pooling, Dense, Normalize)
+
+
+def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> None:
+    """Save a model in the form that text-embeddings-inference reads.
+
+    What sentence-transformers 5.4 and newer save has other module paths and pooling keys: there the server leaves Dense
+    layers out, and a rotated model would serve vectors that were not rotated. sentence-transformers itself reads this
+    form too, with the same vectors. So do vLLM, whose releases before September 2026 know no other, and infinity, which
+    runs sentence-transformers 3. Adapters are merged in the saved copy.
+
+    Args:
+        model: A model of Transformer, Pooling, and Dense and Normalize behind it.
+        folder: A new or empty folder.
+
+    Raises:
+        ValueError: If the folder has content, or the server does not know one of the modules.
+
+    Example:
+        >>> save_for_tei(model, "for-the-server")  # doctest: +SKIP
+    """
+    modules = list(model.children())
+    for place, module in enumerate(modules):
+        if reason := _not_for_tei(module, place):
+            hint = ""
+            if any(isinstance(module, WordWeights) for module in modules):
+                hint = " Fit the cut with word_weights=False, or serve the file of export_onnx."
+            raise ValueError(f"{reason}, which text-embeddings-inference does not know.{hint}")
+    if merged := merged_encoders(model):  # what is saved of adapters, no server reads
+        model = copy.deepcopy(model, merged)
+    with new_folder(folder) as new, evaluation_mode(model):  # saving writes a card, for which it encodes
+        _save_older_form(model, modules, new)
+
+
+def _save_older_form(model: SentenceTransformer, modules: Sequence[nn.Module], folder: Path) -> None:
+    model.save_pretrained(str(folder))
+    listed = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    for entry, module in zip(listed, modules, strict=True):
+        entry["type"] = f"sentence_transformers.models.{type(module).__name__}"
+        config = folder / entry["path"] / "config.json"
+        if isinstance(module, Pooling):
+            width = module.embedding_dimension
+            keys = {key: mode == module.pooling_mode for mode, key in _POOLING_KEYS.items()}
+            write_json(config, {"word_embedding_dimension": width, **keys, "include_prompt": module.include_prompt})
+        elif isinstance(module, Dense):
+            kept = ("in_features", "out_features", "bias", "activation_function")
+            stated = json.loads(config.read_text(encoding="utf-8"))
+            write_json(config, {key: stated[key] for key in kept})
+        elif isinstance(module, Transformer):
+            write_json(folder / "sentence_bert_config.json", {"max_seq_length": _most_tokens(module)})
+    write_json(folder / "modules.json", listed)
+
+
+def _most_tokens(transformer: Any) -> int:
+    """The length at which texts are cut; a tokenizer without a limit says so by a number of thirty digits."""
+    positions = getattr(transformer.auto_model.config.get_text_config(), "max_position_embeddings", None) or 512
+    length = transformer.max_seq_length
+    return length if length and length < 10**9 else positions
+
+
+def _not_for_tei(module: nn.Module, place: int) -> str:
+    """Why the server cannot run a module at this place, or nothing."""
+    name = type(module).__name__
+    if (place == 0) != isinstance(module, Transformer) or (place == 1) != isinstance(module, Pooling):
+        return f"module {place} is {name}"
+    if isinstance(module, _TEI_MODULES) and type(module) not in _TEI_MODULES:
+        return f"module {place} is a {name} with code of its own"
+    if isinstance(module, Transformer):
+        for key in ("processing_kwargs", "query_length", "document_length", "query_expansion"):
+            if given := getattr(module, key, None):
+                return f"the tokenizer is called with {key} {given}"
+    if isinstance(module, Pooling) and module.pooling_mode not in ("cls", "mean", "lasttoken"):
+        return f"the pooling mode is {module.pooling_mode!r}"
+    if isinstance(module, Dense):
+        if not isinstance(module.activation_function, _TEI_ACTIVATIONS):
+            return f"a Dense has the activation {type(module.activation_function).__name__}"
+        if getattr(module, "use_residual", False):
+            return "a Dense has use_residual"
+        if {module.module_input_name, module.module_output_name} != {"sentence_embedding"}:
+            return f"a Dense makes {module.module_output_name!r} of {module.module_input_name!r}"
+    elif place > 1 and not isinstance(module, Normalize):
+        return f"behind the pooling the model has {name}"
+    return ""

@@ -1,0 +1,280 @@
+"""Cut a model to its first layers and first dimensions; the result is a plain SentenceTransformer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, WordWeights
+
+from mipic_st.encoder.card import restate_config
+from mipic_st.encoder.encoding import encode_layers
+from mipic_st.encoder.structure import (
+    evaluation_mode,
+    full_width,
+    in_half_precision,
+    model_depth,
+    tail_of,
+    transformer_of,
+)
+from mipic_st.encoder.surgery import cut_layers, identity_dense, merged_encoders, with_map
+from mipic_st.evaluation.store import EmbeddingStore
+from mipic_st.numerics import unit_length
+from mipic_st.transforms.layer_cut import LayerCuts, fit_layer_cuts, probe_vectors, same_vectors
+from mipic_st.transforms.word_weights import no_word_weights, word_weights_module
+from mipic_st.validation import checked_count, checked_dims, checked_flag, checked_layers
+
+logger = logging.getLogger(__name__)
+
+_PROBES = ("A short probe.", "A second probe sentence with a few more words in it, so that padding takes part.")
+
+
+@torch.inference_mode(False)  # the copy's weights must be trainable, wherever the call stands
+def export_truncated(
+    model: SentenceTransformer,
+    layer: int | None = None,
+    dim: int | None = None,
+    *,
+    texts: Sequence[str] | None = None,
+    cuts: LayerCuts | None = None,
+    normalize: bool = True,
+) -> SentenceTransformer:
+    """A copy of the model that stops after ``layer`` and gives ``dim`` values.
+
+    The backbone is built anew with fewer layers (a pre-norm backbone keeps its final norm); adapters are merged. With
+    ``texts`` or ``cuts``, a fitted bias-free Dense maps the early states to the full-depth vectors and cuts them to
+    ``dim``, and ``WordWeights`` say how much each token counts in their mean: at half depth this is worth many points.
+    Without, the early states go through the model's own tail, and its first ``dim`` values are kept. All of it is
+    sentence-transformers' own, so the saved folder loads where this package is not installed. The result is checked
+    before it is returned, and the model that was passed in is left alone.
+
+    Args:
+        model: The model to cut.
+        layer: Last layer to keep, 1 to L; None keeps all.
+        dim: Values to keep, 1 to D; None keeps what the model gives: its ``truncate_dim`` if it was loaded with one,
+            else all.
+        texts: Texts to fit the tail of a layer cut on, a few thousand, without labels. What is lost at this cell on
+            held-out ones goes to the log.
+        cuts: A grid that :func:`mipic_st.transforms.layer_cut.fit_layer_cuts` has fitted, in the place of ``texts``.
+        normalize: Put Normalize after the cut to ``dim`` or the fitted tail. Without, a Normalize that the model has
+            stays in front of the cut. With neither dim nor tail, the model's own modules stay as they are.
+
+    Returns:
+        A SentenceTransformer on the same device, in evaluation mode. `measure_speedup` says how much faster it is.
+
+    Raises:
+        TypeError: If ``layer`` is given for a model without layers, or whose code does not allow fewer of them, or the
+            model has no weights at all.
+        ValueError: If layer or dim is out of range, neither is given, or ``texts`` or ``cuts`` are given without a
+            layer below the depth, both, or for another layer.
+        RuntimeError: If the cut model does not reproduce what it should.
+
+    Example:
+        >>> small = export_truncated(model, layer=3, dim=64, texts=texts)           # doctest: +SKIP
+        >>> small.save_pretrained("small")                                          # doctest: +SKIP
+    """
+    if dim is None and model.truncate_dim is not None:
+        dim = min(model.truncate_dim, full_width(model))
+    if layer is None and dim is None:
+        raise ValueError("layer and dim are both None, so there is nothing to cut; give at least one.")
+    if dim is not None:
+        (dim,) = checked_dims("dim", [dim], full_width(model))
+    normalize = checked_flag("normalize", normalize)
+    if next(model.parameters(), None) is None:
+        raise TypeError(f"the model's {type(model[0]).__name__} has no weights, so there is nothing to cut.")
+    memo = merged_encoders(model)
+    if layer is not None:
+        (layer,) = checked_layers("layer", [layer], model_depth(model))
+        auto_model = transformer_of(model).auto_model
+        memo[id(auto_model)] = cut_layers(memo.get(id(auto_model), auto_model), layer)
+    weight, word_weights = _fitted(model, layer, dim, texts, cuts)
+    # deepcopy finds the cut backbone in the memo and so never copies the full one
+    modules: list[Any] = [copy.deepcopy(module, memo) for module in model.children()]
+    if weight is not None:
+        pooled = modules[: len(modules) - len(tail_of(model))]
+        if word_weights is None:
+            modules = with_map(pooled, weight)
+        else:
+            dense = identity_dense(weight, pooled[0])
+            # The map goes before the mean, with which it commutes: WordWeights gives float32, which a Dense behind it
+            # would not take once the model is in half precision.
+            dense.module_input_name = dense.module_output_name = "token_embeddings"
+            modules = [pooled[0], dense, word_weights, Pooling(weight.shape[1], "mean")]
+            if hasattr(modules[0], "unpad_inputs"):  # WordWeights needs the attention mask, also with flash attention
+                modules[0].unpad_inputs = False
+        if normalize:
+            modules.append(Normalize())
+    elif dim is not None:
+        while normalize and isinstance(modules[-1], Normalize):
+            modules.pop()
+        if dim < (width := full_width(model)):
+            modules = with_map(modules, torch.eye(width, dim))
+        if normalize:
+            modules.append(Normalize())
+    exported = SentenceTransformer(
+        modules=modules,
+        device=str(model.device),
+        prompts=dict(model.prompts),  # type: ignore[arg-type]
+        default_prompt_name=model.default_prompt_name,
+        similarity_fn_name=model.similarity_fn_name,
+    )
+    exported.eval()
+    exported.module_kwargs = _module_kwargs(model, modules)
+    with evaluation_mode(model):
+        _check(model, exported, layer, dim, weight, word_weights, normalize)
+    restate_config(exported, layer, dim)
+    return exported
+
+
+def _module_kwargs(model: SentenceTransformer, modules: Sequence[Any]) -> dict[str, list[str]] | None:
+    """Which keywords of ``encode`` go to which of the modules that stayed, under the names that these have now."""
+    known = model.module_kwargs or {}
+    pairs = zip(model.named_children(), modules, strict=False)
+    found = {
+        str(place): list(known[name])
+        for place, ((name, old), new) in enumerate(pairs)
+        if name in known and type(old) is type(new)
+    }
+    return found or None
+
+
+def _fitted(
+    model: SentenceTransformer,
+    layer: int | None,
+    dim: int | None,
+    texts: Sequence[str] | None,
+    cuts: LayerCuts | None,
+) -> tuple[torch.Tensor | None, WordWeights | None]:
+    """The tail of a layer cut, (H, d), and the module that weighs its tokens; None for what there is not."""
+    if texts is None and cuts is None:
+        return None, None
+    given = "texts" if cuts is None else "cuts"
+    if texts is not None and cuts is not None:
+        raise ValueError("texts and cuts are both given; cuts are fitted already, leave texts out.")
+    if layer is None or layer == model_depth(model):
+        raise ValueError(f"{given} are for the tail behind an early layer; give a layer below {model_depth(model)}.")
+    if cuts is None:
+        assert texts is not None
+        cuts = fit_layer_cuts(model, texts, layers=[layer], dims=[dim or full_width(model)])
+        (cell,) = cuts.report
+        logger.info(
+            "Layer %d at %d dims, correlation of cosines with the full model: cut as it is %.3f, fitted %.3f, full "
+            "depth %.3f.",
+            *(cell[key] for key in ("layer", "dim", "similarity_plain", "similarity_fitted", "similarity_full")),
+        )
+    if layer not in cuts.maps:
+        raise ValueError(
+            f"cuts hold layers {sorted(cuts.maps)}, not {layer}; fit_layer_cuts(model, texts, layers=...)."
+        )
+    if cuts.probes is not None and not same_vectors(cuts.probes, probe_vectors(model)):
+        raise ValueError(
+            "cuts were fitted when the model gave other vectors: it was rotated or trained since, or is another one; "
+            "call fit_layer_cuts again."
+        )
+    weights = cuts.word_weights.get(layer)
+    if weights is not None and (reason := no_word_weights(model)):
+        raise ValueError(
+            f"cuts have word weights for layer {layer}, but {reason}; fit them on this model, or with "
+            "word_weights=False."
+        )
+    return cuts.maps[layer][:, :dim], None if weights is None else word_weights_module(model, weights)
+
+
+def _check(
+    model: SentenceTransformer,
+    exported: SentenceTransformer,
+    layer: int | None,
+    dim: int | None,
+    weight: torch.Tensor | None,
+    word_weights: WordWeights | None,
+    normalize: bool,
+) -> None:
+    """The cut model must give what the (layer, dim) cell of the grid gives, or the fitted map of its states."""
+    texts = list(_PROBES)
+    width = full_width(model)
+    amplified = 1.0
+    if weight is not None:
+        assert layer is not None
+        before = {} if word_weights is None else {layer: word_weights}
+        states, columns = encode_layers(model, texts, [layer], tail=False, before=before)[:, 0], weight.numpy()
+        expected = states @ columns
+        # what rounding in the states can become in the vectors
+        amplified = float((np.abs(states) @ np.abs(columns)).max() / np.linalg.norm(expected, axis=1).min()) / 100
+    else:
+        store = EmbeddingStore(model, None if layer is None else [layer])
+        expected = store.view(dim or width, layer=layer, normalize=normalize).encode(texts, show_progress_bar=False)
+    got = np.asarray(exported.encode(texts, show_progress_bar=False), dtype=np.float32)
+    if normalize and (dim is not None or weight is not None):
+        expected = unit_length(expected)
+    half = in_half_precision(model)
+    scale = max(1.0, amplified, float(np.abs(expected).max()))
+    worst = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("inf")
+    if not worst <= (3e-2 if half else 1e-4) * scale:
+        reason = (
+            "its modules do more behind the encoder than this export knows."
+            if layer is None
+            else "its architecture does more between layers than this export knows. Leave layer out."
+        )
+        cell = f"layer {layer}, dim {dim}"
+        raise RuntimeError(f"the model cut at {cell} differs from the grid cell by {worst:.1e}; {reason}")
+
+
+def measure_speedup(
+    model: SentenceTransformer,
+    exported: SentenceTransformer,
+    texts: Sequence[str] | None = None,
+    *,
+    batch_size: int = 32,
+    repeats: int = 3,
+) -> dict[str, float]:
+    """Encode the same texts with both models in turn.
+
+    Args:
+        model: The full model.
+        exported: The cut one.
+        texts: Texts to encode; None takes 128 made-up sentences of 5 to 33 words.
+        batch_size: Texts per forward pass.
+        repeats: Rounds; the fastest of each model counts.
+
+    Returns:
+        ``speedup`` (full seconds over cut seconds), ``seconds_full``, ``seconds_cut``, ``parameters_full``,
+        ``parameters_cut``.
+
+    Raises:
+        ValueError: If ``repeats`` or ``batch_size`` is below 1 or ``texts`` is empty.
+
+    Example:
+        >>> measure_speedup(model, export_truncated(model, layer=3))["speedup"]  # doctest: +SKIP
+        1.9
+    """
+    repeats, batch_size = checked_count("repeats", repeats), checked_count("batch_size", batch_size)
+    if texts is None:
+        texts = [" ".join(["measure", "this", "sentence", "again"] * (1 + i % 8)) + f" {i}" for i in range(128)]
+    if not len(texts):
+        raise ValueError("texts is empty; give some, or None for made-up ones.")
+    best = {"full": float("inf"), "cut": float("inf")}
+    pair = {"full": model, "cut": exported}
+    for candidate in pair.values():
+        candidate.encode(list(texts)[:batch_size], batch_size=batch_size, show_progress_bar=False)
+    for _ in range(repeats):
+        # in turn, so that a busy machine slows both alike
+        for name, candidate in pair.items():
+            start = time.perf_counter()
+            candidate.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
+            best[name] = min(best[name], time.perf_counter() - start)
+    parameters = {name: float(sum(p.numel() for p in candidate.parameters())) for name, candidate in pair.items()}
+    result = {
+        "speedup": best["full"] / best["cut"],
+        "seconds_full": best["full"],
+        "seconds_cut": best["cut"],
+        "parameters_full": parameters["full"],
+        "parameters_cut": parameters["cut"],
+    }
+    logger.info("The cut model is %.2f times as fast.", result["speedup"])
+    return result

@@ -1,0 +1,1 @@
+"""The models of sentence-transformers: the only folder that knows their modules."""

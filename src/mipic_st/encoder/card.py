@@ -1,0 +1,146 @@
+"""What the model's ``config.json`` and its model card say about dims, for serving engines and for readers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
+from torch import nn
+
+from mipic_st.encoder.structure import embedding_width, full_width, layer_count, unwrap
+from mipic_st.validation import checked_dims, checked_pairs
+
+_CUT = "Its vectors can be cut"
+_SECTION = "## Truncated embeddings"
+
+
+def set_matryoshka_config(
+    model: nn.Module, matryoshka_dims: Sequence[int], pic_chain: Iterable[tuple[int, int]] = ()
+) -> None:
+    """Write into the model's config what serving engines read, so that every later ``save`` puts it in ``config.json``.
+
+    The keys are ``is_matryoshka: true``, ``matryoshka_dimensions: [...]`` and, with a chain,
+    ``mipic_chain: [[dim, layer], ...]``. A model with several encoders (Router) gets them in each. Saving a model
+    with adapters (PEFT) writes no ``config.json``: call this again after merging them. The model card gets the tag
+    ``matryoshka`` and a line on loading with ``truncate_dim``.
+
+    Args:
+        model: SentenceTransformer model.
+        matryoshka_dims: The dimensions that the model was trained at, each from 1 to its width.
+        pic_chain: The (dim, layer) pairs that PIC trained.
+
+    Raises:
+        TypeError: If dims or the chain are of the wrong kind.
+        ValueError: If no dim is given, a dim or layer is out of range, or the model has no Transformer and hence no
+            config.
+
+    Example:
+        >>> set_matryoshka_config(model, [384, 128, 32])  # doctest: +SKIP
+        >>> model.save("my-model")  # doctest: +SKIP
+    """
+    inner = unwrap(model)
+    extend_model_card(inner, _write_config(inner, matryoshka_dims, pic_chain))
+
+
+def _write_config(inner: nn.Module, matryoshka_dims: Sequence[int], pic_chain: Iterable[tuple[int, int]]) -> list[int]:
+    """The keys of :func:`set_matryoshka_config`; the dims, checked and ascending."""
+    width = embedding_width(inner)
+    dims = sorted(checked_dims("matryoshka_dims", matryoshka_dims, width))
+    transformers = [module for module in inner.modules() if isinstance(module, Transformer)]
+    if not transformers:
+        raise ValueError("The model has no Transformer module, so there is no config.json for the keys.")
+    depths = [depth for transformer in transformers if (depth := layer_count(transformer)) is not None]
+    pairs = checked_pairs("pic_chain", pic_chain, min(depths, default=None), width)
+    for transformer in transformers:
+        config = transformer.auto_model.config
+        config.is_matryoshka = True
+        config.matryoshka_dimensions = dims
+        if pairs:
+            config.mipic_chain = [list(pair) for pair in pairs]
+        elif hasattr(config, "mipic_chain"):  # of a training before
+            del config.mipic_chain
+    return dims
+
+
+def describe_dims(
+    model: nn.Module, dims: Iterable[int], pic_chain: Iterable[tuple[int, int]] = (), introduction: str = ""
+) -> None:
+    """Say at which dims the model can be used: in its config, where it has one, and in its card."""
+    inner = unwrap(model)
+    if any(isinstance(module, Transformer) for module in inner.modules()):
+        _write_config(inner, sorted(dims), sorted(pic_chain))
+    extend_model_card(inner, dims, introduction)
+
+
+def extend_model_card(model: nn.Module, dims: Iterable[int], introduction: str = "") -> None:
+    """Say in the model card at which dims the model can be used: the tag ``matryoshka``, and a line on how to load it.
+
+    A card that sentence-transformers writes anew, as it does after training, has the line behind what the model can be
+    used for. A card that came with the model is saved again as it is, so it gets a section. What was said about other
+    dims before is replaced.
+    """
+    if not isinstance(model, SentenceTransformer):
+        return
+    smaller = sorted(dim for dim in set(dims) if dim < full_width(model))
+    data = model.model_card_data
+    if data.task_name is not None:
+        data.task_name = data.task_name.partition(f". {_CUT}")[0]
+    if not smaller:
+        data.tags = [tag for tag in data.tags or [] if tag != "matryoshka"]
+        _extend_loaded_card(model, "")
+        return
+    listed = " or ".join(filter(None, [", ".join(map(str, smaller[:-1])), str(smaller[-1])]))
+    usage = (
+        f"{_CUT} to {listed} values: load the model with `SentenceTransformer(..., truncate_dim="
+        f"{smaller[len(smaller) // 2]})` and encode with `normalize_embeddings=True`"
+    )
+    data.add_tags(["matryoshka"])
+    if data.task_name is not None:
+        # the template ends the sentence with a full stop
+        data.task_name = f"{data.task_name}. {usage}"
+    _extend_loaded_card(model, f"{introduction} {usage}.".strip())
+
+
+def _extend_loaded_card(model: SentenceTransformer, text: str) -> None:
+    """Put the text into its section, in the place of what was put there; an empty one takes section and tag out."""
+    from huggingface_hub import ModelCard
+
+    # private: sentence-transformers has no other way to a loaded card. Without it the tag remains.
+    content = getattr(model, "_model_card_text", None)
+    if not isinstance(content, str):
+        return
+    # a section of that name with other words is the author's own
+    put_there = rf"\n+{_SECTION}\n(?:(?!\n#).)*?{_CUT}.*?(?=\n#|\Z)"
+    if not text and not re.search(put_there, content, flags=re.DOTALL):
+        return
+    card: Any = ModelCard(content, ignore_metadata_errors=True)
+    tags = [tag for tag in card.data.get("tags") or [] if tag != "matryoshka"]
+    card.data.tags = [*tags, "matryoshka"] if text else tags
+    others = re.sub(put_there, "", card.text.rstrip(), flags=re.DOTALL)
+    section = f"\n\n{_SECTION}\n\n{text}" if text else ""
+    card.text = f"{others.rstrip()}{section}\n"
+    model._model_card_text = str(card)  # type: ignore[assignment]
+
+
+def restate_config(exported: SentenceTransformer, layer: int | None, dim: int | None) -> None:
+    """Keep of what the config says about dims and layers what still holds for a model that was cut."""
+    width = dim or full_width(exported)
+    for module in exported.modules():
+        if not isinstance(module, Transformer):
+            continue
+        config = module.auto_model.config
+        dims = [value for value in getattr(config, "matryoshka_dimensions", None) or [] if value < width]
+        for name in ("is_matryoshka", "matryoshka_dimensions"):
+            if hasattr(config, name):
+                delattr(config, name)
+        if dims:
+            config.is_matryoshka, config.matryoshka_dimensions = True, [*sorted(dims), width]
+            extend_model_card(exported, dims)
+        pairs = getattr(config, "mipic_chain", None)
+        if pairs is not None:
+            delattr(config, "mipic_chain")
+            if kept := [pair for pair in pairs if pair[0] <= width and (layer is None or pair[1] <= layer)]:
+                config.mipic_chain = kept

@@ -1,0 +1,332 @@
+"""What a model is made of, found once: depth, widths, final norm, pooling, tail, routes.
+
+The loss, the recording, evaluation, tails and export ask here, so that all of them see the same model. Nothing here
+changes a model. :func:`describe` reads a model off as far as that goes, and says why the loss cannot align the layers
+of some. Words used throughout:
+
+- *hidden width*: of the token states of the encoder; *width*, D: of the embedding that is served.
+- *tail*: the modules behind the pooling, e.g. Dense, Normalize. They may change the width.
+- *final norm*: what a pre-norm encoder does between its last layer and ``last_hidden_state``. A model that is cut after
+  an earlier layer still runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import (
+    Dropout,
+    Normalize,
+    Pooling,
+    Router,
+    Transformer,
+)
+from torch import Tensor, nn
+
+from mipic_st.encoder.tail import TAIL_NAMES, not_a_step
+from mipic_st.numerics import compare_vectors
+from mipic_st.validation import checked_layers
+
+HINT = f"Use a model of Transformer + Pooling (+ any of {TAIL_NAMES}), or alpha=1 for plain Matryoshka training."
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model, or one route of a Router, is made of, as far as that can be said.
+
+    Attributes:
+        depth: Number of encoder layers, or None if there are none or the config does not say.
+        hidden_width: Width of the token states, or None.
+        width: Width D of the untruncated embedding, behind the tail, or None if no module says.
+        pooling: The model's own pooling module, or None.
+        tail: The modules behind the pooling, in order; without a pooling, those behind the first module.
+        routes: The routes of a Router by name; each has the modules behind the Router at the end of its tail.
+        obstacle: Why the loss cannot align the layers with the embedding; empty if it can.
+    """
+
+    depth: int | None = None
+    hidden_width: int | None = None
+    width: int | None = None
+    pooling: Pooling | None = None
+    tail: tuple[nn.Module, ...] = ()
+    routes: dict[str, Description] = field(default_factory=dict)
+    obstacle: str = ""
+
+    @property
+    def steps(self) -> tuple[nn.Module, ...]:
+        """What of the tail the loss's terms push states through: no Dropout, and no Normalize at the end.
+
+        Dropout would blur teacher and student each in its own way. Length is nothing that the terms look at: PIC
+        normalises by itself, SIA compares the tokens of one sentence, which a Normalize of the sentence leaves alone.
+        """
+        steps = [module for module in self.tail if not isinstance(module, Dropout)]
+        while steps and isinstance(steps[-1], Normalize):
+            steps.pop()
+        return tuple(steps)
+
+
+class Backbone(NamedTuple):
+    """What the loss must know about a model whose layers it aligns.
+
+    Attributes:
+        depth: Number of encoder layers.
+        width: Width D of the untruncated embedding, behind the tail.
+        pooling: The model's own pooling module.
+        steps: The modules of the tail that states are pushed through, see :attr:`Description.steps`.
+        normalize: Whether the tail ends with a Normalize, of some route at least.
+        dropout: Whether the tail has a Dropout.
+    """
+
+    depth: int
+    width: int
+    pooling: Pooling
+    steps: tuple[nn.Module, ...] = ()
+    normalize: bool = False
+    dropout: bool = False
+
+
+def unwrap(model: nn.Module) -> SentenceTransformer:
+    """Return the sentence-transformers model inside DistributedDataParallel and torch.compile wrappers."""
+    inner: Any = model
+    while not isinstance(inner, SentenceTransformer):
+        wrapped = getattr(inner, "_orig_mod", None)
+        inner = wrapped if wrapped is not None else getattr(inner, "module", None)
+        if inner is None:
+            raise TypeError(
+                f"model must be a SentenceTransformer, or one wrapped for training, got {type(model).__name__}."
+            )
+    return inner
+
+
+def in_half_precision(model: nn.Module) -> bool:
+    """Whether a part of the model computes in float16 or bfloat16."""
+    return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
+
+
+# --- widths and depth -------------------------------------------------------------------------------------------------
+
+
+def embedding_width(model: nn.Module) -> int | None:
+    """Width of the embeddings that the model is trained on, whatever ``truncate_dim`` it was loaded with.
+
+    ``truncate_dim`` cuts in ``encode`` only; the forward passes of a training step have the full width.
+    """
+    return _width_of(list(unwrap(model).children()))
+
+
+def _width_of(modules: Sequence[nn.Module]) -> int | None:
+    for module in reversed(modules):
+        get_dimension = getattr(module, "get_embedding_dimension", None)
+        if get_dimension is not None and (width := get_dimension()) is not None:
+            return width
+    return None
+
+
+def full_width(model: SentenceTransformer) -> int:
+    """The width D of the model's vectors, whatever ``truncate_dim`` it was loaded with."""
+    width = embedding_width(model)
+    return width or int(model.encode(["a"], truncate_dim=NO_CUT, show_progress_bar=False).shape[-1])
+
+
+def layer_count(transformer: Transformer) -> int | None:
+    """Number of encoder layers, the embedding layer not counted."""
+    return depth_of(transformer.auto_model)
+
+
+def depth_of(auto_model: Any) -> int | None:
+    """The same of an encoder of transformers."""
+    return getattr(auto_model.config.get_text_config(), "num_hidden_layers", None)
+
+
+def transformer_of(model: SentenceTransformer) -> Any:
+    """The model's first module, if it is a Transformer that knows layers."""
+    if not isinstance(model[0], Transformer):
+        raise TypeError(
+            f"layers need a model whose first module is a Transformer, got {type(model[0]).__name__}; leave layers out."
+        )
+    return model[0]
+
+
+def model_depth(model: SentenceTransformer) -> int:
+    """How many encoder layers the model has (layer 0 is the embedding layer)."""
+    transformer = transformer_of(model)
+    depth = layer_count(transformer)
+    if depth is None:
+        raise TypeError(
+            f"layers need a depth, but the config of {type(transformer.auto_model).__name__} does not say "
+            "num_hidden_layers; leave layers out."
+        )
+    return depth
+
+
+def check_layers(layers: Sequence[int], model: SentenceTransformer) -> tuple[int, ...]:
+    """Validate layer numbers against the model and sort them upwards."""
+    return checked_layers("layers", layers, model_depth(model), least=0, otherwise=", or None for the final vector")
+
+
+# --- the description --------------------------------------------------------------------------------------------------
+
+
+def describe(model: nn.Module) -> Description:
+    """Read a model off: depth, widths, pooling, tail, routes, and what keeps the loss from aligning its layers.
+
+    Example:
+        >>> describe(model).width, describe(model).depth  # doctest: +SKIP
+        (384, 6)
+    """
+    modules = list(unwrap(model).children())
+    if not modules or not isinstance(modules[0], Router):
+        return _describe_route(modules)
+    behind = tuple(modules[1:])
+    routes = {name: _describe_route([*route.children(), *behind]) for name, route in modules[0].sub_modules.items()}
+    first, *others = routes.values()
+    if any(_shape(route) != _shape(first) for route in others):
+        found = sorted({_shape(route)[:5] for route in routes.values()}, key=str)
+        obstacle = (
+            "The routes of the model's Router differ in (depth, hidden width, width, pooling mode, include_prompt): "
+            f"{found}. MIPIC needs routes of one shape; use alpha=1 for plain Matryoshka training."
+        )
+        if len(found) == 1:
+            obstacle = (
+                f"The routes of the model's Router have tails of their own: "
+                f"{[_names(route.steps) for route in routes.values()]}. MIPIC needs one tail for all routes: put it "
+                "behind the Router, or use alpha=1 for plain Matryoshka training."
+            )
+    else:
+        obstacle = ""
+    obstacle = next((route.obstacle for route in routes.values() if route.obstacle), obstacle)
+    same = {
+        name: getattr(first, name) if all(getattr(route, name) == getattr(first, name) for route in others) else None
+        for name in ("depth", "hidden_width", "width")
+    }
+    pooling = None if obstacle else first.pooling
+    common = first.tail if not obstacle and first.steps else behind
+    return Description(**same, pooling=pooling, tail=common, routes=routes, obstacle=obstacle)
+
+
+def _shape(route: Description) -> tuple[Any, ...]:
+    """What must be equal for one lift, one head and one tail to fit several routes."""
+    pooling = route.pooling
+    mode, include_prompt = (None, None) if pooling is None else (pooling.pooling_mode, pooling.include_prompt)
+    return route.depth, route.hidden_width, route.width, mode, include_prompt, tuple(map(id, route.steps))
+
+
+def _names(modules: Sequence[nn.Module]) -> list[str]:
+    return [type(module).__name__ for module in modules]
+
+
+def _describe_route(modules: list[nn.Module]) -> Description:
+    poolings = [index for index, module in enumerate(modules) if isinstance(module, Pooling)]
+    last = poolings[-1] if poolings else None
+    description = Description(
+        width=_width_of(modules),
+        pooling=None if last is None else modules[last],  # type: ignore[arg-type]
+        tail=tuple(modules[1 if last is None else last + 1 :]),
+    )
+    if modules and isinstance(modules[0], Transformer):
+        try:
+            hidden_width = _width_of(modules[:1])
+        except ValueError:  # its config has none that sentence-transformers knows
+            hidden_width = None
+        description = replace(description, depth=layer_count(modules[0]), hidden_width=hidden_width)
+    return replace(description, obstacle=_obstacle(modules, description))
+
+
+def _obstacle(modules: list[nn.Module], description: Description) -> str:
+    """Why the loss cannot align the layers of these modules, or nothing."""
+    names = _names(modules)
+    if not modules or not isinstance(modules[0], Transformer):
+        first = names[0] if names else "nothing"
+        return f"MIPIC aligns the layers of a Transformer, but the model begins with {first}. {HINT}"
+    if len(modules) < 2 or not isinstance(modules[1], Pooling) or description.pooling is not modules[1]:
+        return f"MIPIC needs a Pooling module right after the Transformer, and only one, the model has {names}. {HINT}"
+    for module in description.tail:
+        if reason := not_a_step(module):
+            return f"{reason}, so what it does to the states of the layers is not known. {HINT}"
+    if not description.depth:
+        return f"The config of {type(modules[0].auto_model).__name__} does not say num_hidden_layers. {HINT}"
+    pooled = description.pooling.get_embedding_dimension()
+    if pooled != description.hidden_width:
+        return (
+            f"Pooling mode {description.pooling.pooling_mode!r} gives {pooled} values from hidden states of "
+            f"{description.hidden_width}. MIPIC needs one pooling mode. {HINT}"
+        )
+    return ""
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """What the loss must know, or the reason why there is no such thing."""
+    description = describe(model)
+    if description.obstacle:
+        raise ValueError(description.obstacle)
+    assert description.depth is not None
+    assert description.width is not None
+    assert description.pooling is not None
+    routes = list(description.routes.values()) or [description]
+    behind = [module for route in routes for module in route.tail if module not in description.steps]
+    return Backbone(
+        description.depth,
+        description.width,
+        description.pooling,
+        description.steps,
+        normalize=any(isinstance(module, Normalize) for module in behind),
+        dropout=any(isinstance(module, Dropout) for module in behind),
+    )
+
+
+# --- the tail ---------------------------------------------------------------------------------------------------------
+
+
+def tail_of(model: nn.Module) -> list[nn.Module]:
+    """The modules behind the model's pooling, in order."""
+    modules = list(unwrap(model).children())
+    if modules and isinstance(modules[0], Router):
+        return modules[1:]
+    return list(_describe_route(modules).tail)
+
+
+def require_same_vectors(own: Tensor, pooled: Tensor, model: nn.Module, fix: str, half: bool | None = None) -> None:
+    """Refuse a model whose embedding is not its pooled last hidden state, pushed through its tail."""
+    half = in_half_precision(model) if half is None else half
+    if own.shape == pooled.shape:
+        found = compare_vectors(own, pooled, half=half)
+        if found.same:
+            return
+        difference = f"by {found.worst:.1e} at values up to {found.scale:.1e}"
+    else:
+        difference = f"in shape, {tuple(own.shape)} and {tuple(pooled.shape)}"
+    names = " + ".join(_names(list(unwrap(model).children())))
+    raise ValueError(
+        f"The model's embedding is not its last hidden state, pooled: the two differ {difference}. Something in "
+        f"{names} pools other token states than those of the last layer (a Transformer subclass or modality_config "
+        f"with another output, a module that mixes layers), so its layers are not what is served. {fix}"
+    )
+
+
+# --- the final norm ---------------------------------------------------------------------------------------------------
+
+
+def module_identity(model: nn.Module) -> tuple[int, ...]:
+    """Changes when a module is put in, taken out or replaced: what was found out about the others may then be wrong."""
+    return tuple(id(module) for module in model.modules())
+
+
+# encode(truncate_dim=None) falls back to the model's own truncate_dim; a slice this wide never cuts.
+NO_CUT = 2**31 - 1
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; afterwards every module has the mode that it had, also where they differ."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,1 @@
+"""Encode once, score at every dim, layer and precision."""

@@ -1,0 +1,172 @@
+"""Data of MTEB tasks: local files, and digests that tell MTEB's own sets from others."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Digests of whole sets as `set_digest` makes them, by task and split: what local files must match to bear MTEB's name.
+KNOWN_SETS = {
+    "STS13": {"test": "28121df3e17b7b390bea817341018dd7"},
+    "STS14": {"test": "4e3ca2ed431647876e69e060b543934d"},
+    "STS15": {"test": "0c878ee49f1ceba7328480571b8b95c2"},
+    "Banking77Classification": {
+        "train": "9288f8a1aeab70a51ad786754ad0b8f8",
+        "test": "e30782186c8304a555a95c6f538b171b",
+    },
+}
+
+
+def _local_file(task_name: str, split: str, data_dir: Path) -> Path | None:
+    short = task_name.removesuffix("Classification").lower()
+    candidates = [data_dir / task_name / f"{split}{ending}" for ending in (".csv", ".parquet", ".jsonl")]
+    candidates += [data_dir / f"{stem}_{split}.csv" for stem in (task_name, short)]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def with_local_data(task: Any, data_dir: Path | None) -> Any:
+    """A copy of the task that holds the data of local files; None if a split has no file."""
+    if data_dir is None:
+        return None
+    import pandas as pd
+    from datasets import Dataset, DatasetDict
+
+    name, kind = task.metadata.name, task.metadata.type
+    columns = {
+        "STS": ["sentence1", "sentence2", "score"],
+        "Classification": ["text", "label"],
+        "PairClassification": ["sentence1", "sentence2", "labels"],
+    }.get(kind)
+    if columns is None or list(task.hf_subsets) != ["default"]:
+        return None
+    splits = list(task.eval_splits)
+    if kind == "Classification":
+        splits = list(dict.fromkeys([task.train_split, *splits]))
+    files = {split: _local_file(name, split, data_dir) for split in splits}
+    if any(path is None for path in files.values()):
+        return None
+    stats = task.metadata.descriptive_stats or {}
+    texts = dict.fromkeys((column for column in columns if column.startswith(("sentence", "text"))), str)
+    parts = {}
+    for split, path in files.items():
+        assert path is not None
+        try:
+            if path.suffix == ".parquet":
+                frame = pd.read_parquet(path)
+            elif path.suffix == ".jsonl":
+                frame = pd.read_json(path, lines=True, dtype=texts, encoding="utf-8-sig")
+            else:
+                # "NA" and empty cells are texts here, not missing values
+                frame = pd.read_csv(path, dtype=texts, keep_default_na=False)
+        except (ValueError, OSError) as error:  # those of pandas and pyarrow are ValueErrors
+            raise ValueError(f"{str(path)!r} cannot be read as {path.suffix[1:]}: {error}") from error
+        lacking = [column for column in columns if column not in frame.columns]
+        if lacking:
+            raise ValueError(f"{str(path)!r} has no column {', '.join(lacking)}; {name} needs {', '.join(columns)}.")
+        if "score" in columns:
+            scores = pd.to_numeric(frame["score"], errors="coerce")
+            if (wrong := scores.isna()).any():
+                raise ValueError(
+                    f"{str(path)!r} has {int(wrong.sum())} scores that are no numbers, the first is "
+                    f"{frame['score'][wrong].iloc[0]!r}."
+                )
+            frame["score"] = scores
+        for column in {"label", "labels"} & set(columns):
+            labels = frame[column]
+            if (wrong := labels.isna() | (labels.astype(str).str.strip() == "")).any():
+                raise ValueError(
+                    f"{str(path)!r} has {int(wrong.sum())} rows without a label, the first is row "
+                    f"{int(wrong.to_numpy().argmax()) + 1}; they would be a class of their own. Fill them."
+                )
+        expected = stats.get(split, {}).get("num_samples")
+        if expected is not None and expected != len(frame):
+            raise ValueError(
+                f"{str(path)!r} has {len(frame)} rows, {name}'s {split} part has {expected}: scores of partial data "
+                f"must not carry the task's name. Use the whole set."
+            )
+        parts[split] = Dataset.from_pandas(frame[columns], preserve_index=False)
+    local = copy.copy(task)
+    local.dataset = DatasetDict(parts)
+    local.data_loaded = True
+    return local
+
+
+def short_hash(value: Any) -> str:
+    """Eight hex digits for a value that JSON can hold."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
+
+
+def set_digest(kind: str, columns: Mapping[str, Sequence[Any]]) -> str:
+    """Digest of a whole set as MTEB scores it.
+
+    Texts count by their letters and digits, for copies of one set differ in white space and quotes; gold scores by
+    three decimals, labels by which rows share one. Pairs count in any order. Classification draws its training texts by
+    row, so there the order counts.
+
+    Args:
+        kind: mteb's task type.
+        columns: The set's columns.
+
+    Returns:
+        32 hex digits.
+    """
+    texts = [columns[name] for name in ("text", "sentence1", "sentence2") if name in columns]
+    if "score" in columns:
+        gold: list[Any] = [f"{float(value):.3f}" for value in columns["score"]]
+    else:
+        labels = columns["label"] if "label" in columns else columns["labels"]
+        number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        gold = [number[label] for label in labels] if kind == "Classification" else list(map(str, labels))
+    rows = [
+        json.dumps([*("".join(filter(str.isalnum, str(text))) for text in row[:-1]), row[-1]])
+        for row in zip(*texts, gold, strict=True)
+    ]
+    rows = rows if kind == "Classification" else sorted(rows)
+    return hashlib.blake2b("\n".join(rows).encode(), digest_size=16).hexdigest()
+
+
+def is_known_set(task: Any) -> bool:
+    """Whether the task's data is MTEB's own set, as far as that is known here."""
+    known = KNOWN_SETS.get(task.metadata.name)
+    if known is None or not isinstance(task.dataset, Mapping):
+        return False
+    try:
+        return all(
+            set_digest(
+                task.metadata.type, {name: task.dataset[split][name] for name in task.dataset[split].column_names}
+            )
+            == digest
+            for split, digest in known.items()
+        )
+    except (KeyError, AttributeError, TypeError, ValueError):  # data of another form is another set
+        return False
+
+
+def data_digests(task: Any) -> dict[str, str]:
+    """Digest of the data that a task holds, by subset."""
+    if hasattr(task, "convert_v1_dataset_format_to_v2"):  # older retrieval tasks keep corpus and queries elsewhere
+        task.convert_v1_dataset_format_to_v2(num_proc=None)
+    dataset = task.dataset or {}
+    digests = {}
+    for subset in task.hf_subsets:
+        digest = hashlib.blake2b(digest_size=8)
+        _feed(digest, dataset.get(subset, dataset))
+        digests[subset] = digest.hexdigest()
+    return digests
+
+
+def _feed(digest: Any, data: Any) -> None:
+    """Hash nested data: dictionaries, sequences, data sets column by column, values."""
+    if hasattr(data, "column_names") and hasattr(data, "with_format") and not isinstance(data, Mapping):
+        data = {name: data.with_format(None)[name][:] for name in data.column_names}
+    if isinstance(data, Mapping):
+        digest.update(f"{{{len(data)}".encode())
+        for key in sorted(data, key=str):
+            digest.update(json.dumps(str(key)).encode())
+            _feed(digest, data[key])
+    else:
+        digest.update(json.dumps(data, sort_keys=True, default=str).encode())

@@ -1,0 +1,178 @@
+"""A stand-in for the model at one dim, layer and precision, which answers ``encode`` calls from a store."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from sentence_transformers.util import quantize_embeddings
+
+from mipic_st.evaluation.calls import given_arguments
+from mipic_st.evaluation.precisions import PRECISIONS
+from mipic_st.evaluation.vectors import write_array
+from mipic_st.numerics import unit_length
+
+if TYPE_CHECKING:
+    from mipic_st.evaluation.store import EmbeddingStore
+
+
+class DimView:
+    """What an evaluator gets in place of the model: vectors of one dim, layer and precision, read from the store.
+
+    Attributes that are not about encoding (``similarity``, ``similarity_fn_name``, ``model_card_data``, ``device``,
+    ``prompts`` ...) are the model's; none can be set. What would give vectors of another width is refused.
+    """
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        dim: int,
+        layer: int | None,
+        precision: str,
+        normalize: bool,
+        normalize_uncut: bool = False,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
+        self._store = store
+        self._dim = dim
+        self._layer = layer
+        self._precision = precision
+        self._normalize = normalize
+        self._unit = normalize_uncut or (normalize and (dim < store.width or precision != "float32"))
+        self.encode_calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_store":
+            raise AttributeError(name)
+        if name in _NOT_PER_DIM or name.startswith(("encode", "_inference", "_multi_process")):
+            self._refuse(name)
+        return getattr(self._store.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or name in ("encode_calls", "training"):
+            object.__setattr__(self, name, value)
+            return
+        raise AttributeError(
+            f"{name} cannot be set during a per-dimension evaluation: vectors come from a store that other dims share. "
+            "Set it on the model before."
+        )
+
+    def _refuse(self, name: str) -> None:
+        if hasattr(self._store.model, name):
+            raise TypeError(
+                f"the evaluator uses model.{name}, whose vectors do not come per dimension; it must call encode, "
+                "encode_query or encode_document."
+            )
+        raise AttributeError(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse the forward pass: its output has no dim.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "this evaluator runs the model's forward pass itself instead of model.encode, so it cannot be evaluated "
+            "per dimension; use an evaluator that encodes, such as ClassificationProbeEvaluator for labels."
+        )
+
+    @property
+    def truncate_dim(self) -> int:
+        """The dim."""
+        return self._dim
+
+    def get_embedding_dimension(self) -> int:
+        """The dim."""
+        return self._dim
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """The dim."""
+        return self._dim
+
+    def evaluate(self, evaluator: Any, output_path: str | None = None) -> Any:
+        """``SentenceTransformer.evaluate`` at this dim."""
+        return evaluator(self, output_path)
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """``SentenceTransformer.encode`` at this dim; its arguments, in its order."""
+        return self._encode("encode", args, kwargs)
+
+    def encode_query(self, *args: Any, **kwargs: Any) -> Any:
+        """``SentenceTransformer.encode_query`` at this dim; its arguments, in its order."""
+        return self._encode("encode_query", args, kwargs)
+
+    def encode_document(self, *args: Any, **kwargs: Any) -> Any:
+        """``SentenceTransformer.encode_document`` at this dim; its arguments, in its order."""
+        return self._encode("encode_document", args, kwargs)
+
+    def encode_multi_process(self, *args: Any, **kwargs: Any) -> Any:
+        """``SentenceTransformer.encode_multi_process`` at this dim; its arguments, in its order."""
+        inputs, given = given_arguments(self._store.model, "encode_multi_process", args, kwargs)
+        return self._encode("encode", (inputs,), given)
+
+    def _encode(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.encode_calls += 1
+        model = self._store.model
+        inputs, given = given_arguments(model, method, args, kwargs)
+        output_value = given.pop("output_value", "sentence_embedding")
+        precision = given.pop("precision", None)
+        convert_to_numpy = given.pop("convert_to_numpy", True)
+        convert_to_tensor = given.pop("convert_to_tensor", False)
+        normalize_embeddings = given.pop("normalize_embeddings", False)
+        truncate_dim = given.pop("truncate_dim", None)
+        if output_value != "sentence_embedding":
+            raise TypeError(
+                f"per-dimension evaluation gives sentence embeddings only, not output_value={output_value!r}."
+            )
+        if truncate_dim is not None and truncate_dim != self._dim:
+            raise ValueError(f"the evaluator asks for truncate_dim={truncate_dim} at dim {self._dim}; leave it unset.")
+        if precision not in (None, "float32") and self._precision != "float32":
+            raise ValueError(f"the evaluator quantises to {precision} itself; leave its precision unset.")
+        single = model.is_singular_input(inputs)
+        texts = [inputs] if single else list(inputs)
+        rows = self._store.rows_of(texts, method, **given)
+        result: Any = self._collect(rows, self._unit or normalize_embeddings)
+        if precision not in (None, "float32") and len(result):
+            result = quantize_embeddings(result, precision=precision)
+        if convert_to_tensor:
+            result = torch.as_tensor(result, device=model.device)
+        elif not convert_to_numpy:
+            result = list(torch.as_tensor(result))
+        return result[0] if single else result
+
+    def _collect(self, rows: np.ndarray, unit: bool) -> np.ndarray:
+        """(n, d), in memory, or mapped from a temporary file if it is larger than the store's limit."""
+        shape = (len(rows), self._dim)
+        limit = self._store.memory_limit
+        if len(rows) == 0 or limit is None or 4 * len(rows) * self._dim <= limit:
+            out = np.empty(shape, dtype=np.float32)
+            done = 0
+            for part in self._store.portions(rows):
+                out[done : done + len(part)] = self._finished(part, unit)
+                done += len(part)
+            return out
+        with tempfile.TemporaryFile(prefix="mipic-st-") as file:
+            for part in self._store.portions(rows):
+                write_array(file, self._finished(part, unit))
+            # copy-on-write: the evaluator may change its vectors, as it may change those of the model
+            return np.memmap(file, dtype=np.float32, mode="c", shape=shape)
+
+    def _finished(self, rows: np.ndarray, unit: bool) -> np.ndarray:
+        """Cut, renormalised and quantised; codes are widened to float32 as sentence-transformers' evaluators do."""
+        vectors = self._store.vectors(rows, self._dim, self._layer)
+        if unit:
+            vectors = unit_length(vectors)
+        if self._precision == "int8":
+            ranges = self._store.int8_ranges(self._dim, self._layer, unit)
+            return np.asarray(quantize_embeddings(vectors, "int8", ranges=ranges)).astype(np.float32)
+        if self._precision == "binary":
+            packed = quantize_embeddings(vectors, "ubinary")
+            return np.unpackbits(packed, axis=1, count=self._dim).astype(np.float32)
+        return vectors
+
+
+# What would give the model's vectors at another width than the view's, or change what the store holds.
+_NOT_PER_DIM = ("forward", "truncate_embeddings", "truncate_sentence_embeddings")

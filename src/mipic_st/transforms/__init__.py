@@ -1,0 +1,1 @@
+"""What is fitted on vectors: rotations, layer cuts, word weights."""

@@ -1,0 +1,131 @@
+"""What the fits of linear tails have in common: vectors that are checked, cosines of prefixes, steps on held-out rows.
+
+A tail is a linear map behind the pooling, fitted on vectors that are encoded once, without a gradient through the
+encoder: the rotation (:mod:`mipic_st.transforms.rotation`) or the tail of a layer cut
+(:mod:`mipic_st.transforms.layer_cut`). Both end up as an ordinary ``Dense(bias=False, Identity)`` of
+sentence-transformers, so a saved model loads without this package.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mipic_st.validation import missing_extra
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Rows that are held out at most, and rows per block of long sums.
+BLOCK = 2048
+# Steps between two looks at the held-out part.
+_CHECK_EVERY = 10
+
+
+def as_tensor(name: str, vectors: Any) -> Tensor:
+    """Floating numbers in a tensor, without a copy where torch can do without one."""
+    if not isinstance(vectors, (np.ndarray, Tensor)):
+        raise TypeError(f"{name} must be a NumPy array or a tensor of vectors, got {type(vectors).__name__}.")
+    if isinstance(vectors, Tensor) and vectors.is_floating_point():
+        return vectors
+    if isinstance(vectors, np.ndarray) and np.issubdtype(vectors.dtype, np.floating):
+        # torch takes no reversed rows and no foreign byte order, and warns of a file that is mapped for reading
+        return torch.as_tensor(np.require(vectors, vectors.dtype.newbyteorder("="), ["C", "W"]))
+    raise TypeError(f"{name} must hold floating numbers, got {vectors.dtype}; quantised vectors cannot be turned.")
+
+
+def checked_vectors(name: str, vectors: Any) -> Tensor:
+    """(N, D), finite, no zeros; float32 on the device they are on."""
+    tensor = as_tensor(name, vectors)
+    if tensor.ndim != 2 or not len(tensor) or tensor.shape[1] < 2:
+        raise ValueError(f"{name} must have the shape (N, D) with D of 2 or more, got {tuple(tensor.shape)}.")
+    tensor = tensor.detach().float()
+    lengths = torch.cat([block.square().sum(dim=1) for block in tensor.split(BLOCK)])
+    if bad := (~lengths.isfinite()).nonzero().flatten().tolist():
+        raise ValueError(f"{name} holds NaN or infinite values in {len(bad)} of {len(tensor)} rows, first in {bad[0]}.")
+    if bad := (lengths == 0).nonzero().flatten().tolist():
+        raise ValueError(
+            f"{name} holds {len(bad)} zero vectors, the first in row {bad[0]}: they have no direction, leave them out."
+        )
+    return tensor
+
+
+def row_orders(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows for one step after the other: the step's batch first, then the others; each row once an epoch."""
+    while True:
+        order = torch.randperm(count, generator=generator)
+        for position in range(0, count - batch_size + 1, batch_size):
+            yield order.roll(-position)
+
+
+def minimise(
+    parameters: Iterable[nn.Parameter | Tensor],
+    objective: Callable[[Tensor], Tensor],
+    held_out: Callable[[], Tensor],
+    current: Callable[[], Tensor],
+    orders: Iterator[Tensor],
+    *,
+    max_steps: int,
+    learning_rate: float,
+    description: str,
+    show_progress_bar: bool | None,
+) -> Tensor:
+    """Adam along a cosine, with the best step on held-out rows kept, the start among them.
+
+    Args:
+        parameters: What is learnt.
+        objective: Rows of a step to the scalar that is minimised.
+        held_out: The same on rows that no step sees.
+        current: The map as it stands.
+        orders: Rows for one step after the other, see :func:`row_orders`.
+        max_steps: Steps.
+        learning_rate: The first one.
+        description: Title of the progress bar.
+        show_progress_bar: Show it. Default: as the log level says.
+
+    Returns:
+        The best map of those that were looked at: every tenth one, and the last.
+    """
+    from tqdm.auto import trange
+
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
+    best, best_value = current().detach().clone(), float("inf")
+
+    def look() -> None:
+        nonlocal best, best_value
+        with torch.no_grad():
+            value = float(held_out())
+            if value < best_value:
+                best, best_value = current().clone(), value
+
+    for step in trange(max_steps, desc=description, disable=not wants_bar(show_progress_bar)):
+        if step % _CHECK_EVERY == 0:
+            look()
+        optimizer.zero_grad()
+        objective(next(orders)).backward()
+        optimizer.step()
+        schedule.step()
+    look()
+    return best
+
+
+def wants_bar(show_progress_bar: bool | None) -> bool:
+    """Whether to show a progress bar: as asked, else where the log says what goes on, like ``encode``."""
+    if show_progress_bar is None:
+        return logging.getLogger("mipic_st").getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+    return show_progress_bar
+
+
+def table_of(rows: list[dict[str, float]]) -> pd.DataFrame:
+    """A report as a table, one row per dict."""
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError(missing_extra("the table needs pandas", "eval")) from error
+    return pd.DataFrame(rows)

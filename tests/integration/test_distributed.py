@@ -1,0 +1,203 @@
+"""Two gloo processes under torchrun against one process on the concatenated batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+from conftest import DEPTH, column_features, total
+from distributed_worker import EQUAL, WITHOUT_PROJECTIONS, run_by_hand, run_drift, run_equal, run_taught
+from mipic_st import MIPICLoss
+from mipic_st.losses import pic
+from training_fixtures import make_loss, make_trainer, parameters
+
+HERE = Path(__file__).parents[1]
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, transformer_folder):
+    """A model without dropout, so that one process and two can be compared."""
+    transformer = Transformer(str(transformer_folder("bert", **NO_DROPOUT)))
+    folder = tmp_path_factory.mktemp("start")
+    SentenceTransformer(modules=[transformer, Pooling(32, "mean")], device="cpu").save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(start, tmp_path_factory):
+    """Parameters after each scenario, per rank: one start-up of two processes serves all of them."""
+    output = tmp_path_factory.mktemp("ranks")
+    paths = [str(HERE.parent / "src"), str(HERE), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launch, str(HERE / "distributed_worker.py"), str(start), str(output)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    return [torch.load(output / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", list(EQUAL))
+def test_two_processes_equal_one(start, ranks, tmp_path, name):
+    """After several steps model and projections are, to 1e-5, those of one process with the whole batch."""
+    make, options, _ = EQUAL[name]
+    initial = parameters(
+        make(SentenceTransformer(str(start), device="cpu"), **{k: v for k, v in options.items() if k != "callback"})
+    )
+    expected = parameters(run_equal(name, start, tmp_path, 1))
+    got = ranks[0][name]
+    assert got.keys() == expected.keys()
+    for key, value in got.items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=f"{name}: {key}")
+    tail = ("model.2.",) if "tail" in name else ()
+    for part in ("model.0.", *tail, "mipic_projections.sia.", "mipic_projections.pic."):
+        keys = [key for key in got if key.startswith(part)]
+        moved = sum((expected[key] - initial[key]).square().sum() for key in keys).sqrt()
+        apart = sum((got[key] - expected[key]).square().sum() for key in keys).sqrt()
+        assert moved > 1e-3, f"{part} has hardly moved"
+        assert apart < 1e-3 * moved, f"{part} moved elsewhere"
+
+
+def test_a_teacher_in_two_processes(start, ranks, tmp_path):
+    """Each process follows the teacher within its own batch, and the gradient is the mean over them."""
+    expected = parameters(run_taught(start, tmp_path, 1))
+    got = ranks[0]["taught"]
+    assert got.keys() == expected.keys()
+    for key, value in got.items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=key)
+    initial = parameters(SentenceTransformer(str(start), device="cpu"))
+    assert max((expected[f"model.{key}"] - value).abs().max() for key, value in initial.items()) > 1e-3
+
+
+@pytest.mark.parametrize("name", [*EQUAL, "drift", "taught", "data sets", "whole", "resumed"])
+def test_ranks_agree(ranks, name):
+    """Model and projections are the same on both ranks to the last bit."""
+    if name not in ranks[0]:
+        pytest.skip("this transformers cannot resume on CPU in several processes")
+    assert any("mipic_projections" in key for key in ranks[0][name])
+    different = [key for key, value in ranks[0][name].items() if not torch.equal(value, ranks[1][name][key])]
+    assert different == []
+
+
+def test_the_ranks_had_something_to_agree_on(start, ranks, tmp_path):
+    """Alone, each rank's seed and data lead elsewhere: agreement is no accident."""
+    alone = dict(run_drift(start, tmp_path, 0).named_parameters())
+    projections = [key for key in ranks[0]["drift"] if "mipic_projections" in key]
+    assert not any(torch.equal(ranks[0]["drift"][key], alone[key]) for key in projections if "sia" in key)
+
+
+def test_resuming_in_two_processes(ranks):
+    """Stopped and resumed, both ranks end where the uninterrupted run ends, bit for bit."""
+    if "resumed" not in ranks[0]:
+        pytest.skip("this transformers cannot resume on CPU in several processes")
+    for rank in ranks:
+        assert all(torch.equal(value, rank["resumed"][key]) for key, value in rank["whole"].items())
+
+
+@pytest.mark.parametrize("name", list(WITHOUT_PROJECTIONS))
+def test_without_projections_a_sharded_model_trains(start, ranks, name):
+    """Under fully_shard, two processes with a batch each end where one process with both batches ends."""
+    initial = parameters(SentenceTransformer(str(start), device="cpu"))
+    expected = parameters(run_by_hand(name, start, [0, 1], shard=False))
+    for rank in ranks:
+        got = rank[f"sharded, {name}"]
+        assert got.keys() == expected.keys()
+        for key, value in got.items():
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=key)
+    moved = max((expected[f"model.{key}"] - value).abs().max() for key, value in initial.items())
+    assert moved > 1e-3
+
+
+def test_projections_beside_a_sharded_model_are_refused(ranks):
+    """By name and with what to do: for a model sharded before, one put in later, and one sharded in place."""
+    for rank in ranks:
+        assert rank["refusals"].keys() == {"made", "given", "run", "moved"}
+        for words in rank["refusals"].values():
+            assert words.startswith("FSDP takes over the optimizer with the parameters of the model")
+            assert "lift_init='frozen' and pic_weight=0" in words
+
+
+def wrapped_by(name):
+    """A module that holds a model as the wrapper of that name does."""
+
+    def forward(self, *arguments, **options):
+        return self.module(*arguments, **options)
+
+    def init(self, module):
+        torch.nn.Module.__init__(self)
+        self.module = module
+
+    return type(name, (torch.nn.Module,), {"__init__": init, "forward": forward})
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "framework"),
+    [("DeepSpeedEngine", "DeepSpeed"), ("FullyShardedDataParallel", "FSDP"), ("DistributedDataParallel", None)],
+)
+def test_wrappers_that_shard_are_known_by_name(tiny_model, wrapper, framework):
+    """With projections they are refused, without they train as the model alone does; other wrappers are let through."""
+    model = tiny_model()
+    features = column_features(model)
+    for options in ({}, *WITHOUT_PROJECTIONS.values()):
+        loss = make_loss(model, **options)
+        expected = total(loss(features, None))
+        if framework and not options:
+            with pytest.raises(ValueError, match=f"{framework} takes over the optimizer"):
+                loss.model = wrapped_by(wrapper)(model)
+        else:
+            loss.model = loss.loss.model = wrapped_by(wrapper)(model)
+            assert torch.equal(total(loss(features, None)), expected)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MULTI_CPU"])
+def test_the_trainer_refuses_projections_at_its_construction(tiny_model, tmp_path, monkeypatch, kind):
+    """An accelerator that is going to shard is asked before anything was sharded; the message, not a KeyError later."""
+    from accelerate.state import DistributedType, PartialState
+
+    make_trainer(tiny_model(), make_loss(tiny_model()), tmp_path)
+    loss, bare = make_loss(tiny_model()), make_loss(tiny_model(), **WITHOUT_PROJECTIONS["CKA alone"])
+    # accelerate shards on GPUs only, so its answer is given by hand
+    monkeypatch.setattr(PartialState(), "distributed_type", DistributedType[kind])
+    bare.to("cpu")
+    if kind == "MULTI_CPU":
+        loss.to("cpu")
+    else:
+        with pytest.raises(ValueError, match="takes over the optimizer with the parameters of the model"):
+            loss.to("cpu")
+        with pytest.raises(ValueError, match="takes over the optimizer"):
+            make_loss(tiny_model())
+
+
+def test_gathered_targets_are_the_concatenated_batch():
+    """PIC with targets of all devices: the mean over devices is the loss of the concatenated batch."""
+    generator = torch.Generator().manual_seed(0)
+    predicted, target = (torch.randn(2, 6, 8, generator=generator) for _ in range(2))
+    expected = pic.chain_info_nce(predicted, target)
+    parts = [pic.chain_info_nce(predicted[:, rank * 3 : rank * 3 + 3], target, offset=rank * 3) for rank in (0, 1)]
+    torch.testing.assert_close(sum(parts) / 2, expected)
+    assert not torch.isclose(pic.chain_info_nce(predicted[:, :3], target[:, :3]), parts[0])
+
+
+def test_gathering_in_one_process_changes_nothing(tiny_model):
+    """The option may stay on."""
+    model = tiny_model()
+    base = MultipleNegativesRankingLoss(model)
+    features = column_features(model)
+    values = [
+        total(MIPICLoss(model, base, [32, 8], sia_layers=[DEPTH], gather_across_devices=gather)(features, None))
+        for gather in (False, True)
+    ]
+    assert torch.equal(*values)
