@@ -1,4 +1,4 @@
-"""examples/compare_losses.py and the data script before it: resumable, same batches, honest intervals."""
+"""examples/benchmarks/compare_losses.py and the data script before it: resumable, same batches, honest intervals."""
 
 import importlib.util
 import json
@@ -22,7 +22,9 @@ ROWS = ["--rows", "truncation", "rotation", "base", "base+pca", "matryoshka", "s
 def script(monkeypatch):
     """The script's functions; it reads its arguments when it is imported."""
     monkeypatch.setattr(sys, "argv", ["compare_losses.py", "--dims", "8", "4"])
-    spec = importlib.util.spec_from_file_location("compare_losses", ROOT / "examples" / "compare_losses.py")
+    spec = importlib.util.spec_from_file_location(
+        "compare_losses", ROOT / "examples" / "benchmarks" / "compare_losses.py"
+    )
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "compare_losses", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -102,7 +104,7 @@ def test_comparison_resumes_merges_and_reports(tmp_path):
 )
 def test_comparison_refuses_wrong_arguments(tmp_path, arguments, message):
     """Before anything is trained, naming the option."""
-    code, _, errors = run("compare_losses.py", "--smoke", "--output", tmp_path, *arguments)
+    code, _, errors = run("benchmarks/compare_losses.py", "--smoke", "--output", tmp_path, *arguments)
     assert code != 0
     assert message in errors
 
@@ -377,7 +379,7 @@ def test_training_mix_keeps_pairs_of_one_meaning(tmp_path):
     for name, table in files.items():
         table.to_csv(tmp_path / f"{name}.csv", index=False)
     code, printed, errors = run(
-        "training_mix.py", *(tmp_path / f"{name}.csv" for name in files), "--output", tmp_path / "mix.csv"
+        "benchmarks/training_mix.py", *(tmp_path / f"{name}.csv" for name in files), "--output", tmp_path / "mix.csv"
     )
     assert code == 0, errors
     pairs = pd.read_csv(tmp_path / "mix.csv", keep_default_na=False)

@@ -648,7 +648,7 @@ def test_wrong_recipes_are_refused(load_recipe, tmp_path, old, new, message):
 @pytest.mark.slow
 def test_benchmark_prints_every_method(tmp_path):
     """Times, memory and ratios of each method; the reference has ratio 1."""
-    code, printed, errors = run("benchmark.py", "--smoke", "--json", tmp_path / "figures.json")
+    code, printed, errors = run("benchmarks/benchmark.py", "--smoke", "--json", tmp_path / "figures.json")
     assert code == 0, errors
     rows = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     methods = ["base", "MatryoshkaLoss", "Matryoshka2dLoss", "MIPICLoss", "MIPICLoss, Dense tail", "MIPICLoss (paper)"]
@@ -664,7 +664,7 @@ def test_benchmark_prints_every_method(tmp_path):
 @pytest.mark.slow
 def test_benchmark_of_some_methods():
     """What is not measured is not spoken of."""
-    code, printed, errors = run("benchmark.py", "--smoke", "--methods", "MIPICLoss")
+    code, printed, errors = run("benchmarks/benchmark.py", "--smoke", "--methods", "MIPICLoss")
     assert code == 0, errors
     assert "MatryoshkaLoss" in printed
     assert "with the tail" not in " ".join(printed.split())
@@ -704,7 +704,7 @@ def test_rotate_vectors_writes_vectors_and_matrix(tmp_path):
 @pytest.mark.slow
 def test_compare_rotations_prints_every_way(tmp_path):
     """All ways keep the full width; the layer cuts follow."""
-    code, printed, errors = run("compare_rotations.py", "--smoke", "--json", tmp_path / "figures.json")
+    code, printed, errors = run("benchmarks/compare_rotations.py", "--smoke", "--json", tmp_path / "figures.json")
     assert code == 0, errors
     figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
     assert len(figures["rotations"]) == 8
@@ -734,7 +734,7 @@ def test_compare_rotations_keeps_a_normalize_in_the_middle(monkeypatch, tiny_mod
 
     monkeypatch.setattr(sys, "argv", ["compare_rotations.py"])
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    script = runpy.run_path(str(ROOT / "examples" / "compare_rotations.py"))
+    script = runpy.run_path(str(ROOT / "examples" / "benchmarks" / "compare_rotations.py"))
     dense = Dense(32, 32, activation_function=torch.nn.Identity())
     torch.nn.init.normal_(dense.linear.bias)
     model = SentenceTransformer(modules=[*tiny_model(), Normalize(), dense, Normalize()], device="cpu")
@@ -763,7 +763,7 @@ def test_compare_rotations_on_fewer_pairs_without_cuts(tmp_path):
     found = {}
     for name, flags in {"all": (), "few": ("--pairs", 400), "bf16": ("--bf16",)}.items():
         report = tmp_path / f"{name}.json"
-        code, printed, errors = run("compare_rotations.py", "--smoke", "--layers", *flags, "--json", report)
+        code, printed, errors = run("benchmarks/compare_rotations.py", "--smoke", "--layers", *flags, "--json", report)
         assert code == 0, errors
         assert f"{2 * (400 if name == 'few' else 500)} texts encoded" in printed
         found[name] = json.loads(report.read_text(encoding="utf-8"))
@@ -790,6 +790,6 @@ def test_larger_teacher_is_for_pairs_and_has_a_weight(run_here, tmp_path):
 @pytest.mark.slow
 def test_benchmark_tails_measures_every_fit():
     """Seconds and memory of the rotation and of a cut's three steps."""
-    code, printed, errors = run("benchmark_tails.py", "--smoke", "--threads", "1")
+    code, printed, errors = run("benchmarks/benchmark_tails.py", "--smoke", "--threads", "1")
     assert code == 0, errors
     assert [line.split()[0] for line in printed.splitlines()[1:]] == ["rotation", "word", "least", "refined"]

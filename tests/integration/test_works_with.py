@@ -1,7 +1,4 @@
-"""The table of what MIPICLoss works with, checked against the tests that show each line.
-
-After a change here: python tests/integration/test_works_with.py prints the table for the page.
-"""
+"""The table of what MIPICLoss works with, checked against the tests that show each line."""
 
 from __future__ import annotations
 
@@ -94,7 +91,3 @@ def test_the_page_has_this_table():
     """Word for word, between its two markers."""
     text = PAGE.read_text(encoding="utf-8")
     assert text.split(BEGIN)[1].split(END)[0].strip() == table()
-
-
-if __name__ == "__main__":
-    print(table())  # noqa: T201

@@ -1,8 +1,8 @@
 """Seconds and memory of fitting tails, on random vectors: rotation, and one layer's cut, in three steps.
 
-    python examples/benchmark_tails.py                  # 20,000 x 384 and 50,000 x 1,024, some minutes on two cores
-    python examples/benchmark_tails.py --sizes 20000x384 9490x4096
-    python examples/benchmark_tails.py --smoke
+    python examples/benchmarks/benchmark_tails.py  # 20,000 x 384 and 50,000 x 1,024, some minutes on two cores
+    python examples/benchmarks/benchmark_tails.py --sizes 20000x384 9490x4096
+    python examples/benchmarks/benchmark_tails.py --smoke
 
 Each fit runs in a process of its own. Memory is the highest resident size during the fit beyond what the process had
 with the vectors in it, in units of the vectors (anchors and positives).

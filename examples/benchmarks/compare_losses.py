@@ -1,7 +1,7 @@
 """Train the same model on the same batches with every loss, from a plain or a rotated start, and compare per dimension.
 
-    python examples/compare_losses.py --smoke                                  # offline, synthetic data, two minutes
-    python examples/compare_losses.py --train mix.csv --dev sts13.csv --test sts14.csv sts15.csv \
+    python examples/benchmarks/compare_losses.py --smoke  # offline, synthetic data, two minutes
+    python examples/benchmarks/compare_losses.py --train mix.csv --dev sts13.csv --test sts14.csv sts15.csv \
         --probe banking77_train.csv banking77_test.csv --starts good weak --output results
 
 A row is named by what is done, in order: "matryoshka", "rotation+matryoshka" (the rotated start),

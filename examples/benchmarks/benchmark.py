@@ -1,8 +1,8 @@
 """Median step time and peak memory of MIPICLoss and its relatives on all-MiniLM-L6-v2, in one run.
 
-    python examples/benchmark.py                      # batch 32, 24 and 128 tokens, a few minutes on two cores
-    python examples/benchmark.py --lengths 24 --rounds 30
-    python examples/benchmark.py --lengths 512 2048 --batch-size 4 --methods MatryoshkaLoss MIPICLoss
+    python examples/benchmarks/benchmark.py  # batch 32, 24 and 128 tokens, a few minutes on two cores
+    python examples/benchmarks/benchmark.py --lengths 24 --rounds 30
+    python examples/benchmarks/benchmark.py --lengths 512 2048 --batch-size 4 --methods MatryoshkaLoss MIPICLoss
 
 For lengths that the model has no positions for, it gets as many at random, and no dropout in the attention: time and
 memory are those of a model for long texts.

@@ -1,8 +1,8 @@
 """Ways to choose the first values of an embedding, without training: quality at each dim, and the time each takes.
 
-    python examples/compare_rotations.py --train mix.csv --sts sts14_test.csv sts15_test.csv \\
+    python examples/benchmarks/compare_rotations.py --train mix.csv --sts sts14_test.csv sts15_test.csv \\
         --cut-sts sts13_test.csv sts14_test.csv sts15_test.csv --topics banking77_train.csv banking77_test.csv
-    python examples/compare_rotations.py --smoke                             # synthetic data, a few steps
+    python examples/benchmarks/compare_rotations.py --smoke                             # synthetic data, a few steps
 
 Rows: truncation; PCA; ITQ (PCA to the largest dim, then the rotation that brings values nearest to signs); 32
 Householder reflections, fitted with the objective of `fit_rotation`; `fit_rotation` on pairs, on their texts alone, on
@@ -38,13 +38,15 @@ from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 
-from common import load_model, sentences_of
 from mipic_st import Rotation, export_truncated, fit_layer_cuts, fit_rotation
 from mipic_st.data import load_sts_file, load_training_file
 from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
 from mipic_st.encoder.surgery import identity_dense
 from mipic_st.numerics import unit_length
 from mipic_st.transforms.rotation import rotation_objective
+
+sys.path.append(str(Path(__file__).parents[1]))  # what the example scripts share
+from common import load_model, sentences_of
 
 
 def parse_args() -> argparse.Namespace:

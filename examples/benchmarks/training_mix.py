@@ -1,6 +1,7 @@
 """Build the supervised pairs of the README's comparison from four public sets: SICK, MRPC, STS 2012 and Banking77.
 
-    python examples/training_mix.py sick_train.csv mrpc_train.csv sts12_train.csv banking77_train.csv --output mix.csv
+    python examples/benchmarks/training_mix.py sick_train.csv mrpc_train.csv sts12_train.csv banking77_train.csv \
+        --output mix.csv
 
 Columns: SICK sentence1, sentence2, entailment; MRPC sentence1, sentence2, label; STS sentence1, sentence2, score;
 Banking77 text, label. Kept are the pairs that mean the same: SICK's ENTAILMENT, MRPC's label 1, STS scores of 4 and
