@@ -9,11 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "mipic_st"
 
-GROUND = {"validation", "numerics", "files", "data", "demo"}
+GROUND = {"validation", "numerics", "codes", "files", "data", "demo"}
 # Who may import whom; a folder always may import its own files, and everything the public table.
 MAY_IMPORT = {
     "validation": set(),
     "numerics": {"validation"},
+    "codes": {"validation"},
     "files": {"validation"},
     "data": {"validation", "files"},
     "demo": {"validation"},
