@@ -60,9 +60,8 @@ def docstring_pairs(
                 pairs.append({"query": summary, "document": body})
     random.Random(checked_count("seed", seed, least=0)).shuffle(pairs)
     if size is not None and len(pairs) < size:
-        raise ValueError(
-            f"size={size}, but the docstrings of {sorted(folders)} give {len(pairs)} pairs; ask for fewer."
-        )
+        given = ", ".join(sorted(folders))
+        raise ValueError(f"size={size}, but the docstrings of {given} give {len(pairs)} pairs; ask for fewer.")
     return pairs[:size]
 
 
