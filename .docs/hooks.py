@@ -1,4 +1,4 @@
-"""What the site needs beyond its plugins: formulas as MathML, and the pictures of the checkout."""
+"""What the site needs beyond its plugins: formulas as MathML, API pages by room, and the pictures of the checkout."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 README = Path(__file__).parents[1] / "README.md"
+PACKAGE = README.parent / "src" / "mipic_st"
+ROOMS = ("losses", "transforms", "evaluation", "deploy", "encoder")
 
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
@@ -36,8 +38,23 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     )
 
 
+def api_page(room: str) -> str:
+    """All modules of a folder on one page; of the top level, the modules that are no folder."""
+    folder = PACKAGE if room == "more" else PACKAGE / room
+    dotted = "mipic_st" if room == "more" else f"mipic_st.{room}"
+    names = sorted(
+        path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")
+    )
+    parts = [
+        f"::: {dotted}.{name}\n    options:\n      heading_level: 2" for name in names
+    ]
+    return "\n\n".join([f"# {dotted}", *parts])
+
+
 def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
-    """Publish the README's pictures with it."""
+    """One API page for each folder of the package, and the README's pictures."""
+    for room in (*ROOMS, "more"):
+        files.append(File.generated(config, f"api/{room}.md", content=api_page(room)))
     pictures = {path for _, path in _IMAGE.findall(README.read_text(encoding="utf-8"))}
     for path in sorted(pictures):
         source = str(README.parent / path)
