@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -122,6 +124,80 @@ def test_settings_and_weights_count(tmp_path, change):
     before = fingerprint(model)
     change(model)
     assert fingerprint(model) != before
+
+
+def with_instruction(model, words):
+    """An encode with words in front of each text."""
+    original = model.encode
+
+    def encode(texts, *args, **kwargs):
+        return original([words + text for text in texts], *args, **kwargs)
+
+    return encode
+
+
+class Shift:
+    """A callable in the place of a method, with a state of its own."""
+
+    def __init__(self, by):
+        self.by = np.full(3, by)
+
+    def __call__(self, texts, **kwargs):
+        return texts
+
+    def method(self, texts, **kwargs):
+        return texts
+
+
+@pytest.mark.parametrize(
+    "makers",
+    [
+        [lambda model: with_instruction(model, "a "), lambda model: with_instruction(model, "b ")],
+        [lambda model: lambda texts: texts[1:], lambda model: lambda texts: texts[2:]],
+        [lambda model: lambda texts, times=2: texts * times, lambda model: lambda texts, times=3: texts * times],
+        [lambda model: partial(print, 2), lambda model: partial(print, 3)],
+        [lambda model: Shift(1.0), lambda model: Shift(2.0)],
+        [lambda model: Shift(1.0).method, lambda model: Shift(2.0).method],
+    ],
+)
+def test_a_method_set_on_the_instance_counts(tmp_path, makers):
+    """None, one and another are three states; the same function defined again is the same one, in any module."""
+    model = tiny_model(tmp_path)
+    for target, name in ((model, "encode"), (model[1], "forward")):
+        found = [fingerprint(model)]
+        for make in (*makers, *makers):
+            vars(target)[name] = make(model)
+            found.append(fingerprint(model))
+            del vars(target)[name]
+        assert len(set(found)) == 3
+        assert found[1:3] == found[3:]
+
+
+def test_half_precision_counts_and_the_device_does_not(tmp_path):
+    """Other weights are another state; the same ones read elsewhere are not."""
+    model = tiny_model(tmp_path)
+    before = fingerprint(model)
+    assert fingerprint(model.bfloat16()) != before
+
+
+def test_an_adapter_that_is_off_counts(tmp_path):
+    """The weights are there all the same."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model(tmp_path)
+    config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model[0].auto_model)
+    before = fingerprint(model)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.enable_adapters(False)
+    assert fingerprint(model) != before
+
+
+def test_nothing_is_encoded(tmp_path, monkeypatch):
+    """A hundred million parameters take under a second, for only bytes are read."""
+    model = tiny_model(tmp_path)
+    monkeypatch.setattr(type(model), "forward", None)
+    fingerprint(model)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

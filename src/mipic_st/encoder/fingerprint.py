@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import nn
 
-from mipic_st.encoder.encoding import METHODS, without_own_methods
-from mipic_st.encoder.structure import NO_CUT, evaluation_mode
-
-logger = logging.getLogger(__name__)
-
-# Of different lengths, so that some are padded; with capitals, digits, accents and brackets, for tokenizers.
-_PROBES = (
-    "a",
-    "Berlin",
-    "The old man plays the guitar.",
-    "How do I reset my password? (It's the 3rd time.)",
-    "naïve café, ÉTÉ 2024 & straße",
-    "A dog runs after the red ball while two children watch from behind the house.",
-    "to be, or not to be: that is the question",
-    "In the morning the small boat left the harbour, and nobody on the quay noticed that it carried no light at all.",
-)
-# Numbers per probe text, and the step to which they are rounded. A vector is projected to these few numbers, for a
-# rounded number changes with the last bits of a vector only if it lies at the edge of a step: with 10 texts and three
-# methods about one time in a thousand at a difference of 1e-7, and surely at one of 1e-3.
-_NUMBERS, _STEP = 10, 0.03
 # Keys of a transformers config that say nothing about vectors, or that saving and loading changes.
 _NOT_ABOUT_VECTORS = (
     "architectures",
@@ -52,21 +34,14 @@ _NOT_ABOUT_VECTORS = (
     "label2id",
     "use_cache",
 )
+# Whose code a name and a version stand for; the code of all other modules counts.
+_KNOWN_PACKAGES = ("torch", "transformers", "sentence_transformers", "mipic_st", "peft")
+# Which adapter is on, and how strongly: peft keeps it beside the weights.
+_ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "scaling", "merged_adapters")
 
 
 def model_name_of(model: SentenceTransformer, name: str | None = None) -> str:
-    """A name of the form ``organisation/model`` for result folders.
-
-    Args:
-        model: The model.
-        name: The name wanted; None takes the one that the model was loaded by.
-
-    Returns:
-        The hub name, or ``local/<folder>``.
-
-    Raises:
-        TypeError: If the name is no text.
-    """
+    """A name of the form ``organisation/model`` for result folders; by default the hub name or ``local/<folder>``."""
     if name is not None and not isinstance(name, str):
         raise TypeError(f"model_name must be a text, got {name!r}.")
     if name is None:
@@ -78,12 +53,11 @@ def model_name_of(model: SentenceTransformer, name: str | None = None) -> str:
 
 
 def fingerprint(model: SentenceTransformer) -> str:
-    """Sixteen hex digits that change with whatever changes the model's vectors.
+    """Sixteen hex digits that change with whatever changes the model's vectors; nothing is encoded.
 
-    They are a hash of the weights, the settings (prompts, modules, backbone's config, similarity, maximal length), the
-    tokenizer's words and rules, and the vectors that ``encode``, ``encode_query`` and ``encode_document`` give for a
-    few fixed texts: code, routes, attention and padding are seen there. Vectors are rounded coarsely, so that the
-    digits stay when their last bits do not; a half-precision model on another device may still get other ones.
+    They are a hash of weights and buffers, the settings of all modules, the backbone's config, the tokenizer, prompts,
+    maximal length, similarity, active adapters, methods set on an instance (``encode``, for one) and the code of
+    modules of other packages. Where the model lies, its device, and ``truncate_dim`` do not count.
 
     Args:
         model: The model; it stays as it is.
@@ -93,36 +67,34 @@ def fingerprint(model: SentenceTransformer) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        if not isinstance(value, torch.Tensor):
-            digest.update(repr(value).encode())
-            continue
-        digest.update(str((tuple(value.shape), value.dtype)).encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(json.dumps(_settings(model), sort_keys=True, default=str).encode())
-    for tokenizer in _tokenizers(model):
-        digest.update(json.dumps(_tokenizer_state(tokenizer), sort_keys=True, default=str).encode())
-    for numbers in _probe_numbers(model):
-        digest.update(numbers)
-    return digest.hexdigest()
-
-
-def _settings(model: SentenceTransformer) -> dict[str, Any]:
-    modules, configs = [], []
-    for name, module in model.named_modules():
-        if name and hasattr(module, "get_config_dict"):
-            modules.append((name, type(module).__name__, module.get_config_dict()))
-        config: Any = getattr(getattr(module, "auto_model", None), "config", None)
-        if hasattr(config, "to_dict"):
-            configs.append((name, _about_vectors(config.to_dict())))
-    return {
+        digest.update(f"{name} {_digest_of(value) if isinstance(value, torch.Tensor) else value!r}".encode())
+    state = {
         "prompts": model.prompts,
         "default": model.default_prompt_name,
         "similarity": str(model.similarity_fn_name),
         "length": model.max_seq_length,
-        "modules": modules,
-        "configs": configs,
+        "modules": [(name, _module_state(module)) for name, module in model.named_modules()],
+        "tokenizers": [_tokenizer_state(tokenizer) for tokenizer in _tokenizers(model)],
     }
+    digest.update(json.dumps(state, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _module_state(module: nn.Module) -> dict[str, Any]:
+    """What a module is and how it is set, besides its weights."""
+    kind, own = type(module), vars(module)
+    state: dict[str, Any] = {"kind": kind.__name__}
+    if hasattr(module, "get_config_dict") and not isinstance(module, SentenceTransformer):
+        state["settings"] = module.get_config_dict()
+    config: Any = getattr(getattr(module, "auto_model", None), "config", None)
+    if hasattr(config, "to_dict"):
+        state["config"] = _about_vectors(config.to_dict())
+    state |= {name: own[name] for name in _ADAPTER_STATE if name in own}
+    if methods := {name: _code(value) for name, value in own.items() if callable(getattr(kind, name, None))}:
+        state["set on the instance"] = methods
+    if kind.__module__.partition(".")[0] not in _KNOWN_PACKAGES:
+        state["code"] = {name: _code(value) for name, value in vars(kind).items() if isinstance(value, FunctionType)}
+    return state
 
 
 def _about_vectors(config: Any) -> Any:
@@ -135,6 +107,48 @@ def _about_vectors(config: Any) -> Any:
     }
 
 
+def _code(value: Any, depth: int = 0) -> Any:
+    """What a function does, without addresses: byte code, constants, defaults and what it holds from outside."""
+    if depth > 8:  # a function that holds itself
+        return None
+    again = partial(_code, depth=depth + 1)
+    if isinstance(value, MethodType):
+        return [again(value.__func__), again(value.__self__)]
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), value.co_names, again(value.co_consts)]
+    if isinstance(value, FunctionType):
+        held = [_contents(cell) for cell in value.__closure__ or ()]
+        return [again(part) for part in (value.__code__, value.__defaults__, value.__kwdefaults__, held)]
+    if isinstance(value, partial):
+        return [again(part) for part in (value.func, value.args, value.keywords)]
+    if isinstance(value, dict):
+        return {repr(key): again(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [again(item) for item in value]
+        return sorted(items, key=repr) if isinstance(value, (set, frozenset)) else items
+    if value is None or isinstance(value, (str, bytes, int, float, complex, type(...))):
+        return repr(value)
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return _digest_of(torch.as_tensor(value)) if value.dtype != object else repr(value)
+    if isinstance(value, nn.Module):
+        return type(value).__qualname__ if isinstance(value, SentenceTransformer) else again(value.state_dict())
+    if hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType)):
+        return [type(value).__qualname__, again(getattr(type(value), "__call__", None)), again(vars(value))]
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _digest_of(value: torch.Tensor) -> str:
+    raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{tuple(value.shape)} {value.dtype} {hashlib.blake2b(raw, digest_size=16).hexdigest()}"
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
 def _tokenizers(model: SentenceTransformer) -> Iterator[Any]:
     seen = set()
     for module in model.modules():
@@ -145,7 +159,7 @@ def _tokenizers(model: SentenceTransformer) -> Iterator[Any]:
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """Words, rules and sides. Padding and truncation inside a fast tokenizer are left out: each call sets them anew."""
+    """Words, rules and sides. Padding and truncation of a fast tokenizer are left out: each call sets them."""
     names = ("padding_side", "truncation_side", "special_tokens_map", "chat_template", "do_lower_case")
     state: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in names}
     fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
@@ -156,40 +170,3 @@ def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
         vocabulary = tokenizer.get_vocab()
         state["rules"] = sorted(vocabulary.items()) if isinstance(vocabulary, dict) else list(vocabulary)
     return state
-
-
-def _words(model: SentenceTransformer) -> list[str]:
-    """Two texts of the tokenizer's own words, for one that knows none of the fixed texts' words."""
-    for tokenizer in _tokenizers(model):
-        vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else ()
-        words = sorted(word for word in map(str, vocabulary) if word.isalpha())
-        if words:
-            chosen = words[:: max(1, len(words) // 16)][:16]
-            return [" ".join(chosen), " ".join(chosen[5::-1])]
-    return []
-
-
-def _probe_numbers(model: SentenceTransformer) -> Iterator[bytes]:
-    """Direction and length of the probe texts' vectors by each method, as a few rounded numbers."""
-    twin = without_own_methods(model)
-    texts = [*_PROBES, *_words(model)]
-    with evaluation_mode(model):
-        for method in METHODS:
-            try:
-                vectors = getattr(twin, method)(
-                    texts, batch_size=len(texts), truncate_dim=NO_CUT, convert_to_numpy=True, show_progress_bar=False
-                )
-            except Exception as error:  # a Router without a default route, for one: that is a property, too
-                logger.debug("%s fails on the fingerprint's texts: %s", method, error)
-                yield f"{method}: {type(error).__name__}".encode()
-                continue
-            yield _rounded(np.asarray(vectors, dtype=np.float64)).tobytes()
-
-
-def _rounded(vectors: np.ndarray) -> np.ndarray:
-    """(n, D) to (n, _NUMBERS + 1) whole numbers."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    directions = vectors / np.maximum(lengths, 1e-12)
-    signs = np.random.RandomState(0).choice([-1.0, 1.0], size=(vectors.shape[1], _NUMBERS))
-    numbers = np.concatenate([directions @ signs, np.log(np.maximum(lengths, 1e-12))], axis=1)
-    return np.round(np.nan_to_num(numbers, nan=1e6, posinf=1e6, neginf=-1e6) / _STEP).astype(np.int64)
