@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import ClassVar
 
@@ -162,8 +163,8 @@ def test_an_argument_that_the_model_does_not_know_is_its_own_error(transformer_f
             view.encode(TEXTS, **bad)
 
 
-def test_long_arguments_are_told_apart(transformer_folder, monkeypatch):
-    """Arrays whose printed form is shortened to the same text are two arguments, a generator is refused."""
+def test_further_arguments_are_encoded_each_time(transformer_folder, monkeypatch):
+    """Whatever they are: nothing is looked up by them, and the plain call's vectors stay its own."""
     model = build("plain", transformer_folder)
     original = SentenceTransformer.encode
 
@@ -171,23 +172,98 @@ def test_long_arguments_are_told_apart(transformer_folder, monkeypatch):
         return original(self, inputs, *args, **kwargs) + (0 if mark is None else float(mark[5000]))
 
     monkeypatch.setattr(SentenceTransformer, "encode", encode)
-    view = EmbeddingStore(model).view(WIDTH, normalize=False)
-    first, second = np.zeros(10_000), np.zeros(10_000)
+    store = EmbeddingStore(model)
+    view = store.view(WIDTH, normalize=False)
+    first, second = np.zeros(10_000), bytearray(10_000)
     second[5000] = 1
-    assert repr(first) == repr(second)
-    for kind in (np.asarray, torch.tensor):
-        np.testing.assert_allclose(view.encode(["cat"], mark=kind(second)) - view.encode(["cat"], mark=kind(first)), 1)
-    with pytest.raises(TypeError, match="mark: a bytearray cannot be told from another one"):
-        view.encode(["cat"], mark=bytearray(6000))
+    for _ in range(2):
+        plain = view.encode(["cat", "dog", "cat"])
+        np.testing.assert_allclose(view.encode(["cat", "dog", "cat"], mark=first), plain)
+        np.testing.assert_allclose(view.encode(["cat", "dog", "cat"], mark=second), plain + 1)
+    assert len(store) == 10
 
 
-def test_one_vector_per_text_where_the_task_changes_nothing(transformer_folder):
-    """A plain model without prompts: what was encoded as a query is there as a document; with prompts it is not."""
-    for prompts, rows in (({}, len(TEXTS)), (PROMPTS, 3 * len(TEXTS))):
-        store = EmbeddingStore(build("plain", transformer_folder, prompts=dict(prompts)))
+def test_int8_knows_the_texts_of_calls_with_further_arguments(transformer_folder):
+    """They are stored, too, if not looked up."""
+    store = EmbeddingStore(build("plain", transformer_folder))
+    expected = store.view(8).encode(TEXTS, task="query")
+    store.calibrate()
+    codes = store.view(8, precision="int8").encode(TEXTS, task="query")
+    steps = (expected.max(axis=0) - expected.min(axis=0)) / 255
+    np.testing.assert_allclose(codes, np.floor((expected - expected.min(axis=0)) / steps) - 128, atol=1)
+
+
+def test_each_method_and_prompt_has_its_own_vectors(transformer_folder, monkeypatch):
+    """A text that is query and document is encoded twice; what is there is not encoded again."""
+    model = build("plain", transformer_folder)
+    store = EmbeddingStore(model)
+    view = store.view(8)
+    for _ in range(2):
         for method in ("encode", "encode_query", "encode_document"):
-            getattr(store.view(8), method)(TEXTS)
-        assert len(store) == rows
+            getattr(view, method)(TEXTS)
+        view.encode(TEXTS, prompt_name="other")
+        view.encode(TEXTS, prompt=PROMPTS["query"], batch_size=3)
+        assert len(store) == 5 * len(TEXTS)
+    model.prompts["query"] = "a house "
+    np.testing.assert_allclose(store.view(WIDTH).encode_query(TEXTS), model.encode_query(TEXTS), atol=2e-6)
+
+
+def test_a_method_set_on_the_instance_is_the_one_that_encodes(transformer_folder):
+    """With every one of its arguments, in any order, with and without layers that could follow it."""
+    model = build("plain", transformer_folder)
+    original = model.encode
+
+    def shout(inputs, *args, **kwargs):
+        return original([text.upper() + " house" for text in inputs], *args, **kwargs)
+
+    model.encode = shout
+    view = EmbeddingStore(model).view(WIDTH)
+    for method in ("encode", "encode_query"):
+        got = getattr(view, method)(TEXTS, None, "blue ", batch_size=4)
+        np.testing.assert_allclose(got, getattr(model, method)(TEXTS, None, "blue "), atol=2e-6)
+    with pytest.raises(ValueError, match=r"not what encode gives for it.*leave layers out"):
+        EmbeddingStore(model, [1, 3]).view(8, layer=3).encode(TEXTS)
+
+
+def in_threads(count, run):
+    """Run a function in several threads at once; what each returned."""
+    start, results = threading.Barrier(count), [None] * count
+
+    def one(number):
+        start.wait()
+        results[number] = run(number)
+
+    workers = [threading.Thread(target=one, args=(number,)) for number in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return results
+
+
+@pytest.mark.parametrize("limit", [0, None])
+def test_threads_that_share_a_store_get_their_own_texts(limit, small_blocks, transformer_folder):
+    """Each text keeps its vector, whoever encoded it first, in memory and in a file."""
+    model = build("plain", transformer_folder)
+    texts = [f"{a} {b}" for a in TEXTS[:8] for b in TEXTS[:8]]
+    expected = dict(zip(texts, model.encode(texts), strict=True))
+    for _ in range(4):
+        view = EmbeddingStore(model, memory_limit=limit).view(WIDTH)
+        for number, found in enumerate(in_threads(4, lambda n, view=view: view.encode(texts[n::2], batch_size=7))):
+            np.testing.assert_allclose(found, [expected[text] for text in texts[number::2]], atol=1e-5)
+
+
+def test_stores_with_layers_share_a_model_in_threads(transformer_folder):
+    """Flags and modes are set on the model by one at a time, and are as before in the end."""
+    model = build("plain", transformer_folder)
+    expected = EmbeddingStore(model, [1, 3]).view(WIDTH, layer=1).encode(TEXTS)
+    model.train()
+    for _ in range(4):
+        found = in_threads(4, lambda n: EmbeddingStore(model, [1, 3]).view(WIDTH, layer=1).encode(TEXTS))
+        for vectors in found:
+            np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    assert not model[0].auto_model.config.output_hidden_states
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("method", ["encode", "encode_query", "encode_document"])
@@ -418,7 +494,7 @@ def test_several_processes_give_the_same_vectors(transformer_folder):
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux gives it")
 def test_two_million_texts_take_less_than_two_gigabytes():
     """A corpus of 2 million short texts at 384 values, retrieval at two dims: resident memory at its peak."""
-    script = Path(__file__).with_name("large_corpus.py")
+    script = Path(__file__).parents[1] / "large_corpus.py"
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
     figures = json.loads(run.stdout)
     assert figures["vectors_mb"] == pytest.approx(2_000_050 * 384 * 4 / 2**20)

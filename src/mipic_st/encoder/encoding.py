@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -284,14 +283,3 @@ PROBE_TEXTS = (
     "Another one, with a few more words in it than the first.",
     "What is the third text about?",
 )
-
-
-METHODS = ("encode", "encode_query", "encode_document")
-
-
-def without_own_methods(model: SentenceTransformer) -> SentenceTransformer:
-    """A shallow copy without what was set on the instance in the place of its methods (a counter, a cache)."""
-    twin = copy.copy(model)
-    for name in METHODS:
-        vars(twin).pop(name, None)
-    return twin

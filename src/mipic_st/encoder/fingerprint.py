@@ -85,7 +85,7 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
     kind, own = type(module), vars(module)
     state: dict[str, Any] = {"kind": kind.__name__}
     if hasattr(module, "get_config_dict") and not isinstance(module, SentenceTransformer):
-        state["settings"] = module.get_config_dict()
+        state["settings"] = module.get_config_dict()  # type: ignore[operator]
     config: Any = getattr(getattr(module, "auto_model", None), "config", None)
     if hasattr(config, "to_dict"):
         state["config"] = _about_vectors(config.to_dict())
@@ -133,12 +133,13 @@ def _code(value: Any, depth: int = 0) -> Any:
     if isinstance(value, nn.Module):
         return type(value).__qualname__ if isinstance(value, SentenceTransformer) else again(value.state_dict())
     if hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType)):
-        return [type(value).__qualname__, again(getattr(type(value), "__call__", None)), again(vars(value))]
+        call = getattr(type(value), "__call__", None)  # noqa: B004 - what it does, not whether it can
+        return [type(value).__qualname__, again(call), again(vars(value))]
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _digest_of(value: torch.Tensor) -> str:
-    raw = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    raw: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return f"{tuple(value.shape)} {value.dtype} {hashlib.blake2b(raw, digest_size=16).hexdigest()}"
 
 

@@ -1,4 +1,4 @@
-"""Encode every distinct text once; answer `encode` calls at any dimension, layer and precision from the store.
+"""Encode every distinct text once; answer ``encode`` calls at any dimension, layer and precision from the store.
 
 `EmbeddingStore` holds full-width vectors, `DimView` stands in for the model: it answers ``encode``,
 ``encode_query`` and ``encode_document`` from the store. New texts are encoded by the very method that was called, with
@@ -8,8 +8,9 @@ patched. Symbols: n texts, S stored states (1, or one per requested layer), D fu
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,23 +19,33 @@ from sentence_transformers import SentenceTransformer
 
 from mipic_st.encoder.encoding import encode_layers
 from mipic_st.encoder.structure import NO_CUT, check_layers, evaluation_mode, full_width, in_half_precision, model_depth
-from mipic_st.evaluation.calls import as_preprocess_sees_it, frozen, reads_task
 from mipic_st.evaluation.vectors import Vectors
 from mipic_st.evaluation.view import DimView
-from mipic_st.numerics import unit_length
+from mipic_st.numerics import compare_vectors, unit_length
 from mipic_st.validation import checked_count, checked_number
 
 MEMORY_LIMIT = 2**29
-"""Bytes of vectors that stay in memory unless told otherwise: 350,000 vectors of 384 values."""
+"""Bytes of vectors that stay in memory by default: 350,000 vectors of 384 values."""
 
 # Bytes of vectors that one call of the model gives: what an evaluation holds besides the store does not grow with it.
 _PORTION_BYTES = 2**26
-# Arguments of encode that say how to compute; all others but those on the result may change the vectors.
+# Arguments of encode that say how to compute, and so change no vector.
 _HOW = ("batch_size", "show_progress_bar", "device", "pool", "chunk_size")
+# The prompts that the methods look for where none is named, in sentence-transformers' order.
+_PROMPT_NAMES = {"encode": (), "encode_query": ("query",), "encode_document": ("document", "passage", "corpus")}
+_UNIT_TOLERANCE = 1e-2  # bfloat16 is exact to 4e-3
+_ONE_PROCESS = (
+    "layers are encoded in this process: give one device, no list and no pool, or leave layers out to use several."
+)
+# One thread encodes with a model at a time: modes and flags are set on it for as long as that takes.
+_encoding: weakref.WeakKeyDictionary[SentenceTransformer, Any] = weakref.WeakKeyDictionary()
 
 
 class EmbeddingStore:
-    """Full-width vectors of every distinct text, encoded once per prompt, task and further argument.
+    """Full-width vectors of every distinct text, encoded once per method and prompt.
+
+    A call with further arguments (a task, processing options) is encoded with exactly these each time. Several threads
+    may use a store, and several stores a model.
 
     Args:
         model: The SentenceTransformer that encodes.
@@ -67,14 +78,16 @@ class EmbeddingStore:
         self.layers = None if layers is None else check_layers(layers, model)
         self.width = full_width(model)
         self.memory_limit = checked_limit(memory_limit)
-        self._where = {"device": check_place(device, self.layers)}
-        self._vectors = Vectors(1 if self.layers is None else len(self.layers), self.width, self.memory_limit)
-        self._spaces: dict[Any, dict[str, int]] = {}
+        self._device = check_place(device, self.layers)
+        self._states = 1 if self.layers is None else len(self.layers)
+        self._vectors = Vectors(self._states, self.width, self.memory_limit)
+        self._rows: dict[Any, dict[str, int]] = {}
         self._calibration: int | None = None
         self._ranges: dict[tuple[int, int, bool], np.ndarray] = {}
         self._pools: dict[tuple[str, ...], Any] = {}
         self._unit_length = True
         self._stop_pools: Any = None
+        self._lock = threading.RLock()
 
     def __enter__(self) -> EmbeddingStore:
         return self
@@ -107,14 +120,15 @@ class EmbeddingStore:
 
     def clear(self) -> None:
         """Forget all vectors, free memory and file, and stop processes that the store has started."""
-        self._vectors.close()
-        self._spaces.clear()
-        self._ranges.clear()
-        self._calibration = None
-        self._unit_length = True
-        if self._stop_pools is not None:
-            self._stop_pools()
-            self._stop_pools = None
+        with self._lock:
+            self._vectors.close()
+            self._rows.clear()
+            self._ranges.clear()
+            self._calibration = None
+            self._unit_length = True
+            if self._stop_pools is not None:
+                self._stop_pools()
+                self._stop_pools = None
 
     def view(
         self,
@@ -148,62 +162,54 @@ class EmbeddingStore:
         return DimView(self, dim, layer, precision, normalize, normalize_uncut)
 
     def rows_of(self, texts: Sequence[str], method: str = "encode", **given: Any) -> np.ndarray:
-        """Where the vectors of ``texts`` are, after encoding those that are new.
+        """Row numbers for :meth:`vectors`, (n,), after encoding the texts that are new.
 
-        Args:
-            texts: The texts, n of them.
-            method: ``"encode"``, ``"encode_query"`` or ``"encode_document"``: the model's method that encodes.
-            **given: What that method takes and that says what or how to encode (``prompt``, ``prompt_name``, ``task``,
-                ``batch_size``, ``device``, ``pool`` and so on). It gets exactly these.
-
-        Returns:
-            Row numbers for :meth:`vectors`, shape (n,).
-
-        Raises:
-            TypeError: If an input is not a text, or an argument is of a kind that cannot be told from another one.
-            ValueError: If the model gives NaN or infinite values, or the grid cannot do what the method does.
+        ``method`` is the model's method that encodes, ``given`` what it gets besides the texts: exactly this.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of texts, got one text.")
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"per-dimension evaluation encodes texts only, got an input of {type(text).__name__}.")
-        row_of = self._spaces.setdefault(self._key(method, given), {})
-        portion = max(1, _PORTION_BYTES // (4 * self.width * (1 if self.layers is None else len(self.layers))))
-        encode: Callable[[list[str]], np.ndarray] | None = None
-        for start in range(0, len(texts), portion):
-            new = [text for text in dict.fromkeys(texts[start : start + portion]) if text not in row_of]
-            if not new:
-                continue
-            if encode is None:
-                encode = self._encoder(method, given, new, fresh=not row_of)
-            vectors = encode(new)
-            finite = np.isfinite(vectors).all(axis=(1, 2))
-            if not finite.all():
-                first = int(np.flatnonzero(~finite)[0])
-                raise ValueError(
-                    f"embeddings hold NaN or infinite values for {int((~finite).sum())} of {len(new)} texts, "
-                    f"the first is {new[first][:80]!r}; check the model's weights and its precision (fp16?)."
-                )
-            lengths = np.linalg.norm(vectors[:, -1], axis=1)
-            self._unit_length = self._unit_length and bool(np.abs(lengths - 1).max() < _UNIT_TOLERANCE)
-            first_row = len(self._vectors)
-            self._vectors.append(vectors)
-            row_of.update(zip(new, range(first_row, first_row + len(new)), strict=True))
-        return np.fromiter((row_of[text] for text in texts), dtype=np.int64, count=len(texts))
+        portion = max(1, _PORTION_BYTES // (4 * self.width * self._states))
+        with self._lock:
+            row_of = self._rows_for(method, given)
+            checked = bool(row_of)
+            for start in range(0, len(texts), portion):
+                new = [text for text in dict.fromkeys(texts[start : start + portion]) if text not in row_of]
+                if not new:
+                    continue
+                with _encoding.setdefault(self.model, threading.RLock()):
+                    vectors = self._encode(new, method, given, checked)
+                checked = True
+                self._note_lengths(new, vectors)
+                first = len(self._vectors)
+                self._vectors.append(vectors)
+                row_of.update(zip(new, range(first, first + len(new)), strict=True))
+            return np.fromiter((row_of[text] for text in texts), dtype=np.int64, count=len(texts))
+
+    def _rows_for(self, method: str, given: dict[str, Any]) -> dict[str, int]:
+        """Rows of the texts that this call has in common with earlier ones; none, if anything but a prompt is given."""
+        if given.keys() - {*_HOW, "prompt", "prompt_name"}:
+            return {}
+        prompts = (tuple(self.model.prompts.items()), self.model.default_prompt_name)
+        return self._rows.setdefault((method, given.get("prompt"), given.get("prompt_name"), prompts), {})
+
+    def _note_lengths(self, texts: list[str], vectors: np.ndarray) -> None:
+        finite = np.isfinite(vectors).all(axis=(1, 2))
+        if not finite.all():
+            first = int(np.flatnonzero(~finite)[0])
+            raise ValueError(
+                f"embeddings hold NaN or infinite values for {int((~finite).sum())} of {len(texts)} texts, "
+                f"the first is {texts[first][:80]!r}; check the model's weights and its precision (fp16?)."
+            )
+        lengths = np.linalg.norm(vectors[:, -1], axis=1)
+        self._unit_length = self._unit_length and bool(np.abs(lengths - 1).max() < _UNIT_TOLERANCE)
 
     def vectors(self, rows: np.ndarray, dim: int, layer: int | None = None) -> np.ndarray:
-        """Vectors cut to ``dim``, not renormalised.
-
-        Args:
-            rows: What :meth:`rows_of` gave, n row numbers.
-            dim: Width of the vectors.
-            layer: One of the store's layers; None for the final vector.
-
-        Returns:
-            float32 array of shape (n, dim).
-        """
-        return self._vectors.gather(rows, self._state(layer), dim)
+        """Vectors of what :meth:`rows_of` gave, cut to ``dim`` and not renormalised, (n, dim)."""
+        with self._lock:
+            return self._vectors.gather(rows, self._state(layer), dim)
 
     def portions(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """The row numbers in parts, each of which takes one block of memory at full width."""
@@ -215,114 +221,75 @@ class EmbeddingStore:
 
         Call it when all texts of an evaluation are stored. Values of texts that come later are clipped to the range.
         """
-        self._calibration = len(self._vectors)
-        self._ranges.clear()
+        with self._lock:
+            self._calibration = len(self._vectors)
+            self._ranges.clear()
 
     def int8_ranges(self, dim: int, layer: int | None, normalize: bool) -> np.ndarray:
-        """Smallest and largest value per position over the calibration texts: one calibration for all.
-
-        Args:
-            dim: Width of the vectors.
-            layer: One of the store's layers; None for the final vector.
-            normalize: Whether vectors are renormalised after the cut.
-
-        Returns:
-            Array of shape (2, dim).
-
-        Raises:
-            ValueError: If :meth:`calibrate` was not called, or nothing was stored then.
-        """
+        """Smallest and largest value of each position over the calibration texts, (2, dim)."""
         if not self._calibration:
             raise ValueError(
                 "int8 has no calibration texts, and must not depend on what happens to be stored: encode all texts "
                 "of the evaluation through a float32 view, then call calibrate() on the store."
             )
         key = (dim, self._state(layer), normalize)
-        if key not in self._ranges:
-            low, high = np.full(dim, np.inf, dtype=np.float32), np.full(dim, -np.inf, dtype=np.float32)
-            for block in self._vectors.leading(self._calibration, self._state(layer), dim):
-                vectors = unit_length(block) if normalize else block
-                low, high = np.minimum(low, vectors.min(axis=0)), np.maximum(high, vectors.max(axis=0))
-            self._ranges[key] = np.stack([low, high])
-        return self._ranges[key]
+        with self._lock:
+            if key not in self._ranges:
+                low, high = np.full(dim, np.inf, dtype=np.float32), np.full(dim, -np.inf, dtype=np.float32)
+                for block in self._vectors.leading(self._calibration, self._state(layer), dim):
+                    vectors = unit_length(block) if normalize else block
+                    low, high = np.minimum(low, vectors.min(axis=0)), np.maximum(high, vectors.max(axis=0))
+                self._ranges[key] = np.stack([low, high])
+            return self._ranges[key]
 
     def _state(self, layer: int | None) -> int:
         return 0 if self.layers is None else self.layers.index(layer if layer is not None else self.layers[-1])
 
-    def _key(self, method: str, given: dict[str, Any]) -> Any:
-        """Two calls with the same key give a text the same vector."""
-        model = self.model
-        prompt, prompt_name = given.get("prompt"), given.get("prompt_name")
-        others = {name: value for name, value in given.items() if name not in (*_HOW, "prompt", "prompt_name")}
-        named: Any = (method, prompt_name, prompt)
-        if not reads_task(model):
-            # The three methods then differ by the prompt alone, so that a text counts once if there is none.
-            others.pop("task", None)
-            if prompt is not None:
-                named = prompt
-            elif not any(model.prompts.values()) and (prompt_name is None or prompt_name in model.prompts):
-                named = ""
-        prompts = (tuple(model.prompts.items()), model.default_prompt_name)
-        return named, prompts, tuple(sorted((name, frozen(name, value)) for name, value in others.items()))
-
-    def _encoder(
-        self, method: str, given: dict[str, Any], texts: list[str], fresh: bool
-    ) -> Callable[[list[str]], np.ndarray]:
-        """What encodes new texts, at full width: the model's own method, or the layers behind it."""
+    def _encode(self, texts: list[str], method: str, given: dict[str, Any], checked: bool) -> np.ndarray:
+        """(n, S, D) at full width, by the model's own method or the layers behind it."""
         given = {name: value for name, value in given.items() if not (name in _HOW and value is None)}
-        where: dict[str, Any] = {name: given.pop(name) for name in ("device", "pool") if name in given}
-        where = where or {name: value for name, value in self._where.items() if value is not None}
-        direct = getattr(self.model, method)
-        if self.layers is None:
-            if "pool" not in where and _is_several(where.get("device")):
-                where = {"pool": self._own_pool(where["device"])}
+        if self._device is not None and not {"device", "pool"} & given.keys():
+            given["device"] = self._device
+        several = isinstance(given.get("device"), (list, tuple)) and len(given["device"]) > 0
+        if self.layers is not None:
+            if several or "pool" in given:
+                raise ValueError(_ONE_PROCESS)
+            return self._encode_layers(texts, method, given, checked)
+        if several and "pool" not in given:
+            given["pool"] = self._own_pool(given.pop("device"))
+        vectors = getattr(self.model, method)(texts, truncate_dim=NO_CUT, convert_to_numpy=True, **given)
+        return np.asarray(vectors, dtype=np.float32)[:, None, :]
 
-            def final(new: list[str]) -> np.ndarray:
-                vectors = direct(new, truncate_dim=NO_CUT, convert_to_numpy=True, **where, **given)
-                return np.asarray(vectors, dtype=np.float32)[:, None, :]
-
-            return final
-
-        if "pool" in where or _is_several(where.get("device")):
-            raise ValueError(_NO_PROCESSES)
-        if where:
-            # as encode does with one device
-            self.model.to(where["device"])
-        how = {"batch_size": given.get("batch_size", 32), "show_progress_bar": bool(given.get("show_progress_bar"))}
+    def _encode_layers(self, texts: list[str], method: str, given: dict[str, Any], checked: bool) -> np.ndarray:
+        """The layers that the store keeps; their last must give what the method gives, or they are another model's."""
+        model, layers = self.model, self.layers or ()
+        if "device" in given:  # as encode does with one device
+            model.to(given["device"])
+        how = {name: given[name] for name in ("batch_size", "show_progress_bar") if name in given}
         asked = {name: value for name, value in given.items() if name not in _HOW}
-        prompt, options = as_preprocess_sees_it(self.model, method, asked)
-        if unused := sorted(set(options) & set(self.model.get_model_kwargs())):
+        options = {name: value for name, value in asked.items() if name not in ("prompt", "prompt_name")}
+        if method != "encode":
+            options.setdefault("task", method.removeprefix("encode_"))
+        if unused := sorted(set(options) & set(model.get_model_kwargs())):
             raise ValueError(
                 f"layers: {method} hands {', '.join(unused)} to the forward pass of the model's modules, which the "
                 "layers cannot reproduce; leave layers out for this model."
             )
-        if fresh:
-            self._check_layers_follow(method, asked, max(texts, key=len), prompt, options)
-
-        def layered(new: list[str]) -> np.ndarray:
-            assert self.layers is not None
-            return encode_layers(self.model, new, self.layers, prompt=prompt, **how, **options)
-
-        return layered
-
-    def _check_layers_follow(
-        self, method: str, asked: dict[str, Any], text: str, prompt: str | None, options: dict[str, Any]
-    ) -> None:
-        """The last layer must give what the method gives: a module in between may do more than the layers see."""
-        last = encode_layers(self.model, [text], [model_depth(self.model)], prompt=prompt, **options)[0, 0]
-        with evaluation_mode(self.model):
-            expected = getattr(self.model, method)(
-                [text], truncate_dim=NO_CUT, convert_to_numpy=True, show_progress_bar=False, **asked
-            )
-        expected = np.asarray(expected, dtype=np.float32)[0]
-        half = in_half_precision(self.model)
-        scale = max(float(np.abs(expected).max()), 1e-6)
-        worst = float(np.abs(last - expected).max()) if last.shape == expected.shape else float("inf")
-        if np.isfinite(expected).all() and worst > (5e-2 if half else 1e-3) * scale:
-            raise ValueError(
-                f"layers: the last layer's vector of {text[:80]!r} differs by {worst:.1e} from what {method} gives for "
-                "it, so the layers would score another model; leave layers out for this one."
-            )
+        named = (asked.get("prompt_name"), *_PROMPT_NAMES.get(method, ()))
+        name = next((name for name in named if name in model.prompts), None)
+        prompt = asked["prompt"] if asked.get("prompt") is not None else model.prompts.get(str(name))
+        if not checked:
+            longest = [max(texts, key=len)]
+            with evaluation_mode(model):
+                own = getattr(model, method)(longest, truncate_dim=NO_CUT, show_progress_bar=False, **asked)
+            last = encode_layers(model, longest, [model_depth(model)], prompt=prompt, **options)[:, 0]
+            own = np.asarray(own, dtype=np.float32)
+            if own.shape != last.shape or not compare_vectors(own, last, half=in_half_precision(model)).same:
+                raise ValueError(
+                    f"layers: the last layer's vector of {longest[0][:80]!r} is not what {method} gives for it, so the "
+                    "layers would score another model; leave layers out for this one."
+                )
+        return encode_layers(model, texts, layers, prompt=prompt, **how, **options)
 
     def _own_pool(self, devices: Sequence[Any]) -> Any:
         """Processes for these devices: started once, since a start costs seconds."""
@@ -335,12 +302,6 @@ class EmbeddingStore:
         return self._pools[key]
 
 
-_UNIT_TOLERANCE = 1e-2  # bfloat16 is exact to 4e-3
-_NO_PROCESSES = (
-    "layers are encoded in this process: give one device, no list and no pool, or leave layers out to use several."
-)
-
-
 def _stop_pools(model: SentenceTransformer, pools: dict[Any, Any], device: torch.device) -> None:
     try:
         for pool in pools.values():
@@ -350,24 +311,8 @@ def _stop_pools(model: SentenceTransformer, pools: dict[Any, Any], device: torch
         model.to(device)
 
 
-def _is_several(device: Any) -> bool:
-    return isinstance(device, (list, tuple)) and len(device) > 0
-
-
 def check_place(device: Any, layers: Sequence[int] | None) -> Any:
-    """Where to encode: a device, or several of them if no layers are asked for.
-
-    Args:
-        device: What the caller gave.
-        layers: The layers, or None.
-
-    Returns:
-        None, one device, or a list.
-
-    Raises:
-        TypeError: If it is neither.
-        ValueError: If it is an empty list, or a list together with layers.
-    """
+    """Where to encode: a device, or several of them if no layers are asked for; None for the model's own."""
     if device is None or isinstance(device, (str, torch.device)):
         return device
     if not isinstance(device, (list, tuple)):
@@ -375,21 +320,10 @@ def check_place(device: Any, layers: Sequence[int] | None) -> Any:
     if not device:
         raise ValueError("device is an empty list: name at least one device, or None for the model's.")
     if layers is not None:
-        raise ValueError(_NO_PROCESSES)
+        raise ValueError(_ONE_PROCESS)
     return list(device)
 
 
 def checked_limit(memory_limit: Any) -> int | None:
-    """Bytes, or None for no limit.
-
-    Args:
-        memory_limit: What the caller gave.
-
-    Returns:
-        The bytes, or None.
-
-    Raises:
-        TypeError: If it is no number.
-        ValueError: If it is negative.
-    """
+    """Bytes, or None for no limit."""
     return None if memory_limit is None else int(checked_number("memory_limit", memory_limit, 0))

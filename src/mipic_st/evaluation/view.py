@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
-from mipic_st.evaluation.calls import given_arguments
 from mipic_st.evaluation.precisions import PRECISIONS
 from mipic_st.evaluation.vectors import write_array
 from mipic_st.numerics import unit_length
@@ -110,13 +111,28 @@ class DimView:
 
     def encode_multi_process(self, *args: Any, **kwargs: Any) -> Any:
         """``SentenceTransformer.encode_multi_process`` at this dim; its arguments, in its order."""
-        inputs, given = given_arguments(self._store.model, "encode_multi_process", args, kwargs)
+        inputs, given = self._arguments("encode_multi_process", args, kwargs)
         return self._encode("encode", (inputs,), given)
+
+    def _arguments(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The inputs of a call, and by name whatever else it gives, as the method of the model's class reads them."""
+        for alias in ("inputs", "sentences"):
+            if not args and alias in kwargs:
+                args = (kwargs.pop(alias),)
+        signature = inspect.signature(getattr(type(self._store.model), method))
+        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in signature.parameters.values()):
+            signature = inspect.signature(getattr(SentenceTransformer, method))  # hands everything on
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(name, {})
+        own, first = list(given)[:2]
+        del given[own]
+        return given.pop(first), given
 
     def _encode(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.encode_calls += 1
-        model = self._store.model
-        inputs, given = given_arguments(model, method, args, kwargs)
+        inputs, given = self._arguments(method, args, kwargs)
         output_value = given.pop("output_value", "sentence_embedding")
         precision = given.pop("precision", None)
         convert_to_numpy = given.pop("convert_to_numpy", True)
@@ -131,14 +147,14 @@ class DimView:
             raise ValueError(f"the evaluator asks for truncate_dim={truncate_dim} at dim {self._dim}; leave it unset.")
         if precision not in (None, "float32") and self._precision != "float32":
             raise ValueError(f"the evaluator quantises to {precision} itself; leave its precision unset.")
-        single = model.is_singular_input(inputs)
+        single = self._store.model.is_singular_input(inputs)
         texts = [inputs] if single else list(inputs)
         rows = self._store.rows_of(texts, method, **given)
         result: Any = self._collect(rows, self._unit or normalize_embeddings)
         if precision not in (None, "float32") and len(result):
             result = quantize_embeddings(result, precision=precision)
         if convert_to_tensor:
-            result = torch.as_tensor(result, device=model.device)
+            result = torch.as_tensor(result, device=self._store.model.device)
         elif not convert_to_numpy:
             result = list(torch.as_tensor(result))
         return result[0] if single else result
