@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -35,3 +36,21 @@ def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON as people read it."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_whole(path: str | PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place and move it there: readers see the old file or the new one, never a part.
+
+    A link is replaced, what it points to stays. A terminal or a pipe has no place beside it and is written to.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        write(path)
+        return
+    beside = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}.part")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

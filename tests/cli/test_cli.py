@@ -301,7 +301,7 @@ def test_eval_compares_models_side_by_side(tmp_path, capsys, monkeypatch):
     """Two local folders, a local task: tables, plots, best marked, exit code 0."""
     import pandas as pd
 
-    from mipic_st.evaluation import mteb as mteb_tasks
+    from mipic_st.evaluation import tasks as mteb_tasks
 
     for name, layers in (("one", 1), ("four", 4)):
         tiny_model(tmp_path, layers=layers).save_pretrained(str(tmp_path / name))

@@ -1,15 +1,13 @@
 """Invariants of evaluate_mteb: equal to mteb's own run, no collisions, resumable, random state kept."""
 
 import copy
-import importlib.util
 import json
 import logging
 import multiprocessing
 import os
 import random
 import sys
-import time
-from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,16 +16,18 @@ import torch
 
 from conftest import sentences
 from evaluation_fixtures import CountingModel, tiny_model
-from mipic_st.evaluation import mteb as mteb_tasks
+from mipic_st.encoder.fingerprint import fingerprint
 from mipic_st.evaluation import mteb_data
-from mipic_st.evaluation.mteb import TASK_GROUPS, evaluate_mteb
+from mipic_st.evaluation import tasks as mteb_tasks
+from mipic_st.evaluation.mteb import evaluate_mteb
+from mipic_st.evaluation.tasks import TASK_GROUPS
 
 mteb = pytest.importorskip("mteb")
 
 
 @pytest.fixture
 def tiny_tasks():
-    """Real task classes with a handful of rows; objects, so that no file carries a partial set under MTEB's name."""
+    """Real task classes with a handful of rows: objects, whose scores go to no file."""
     from datasets import Dataset, DatasetDict
 
     sts = mteb.get_task("STS13")
@@ -56,11 +56,46 @@ def tiny_tasks():
 
 
 @pytest.fixture
+def any_size(monkeypatch):
+    """mteb does not say how many rows a set has."""
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    monkeypatch.setattr(TaskMetadata, "descriptive_stats", None)
+
+
+@pytest.fixture
+def sts13(tmp_path, monkeypatch, any_size):
+    """Arguments for STS13 by name, from a small local file that passes for MTEB's set."""
+    frame = pairs(1, 20).to_pandas()
+    (tmp_path / "data").mkdir()
+    frame.to_csv(tmp_path / "data" / "sts13_test.csv", index=False)
+    digest = mteb_data.set_digest("STS", {column: frame[column].tolist() for column in frame})
+    monkeypatch.setitem(mteb_data.KNOWN_SETS, "STS13", {"test": digest})
+    return {"tasks": ["STS13"], "data_dir": tmp_path / "data"}
+
+
+@pytest.fixture
+def by_name(monkeypatch):
+    """(tasks) -> the name of a benchmark that has them, for what is narrowed and given by name."""
+    benchmarks = {}
+    monkeypatch.setattr(mteb, "get_benchmark", lambda name: SimpleNamespace(tasks=benchmarks[name]()))
+
+    def make(name, tasks):
+        benchmarks[name] = tasks
+        return name
+
+    return make
+
+
+@pytest.fixture
 def model(tmp_path):
     return tiny_model(tmp_path / "model")
 
 
 def run(model, tasks, dims, output, **kwargs):
+    if isinstance(tasks, dict):
+        kwargs, tasks = {**tasks, **kwargs}, tasks["tasks"]
+        del kwargs["tasks"]
     report = evaluate_mteb(model, tasks, dims, output=output, show_progress_bar=False, **kwargs)
     return {(row["task"], row["dim"], row["precision"]): row["score"] for row in report.records}
 
@@ -82,10 +117,10 @@ def test_each_text_is_encoded_once_for_all_dims(model, tiny_tasks, tmp_path, mon
     assert sorted(counted.texts) == sorted({*data["sentence1"], *data["sentence2"]})
 
 
-def test_dims_and_models_never_share_a_result(tiny_tasks, tmp_path):
+def test_dims_and_models_never_share_a_result(sts13, tmp_path):
     """Two models under one name and three dims: six different scores, all read back by mteb's ResultCache."""
     models = [tiny_model(tmp_path / str(layers), layers=layers) for layers in (1, 4)]
-    scores = [run(m, tiny_tasks[:1], [4, 8, 32], tmp_path / "out", model_name="org/same") for m in models]
+    scores = [run(m, sts13, [4, 8, 32], tmp_path / "out", model_name="org/same") for m in models]
     values = [value for part in scores for value in part.values()]
     assert len(set(values)) == 6
     files = list((tmp_path / "out").rglob("STS13.json"))
@@ -93,34 +128,56 @@ def test_dims_and_models_never_share_a_result(tiny_tasks, tmp_path):
     assert sorted(read) == pytest.approx(sorted(values))
 
 
-def test_result_cache_of_mteb_finds_the_results(model, tiny_tasks, tmp_path):
-    """mteb.ResultCache(output).load_results lists the task for the model."""
-    run(model, tiny_tasks[:1], [8], tmp_path, model_name="org/m")
-    path = mteb.ResultCache(tmp_path).get_task_result_path(
-        "STS13", "org/m", mteb_tasks.fingerprint(model), experiment_name="truncate_dim_8"
-    )
-    assert path.is_file()
-    with pytest.raises(TypeError, match="model_name must be a text, got 3"):
-        run(model, tiny_tasks[:1], [8], tmp_path, model_name=3)
+def test_another_method_on_the_instance_is_another_model(sts13, tmp_path):
+    """An instruction in front of each text gives its own score, in a folder with the plain model's."""
+    model = tiny_model(tmp_path / "m")
+    plain = run(model, sts13, [8], tmp_path / "out")
+    original = model.encode
+    model.encode = lambda texts, **options: original([f"house {text}" for text in texts], **options)
+    changed = run(model, sts13, [8], tmp_path / "out")
+    assert changed == run(model, sts13, [8], tmp_path / "fresh") != plain
 
 
-def test_resume_runs_only_what_is_missing(model, tiny_tasks, tmp_path, monkeypatch):
+def test_resume_runs_only_what_is_missing(model, sts13, tmp_path, monkeypatch):
     """A second run encodes nothing; a run with one more dim gives the old scores and the new one."""
-    first = run(model, tiny_tasks[:1], [4, 8], tmp_path)
+    first = run(model, sts13, [4, 8], tmp_path)
     counted = CountingModel(model, monkeypatch)
-    assert run(model, tiny_tasks[:1], [4, 8], tmp_path) == first
+    assert run(model, sts13, [4, 8], tmp_path) == first
     assert counted.texts == []
-    more = run(model, tiny_tasks[:1], [4, 8, 16], tmp_path)
+    more = run(model, sts13, [4, 8, 16], tmp_path)
     assert {key: more[key] for key in first} == first
     assert len(counted.texts) > 0
 
 
-def test_int8_of_a_resumed_run_equals_that_of_a_whole_run(model, tiny_tasks, tmp_path):
+def test_int8_of_a_resumed_run_equals_that_of_a_whole_run(model, sts13, tmp_path):
     """int8 is calibrated on all texts, also when float32 came from an earlier run."""
-    whole = run(model, tiny_tasks[:1], [8], tmp_path / "a", precisions=["float32", "int8"])
-    run(model, tiny_tasks[:1], [8], tmp_path / "b")
-    resumed = run(model, tiny_tasks[:1], [8], tmp_path / "b", precisions=["float32", "int8"])
+    whole = run(model, sts13, [8], tmp_path / "a", precisions=["float32", "int8"])
+    run(model, sts13, [8], tmp_path / "b")
+    resumed = run(model, sts13, [8], tmp_path / "b", precisions=["float32", "int8"])
     assert resumed == whole
+
+
+def test_a_model_name_is_a_text(model, sts13, tmp_path):
+    """A number is none."""
+    with pytest.raises(TypeError, match="model_name must be a text, got 3"):
+        run(model, sts13, [8], tmp_path, model_name=3)
+
+
+def test_the_model_passes_through_four_modules(model, tiny_tasks, tmp_path):
+    """Who holds the model while a score is made: few places to look at when a score is wrong."""
+    seen = set()
+
+    def look(frame, event, _):
+        module = frame.f_globals.get("__name__", "")
+        if event == "return" and module.startswith("mipic_st.") and any(v is model for v in frame.f_locals.values()):
+            seen.add(module.removeprefix("mipic_st."))
+
+    sys.setprofile(look)
+    try:
+        run(model, tiny_tasks, [8, 32], tmp_path)
+    finally:
+        sys.setprofile(None)
+    assert seen == {"evaluation.mteb", "evaluation.store", "encoder.fingerprint", "encoder.structure"}
 
 
 def test_random_state_of_the_caller_is_untouched(model, tiny_tasks, tmp_path):
@@ -249,40 +306,41 @@ def native(model, task):
 
 def score_of(model, task, output, dim=32, **kwargs):
     """The one score of a run at one dim."""
-    return evaluate_mteb(model, [task], [dim], output=output, show_progress_bar=False, **kwargs).records[-1]["score"]
+    tasks = task if isinstance(task, str) else [task]
+    return evaluate_mteb(model, tasks, [dim], output=output, show_progress_bar=False, **kwargs).records[-1]["score"]
 
 
-def test_a_score_is_of_the_tasks_own_subsets(model, tmp_path):
+@pytest.fixture
+def named_sts22(by_name, monkeypatch):
+    """(subsets) -> STS22 by name, narrowed to them, with the data of `sts22`."""
+
+    def load(task, *args, **kwargs):
+        task.dataset, task.data_loaded = sts22(*task.hf_subsets).dataset, True
+
+    monkeypatch.setattr(type(mteb.get_task("STS22")), "load_data", load)
+    monkeypatch.setattr(mteb_tasks, "_on_hub", lambda task: True)
+
+    def make(*subsets):
+        return by_name("+".join(subsets), lambda: [mteb.get_task("STS22", hf_subsets=list(subsets))])
+
+    return make
+
+
+def test_a_score_is_of_the_tasks_own_subsets(model, named_sts22, tmp_path):
     """English alone gives the same before and after French went into the same folder, and both give their mean."""
     english, french = native(model, sts22("en")), native(model, sts22("fr"))
     assert english != pytest.approx(french, abs=1e-3)
     for subsets, expected in ((["en"], english), (["fr"], french), (["en"], english), (["en", "fr"], None)):
         expected = (english + french) / 2 if expected is None else expected
-        assert score_of(model, sts22(*subsets), tmp_path) == pytest.approx(expected, abs=2e-6)
+        assert score_of(model, named_sts22(*subsets), tmp_path) == pytest.approx(expected, abs=2e-6)
 
 
-def test_subsets_that_a_task_loads_are_told_apart(model, tmp_path):
-    """The same for data that the task loads by itself, whose results carry nothing but mteb's own entries."""
-
-    def load(task):
-        task.dataset = {name: {"test": pairs({"en": 1, "fr": 3}[name])} for name in task.hf_subsets}
-
-    scores = []
-    for name in ("en", "fr", "en"):
-        task = own_loader(mteb.get_task("STS22", hf_subsets=[name]), load)
-        scores.append(score_of(model, task, tmp_path))
-    expected = [native(model, sts22(name)) for name in ("en", "fr", "en")]
-    assert scores == pytest.approx(expected, abs=2e-6)
-    (path,) = tmp_path.rglob("STS22.json")
-    assert "mipic_st" not in path.read_text()
-
-
-def test_both_subsets_are_in_one_file_of_mteb(model, tmp_path, monkeypatch):
+def test_both_subsets_are_in_one_file_of_mteb(model, named_sts22, tmp_path, monkeypatch):
     """What is there is not encoded again, and mteb reads both subsets from the file."""
-    score_of(model, sts22("en"), tmp_path)
-    score_of(model, sts22("fr"), tmp_path)
+    score_of(model, named_sts22("en"), tmp_path)
+    score_of(model, named_sts22("fr"), tmp_path)
     counted = CountingModel(model, monkeypatch)
-    score_of(model, sts22("en", "fr"), tmp_path)
+    score_of(model, named_sts22("en", "fr"), tmp_path)
     assert counted.texts == []
     (path,) = tmp_path.rglob("STS22.json")
     assert set(mteb.results.TaskResult.from_disk(path).hf_subsets) == {"en", "fr"}
@@ -290,9 +348,8 @@ def test_both_subsets_are_in_one_file_of_mteb(model, tmp_path, monkeypatch):
 
 def test_tasks_of_one_name_with_other_subsets_are_both_kept(model, tmp_path):
     """A row each, under a name that says the subsets, with its own score; the same one twice counts once."""
-    report = evaluate_mteb(
-        model, [sts22("en"), sts22("fr"), sts22("en")], [32], output=tmp_path, show_progress_bar=False
-    )
+    english, french = sts22("en"), sts22("fr")
+    report = evaluate_mteb(model, [english, french, english], [32], output=tmp_path, show_progress_bar=False)
     assert [row["task"] for row in report.records] == ["STS22 (en)", "STS22 (fr)"]
     expected = [native(model, sts22(name)) for name in ("en", "fr")]
     assert [row["score"] for row in report.records] == pytest.approx(expected, abs=2e-6)
@@ -323,21 +380,24 @@ def test_all_splits_of_a_task_count(model, tmp_path, monkeypatch):
     assert score_of(model, task, tmp_path) == pytest.approx(native(model, task), abs=2e-6)
 
 
-def test_int8_of_a_subset_does_not_depend_on_what_ran_before(model, tmp_path):
+def test_int8_of_a_subset_does_not_depend_on_what_ran_before(model, named_sts22, tmp_path):
     """int8 is calibrated on the texts of the run: a folder with one subset's results changes nothing."""
     options = {"precisions": ["float32", "int8"], "dim": 8}
-    fresh = score_of(model, sts22("en", "fr"), tmp_path / "a", **options)
-    score_of(model, sts22("en"), tmp_path / "b", **options)
-    assert score_of(model, sts22("en", "fr"), tmp_path / "b", **options) == fresh
-    alone = score_of(model, sts22("en"), tmp_path / "c", **options)
-    assert score_of(model, sts22("en"), tmp_path / "b", **options) == alone
+    fresh = score_of(model, named_sts22("en", "fr"), tmp_path / "a", **options)
+    score_of(model, named_sts22("en"), tmp_path / "b", **options)
+    assert score_of(model, named_sts22("en", "fr"), tmp_path / "b", **options) == fresh
+    alone = score_of(model, named_sts22("en"), tmp_path / "c", **options)
+    assert score_of(model, named_sts22("en"), tmp_path / "b", **options) == alone != fresh
 
 
-def test_two_data_sets_under_one_name_are_refused(model, tmp_path, monkeypatch):
-    """One row cannot have two scores; nothing is encoded."""
+@pytest.mark.parametrize("other", [lambda: sts22("en", en=pairs(9)), lambda: "STS22 by name"])
+def test_two_tasks_of_one_label_are_refused(model, tmp_path, monkeypatch, other):
+    """One row cannot have two scores, of two objects or of an object and a name; nothing is encoded."""
     counted = CountingModel(model, monkeypatch)
-    with pytest.raises(ValueError, match=r"STS22 \(en\) is given twice with different data"):
-        evaluate_mteb(model, [sts22("en"), sts22("en", en=pairs(9))], [8], output=tmp_path)
+    english, original = sts22("en"), mteb.get_task
+    monkeypatch.setattr(mteb, "get_task", lambda name, **_: original("STS22", hf_subsets=["en"]))
+    with pytest.raises(ValueError, match=r"STS22 \(en\) is given twice, and an object of yours"):
+        evaluate_mteb(model, [english, other()], [8], output=tmp_path)
     assert counted.texts == []
 
 
@@ -440,16 +500,29 @@ def aggregate(monkeypatch):
     return task
 
 
-def test_an_aggregate_is_the_mean_of_its_parts(model, aggregate, tmp_path, monkeypatch):
-    """One row per dim, mteb's own combination; a second run encodes nothing."""
+def test_an_aggregate_is_the_mean_of_its_parts(model, aggregate, tmp_path):
+    """One row per dim, mteb's own combination."""
     ours = run(model, [aggregate], [8, 32], tmp_path)
     assert len(ours) == 2
     parts = [native(model, part) for part in aggregate.metadata.tasks]
     assert len(set(parts)) == 2
     assert ours["CQADupstackRetrieval", 32, "float32"] == pytest.approx(np.mean(parts), abs=2e-6)
+
+
+def test_an_aggregate_by_name_is_resumed(model, aggregate, by_name, tmp_path, monkeypatch):
+    """Its parts and itself are in files, and a second run encodes nothing."""
+    for part in aggregate.metadata.tasks:
+        data = part.dataset
+        monkeypatch.setattr(
+            type(part), "load_data", lambda task, data=data, **_: vars(task).update(dataset=data, data_loaded=True)
+        )
+        part.unload_data()
+    monkeypatch.setattr(mteb_tasks, "_on_hub", lambda task: True)
+    name = by_name("dupes", lambda: [aggregate])
+    ours = run(model, name, [8, 32], tmp_path)
     assert {path.stem for path in tmp_path.rglob("CQA*.json")} >= {part.metadata.name for part in aggregate.tasks}
     counted = CountingModel(model, monkeypatch)
-    assert run(model, [aggregate], [8, 32], tmp_path) == ours
+    assert run(model, name, [8, 32], tmp_path) == ours
     assert counted.texts == []
 
 
@@ -551,14 +624,6 @@ def test_the_local_cache_of_datasets_is_used_offline(model, tmp_path, monkeypatc
 # --- local files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def any_size(monkeypatch):
-    """mteb does not say how many rows a set has."""
-    from mteb.abstasks.task_metadata import TaskMetadata
-
-    monkeypatch.setattr(TaskMetadata, "descriptive_stats", None)
-
-
 def write_pairs(path, count, seed=1):
     frame = {"sentence1": sentences(count, seed), "sentence2": sentences(count, seed + 1)}
     frame["score"] = [round((7 * i % 51) / 10, 1) for i in range(count)]
@@ -571,7 +636,7 @@ def test_random_pairs_do_not_pass_for_sts13(model, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         ((task, *_),) = run(model, ["STS13"], [8], tmp_path / "out", data_dir=tmp_path)
     assert task.startswith("STS13-local-")
-    assert f"differs from MTEB's set, so its scores are called {task}" in caplog.text
+    assert f"not known to be MTEB's set, so its scores are called {task}" in caplog.text
     assert [path.stem for path in (tmp_path / "out").rglob("STS*.json")] == [task]
 
 
@@ -682,8 +747,8 @@ def _rolled(self, *args, **kwargs):
         lambda task: task.dataset.update(train=task.dataset["train"].select(range(24))),
     ],
 )
-def test_another_setting_or_data_set_is_another_result(model, tiny_tasks, tmp_path, change):
-    """A file of the task with other data or settings is not read; with the same ones it is."""
+def test_an_object_is_run_each_time(model, tiny_tasks, tmp_path, change):
+    """Whatever was set on it, its score is its own, before and after others in the same folder; no file holds it."""
     task = tiny_tasks[1]
     before = run(model, [task], [8], tmp_path / "a")
     changed = copy.copy(task)
@@ -693,6 +758,30 @@ def test_another_setting_or_data_set_is_another_result(model, tiny_tasks, tmp_pa
     assert expected != before
     assert run(model, [changed], [8], tmp_path / "a") == expected
     assert run(model, [task], [8], tmp_path / "a") == before
+    assert not list(tmp_path.rglob("Banking77Classification.json"))
+
+
+def test_a_class_of_ones_own_is_run_each_time(model, tmp_path):
+    """Its load_data may give other data in the next run, and a class attribute may have another value."""
+    found, expected = [], []
+    for seed in (1, 7):
+        task = own_loader("STS16", lambda task, seed=seed: setattr(task, "dataset", {"test": pairs(seed)}))
+        found.append(score_of(model, task, tmp_path))
+        expected.append(
+            native(model, own_loader("STS16", lambda task, seed=seed: vars(task).update(dataset={"test": pairs(seed)})))
+        )
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found[0] != found[1]
+
+
+def test_mtebs_own_class_of_a_folder_is_run_each_time(model, sts13, tmp_path, monkeypatch):
+    """A folder that is called like the hub's set is what `datasets` reads, and no revision tells of its content."""
+    path = mteb.get_task("STS13").metadata.dataset["path"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path).mkdir(parents=True)
+    pairs(9).to_pandas().to_csv(tmp_path / path / "test.csv", index=False)
+    run(model, {"tasks": ["STS13"]}, [8], tmp_path / "out")
+    assert not list(tmp_path.rglob("STS13.json"))
 
 
 @pytest.fixture
@@ -726,7 +815,7 @@ def test_metadata_set_on_a_task_decide_and_stay(model, folder_task, tmp_path):
     assert report.records[0]["score"] == pytest.approx(expected.task_results[0].get_score(), abs=1e-6)
 
 
-def test_files_of_another_folder_or_main_score_are_not_read(model, folder_task, tmp_path):
+def test_another_folder_or_main_score_is_another_result(model, folder_task, tmp_path):
     """One name and one revision, but other rows, or another score of them: what is there of the first is not taken."""
     first, second = folder_task("a", 1), folder_task("b", 7)
     scores = [score_of(model, task, tmp_path / "out") for task in (first, second)]
@@ -738,112 +827,42 @@ def test_files_of_another_folder_or_main_score_are_not_read(model, folder_task, 
     assert score_of(model, second, tmp_path / "out") == score_of(model, second, tmp_path / "z") != scores[1]
 
 
-def test_another_data_set_on_the_hub_is_a_condition():
-    """Data of another repository are not the published ones; another revision is in mteb's own files."""
-    task = mteb.get_task("STS13")
-    published = task.metadata
-    found = []
-    for change in ({}, {"revision": "0" * 40}, {"path": "someone/sts13"}):
-        task.metadata = published.model_copy(update={"dataset": published.dataset | change})
-        found.append(mteb_tasks._job(task, None).conditions("default", "float32"))
-    assert found[:2] == [None, None]
-    assert "someone/sts13" in found[2]
-
-
-IN_A_FILE = """
-from functools import partial, wraps
-
-class Base:
-    kind = 0
-    def helper(self):
-        return 1
-
-class Mine(Base):
-    words = {"the", "a", "of"}
-    @property
-    def score(self):
-        return [2, super()]
-
-Mine.kin = Mine
-method = Mine().helper
-
-def function(texts):
-    return [len(text) * 4 for text in texts]
-
-@wraps(function)
-def wrapped(texts):
-    return function(texts)
-"""
-
-
-@pytest.mark.parametrize(
-    "sources",
-    [
-        # without a source text, as at a prompt
-        ["lambda texts: [len(text) * 2 for text in texts]", "lambda texts: [len(text) * 3 for text in texts]"],
-        ["lambda texts: max(texts)", "lambda texts: min(texts)"],
-        ["lambda texts, times=2: texts * times", "lambda texts, times=3: texts * times"],
-        ["lambda texts, *, times=2: texts * times", "lambda texts, *, times=3: texts * times"],
-        ["(lambda times: lambda texts: texts * times)(2)", "(lambda times: lambda texts: texts * times)(3)"],
-        ["partial(print, 2)", "partial(print, 3)"],
-        ["partial(print, sep='a')", "partial(print, sep='b')"],
-        # in a file: its class, its base, a method, a function behind a wrapper
-        [("Mine", "", ""), ("Mine", "[2, super", "[3, super")],
-        [("Mine", "", ""), ("Mine", "return 1", "return 5")],
-        [("method", "", ""), ("method", "return 1", "return 5")],
-        [("function", "", ""), ("function", "* 4", "* 5")],
-        [("wrapped", "", ""), ("wrapped", "* 4", "* 5")],
-    ],
-    ids=str,
-)
-def test_code_on_a_task_is_a_setting(tiny_tasks, tmp_path, monkeypatch, sources):
-    """Two of one name that differ in what they do, wherever they do it, are two settings; the same code is one."""
-
-    def condition(number, source):
-        task = copy.copy(tiny_tasks[1])
-        if isinstance(source, tuple):
-            name, old, new = source
-            folder = tmp_path / str(number)
-            folder.mkdir(exist_ok=True)
-            (folder / "mine.py").write_text(IN_A_FILE.replace(old, new) if old else IN_A_FILE)
-            made = importlib.util.spec_from_file_location("mine", folder / "mine.py")
-            module = importlib.util.module_from_spec(made)
-            monkeypatch.setitem(sys.modules, "mine", module)
-            made.loader.exec_module(module)
-            task.evaluator = getattr(module, name)
-        else:
-            task.evaluator = eval(source, {"__name__": "mine", "partial": partial})
-        return mteb_tasks._job(task, None).conditions("default", "float32")
-
-    assert [condition(*each) for each in enumerate(sources)] == [condition(*each) for each in enumerate(sources)]
-    assert len({condition(*each) for each in enumerate(sources)}) == 2
-
-
-def test_plain_settings_and_empty_cells_are_shown_as_they_are(tiny_tasks):
-    """So that results of before are found; a function that is not finished is no error."""
-    task = copy.copy(tiny_tasks[1])
-    task.n_experiments = 3
-    assert '"n_experiments": "3"' in mteb_tasks._job(task, None).conditions("default", "float32")
-
-    def outer():
-        def inner():
-            return later
-
-        task.evaluator = inner
-        found = mteb_tasks._job(task, None).conditions("default", "float32")
-        later = found
-        return later
-
-    assert "inner" in outer()
-
-
-def test_results_of_another_data_revision_are_not_read(model, tiny_tasks, tmp_path, monkeypatch):
-    """mteb moved the task to another revision of its data: run again."""
-    run(model, tiny_tasks[:1], [8], tmp_path)
+def test_results_of_another_data_revision_are_not_read(model, sts13, tmp_path, monkeypatch):
+    """mteb moved the task to another revision of its data: run again, and the file is replaced."""
+    before = run(model, sts13, [8], tmp_path)
     (path,) = tmp_path.rglob("STS13.json")
-    path.write_text(path.read_text().replace(tiny_tasks[0].metadata.revision, "0" * 40))
+    written = path.read_text()
+    path.write_text(written.replace(mteb.get_task("STS13").metadata.revision, "0" * 40))
     counted = CountingModel(model, monkeypatch)
-    run(model, tiny_tasks[:1], [8], tmp_path)
+    assert run(model, sts13, [8], tmp_path) == before
+    assert counted.texts
+    assert json.loads(path.read_text())["dataset_revision"] == json.loads(written)["dataset_revision"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_files_under_the_keys_of_before_are_read(model, sts13, tmp_path, monkeypatch, precision, normalize):
+    """`truncate_dim` and `precision` in the place of mteb's `embed_dim` and `output_dtypes`."""
+    options = {"precisions": list(dict.fromkeys(["float32", precision])), "normalize": normalize}
+    before = run(model, sts13, [8], tmp_path, **options)
+    for path in list(tmp_path.rglob("STS13.json")):
+        kind = "precision_int8__" if "int8" in path.parent.name else ""
+        name = f"{'' if normalize else 'normalize_False__'}{kind}truncate_dim_8"
+        path.parent.rename(path.parent.with_name(name))
+    counted = CountingModel(model, monkeypatch)
+    assert run(model, sts13, [8], tmp_path, **options) == before
+    assert counted.texts == []
+
+
+def test_entries_for_other_data_in_files_of_before_are_not_read(model, sts13, tmp_path, monkeypatch):
+    """An entry that says conditions was written for an object."""
+    run(model, sts13, [8], tmp_path)
+    (path,) = tmp_path.rglob("STS13.json")
+    content = json.loads(path.read_text())
+    content["scores"]["test"][0].update(mipic_st="settings {}", main_score=0.9)
+    path.write_text(json.dumps(content))
+    counted = CountingModel(model, monkeypatch)
+    assert list(run(model, sts13, [8], tmp_path).values()) != [0.9]
     assert counted.texts
 
 
@@ -867,18 +886,18 @@ def test_reports_before_and_after_training_stay_apart(tiny_tasks, tmp_path):
     "damage",
     [lambda text: text[: len(text) // 2], lambda text: "", lambda text: "[]"],
 )
-def test_a_damaged_result_file_is_named(model, tiny_tasks, tmp_path, monkeypatch, damage):
+def test_a_damaged_result_file_is_named(model, sts13, tmp_path, monkeypatch, damage):
     """Before anything is encoded, with the fix; overwrite replaces it, and then all is as before."""
-    before = run(model, tiny_tasks[:1], [8], tmp_path)
+    before = run(model, sts13, [8], tmp_path)
     (path,) = tmp_path.rglob("STS13.json")
     path.write_text(damage(path.read_text()))
     counted = CountingModel(model, monkeypatch)
     with pytest.raises(ValueError, match=r"is no result file of mteb for STS13.*Delete it, or run") as caught:
-        run(model, tiny_tasks[:1], [8], tmp_path)
+        run(model, sts13, [8], tmp_path)
     assert repr(str(path)) in str(caught.value)
     assert counted.texts == []
-    assert run(model, tiny_tasks[:1], [8], tmp_path, overwrite=True) == before
-    assert run(model, tiny_tasks[:1], [8], tmp_path) == before
+    assert run(model, sts13, [8], tmp_path, overwrite=True) == before
+    assert run(model, sts13, [8], tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -888,30 +907,31 @@ def test_a_damaged_result_file_is_named(model, tiny_tasks, tmp_path, monkeypatch
         lambda entries: entries.append({**entries[0], "main_score": 0.9}),
     ],
 )
-def test_scores_that_cannot_be_are_named(model, tiny_tasks, tmp_path, damage):
+def test_scores_that_cannot_be_are_named(model, sts13, tmp_path, damage):
     """A text in the place of a score, and two scores of one subset, whose mean would pass for one."""
-    run(model, tiny_tasks[:1], [8], tmp_path)
+    run(model, sts13, [8], tmp_path)
     (path,) = tmp_path.rglob("STS13.json")
     content = json.loads(path.read_text())
     damage(content["scores"]["test"])
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"is no result file of mteb for STS13.*Delete it, or run"):
-        run(model, tiny_tasks[:1], [8], tmp_path)
+        run(model, sts13, [8], tmp_path)
 
 
-def test_a_file_of_another_task_is_refused(model, tiny_tasks, tmp_path):
+def test_a_file_of_another_task_is_refused(model, sts13, tmp_path):
     """A copied or renamed file is no result."""
-    run(model, tiny_tasks, [8], tmp_path)
-    (sts,), (probe,) = tmp_path.rglob("STS13.json"), tmp_path.rglob("Banking77Classification.json")
-    sts.write_text(probe.read_text())
+    run(model, sts13, [8], tmp_path)
+    (path,) = tmp_path.rglob("STS13.json")
+    path.write_text(path.read_text().replace('"STS13"', '"STS14"'))
     with pytest.raises(ValueError, match="it holds no scores of STS13"):
-        run(model, tiny_tasks[:1], [8], tmp_path)
+        run(model, sts13, [8], tmp_path)
 
 
-def test_an_interrupted_write_leaves_the_old_file(model, tmp_path, monkeypatch):
-    """Killed while writing: the file of before is whole, the next run goes on from it."""
-    score_of(model, sts22("en"), tmp_path)
+def test_an_interrupted_write_leaves_the_old_file(model, named_sts22, tmp_path, monkeypatch):
+    """Killed while writing: the file of before is whole, nothing lies beside it, the next run goes on from it."""
+    score_of(model, named_sts22("en"), tmp_path)
     original = mteb.results.TaskResult.to_disk
+    files = sorted(tmp_path.rglob("*"))
 
     def half(self, path):
         original(self, path)
@@ -921,66 +941,89 @@ def test_an_interrupted_write_leaves_the_old_file(model, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(mteb.results.TaskResult, "to_disk", half)
         with pytest.raises(KeyboardInterrupt):
-            score_of(model, sts22("fr"), tmp_path)
+            score_of(model, named_sts22("fr"), tmp_path)
+    assert sorted(tmp_path.rglob("*")) == files
     counted = CountingModel(model, monkeypatch)
-    score_of(model, sts22("en"), tmp_path)
+    score_of(model, named_sts22("en"), tmp_path)
     assert counted.texts == []
-    assert not list(tmp_path.glob(".writing-*"))
 
 
-def _run_one(folder, output, subset, seen):
-    seen.put((subset, score_of(tiny_model(folder), sts22(subset), output, 8)))
+def test_runs_share_an_output_folder(named_sts22, tmp_path):
+    """Three processes write one file again and again at the same time: none fails, and a reader finds it whole."""
+    model = tiny_model(tmp_path / "m")
+    names, fork = ("en", "fr", "de"), multiprocessing.get_context("fork")
+    seen = fork.Queue()
 
+    def several(name):
+        try:
+            seen.put((name, {score_of(model, named_sts22(name), tmp_path / "out", 8, overwrite=True) for _ in "1234"}))
+        except Exception as error:
+            seen.put((name, repr(error)))
 
-def test_runs_share_an_output_folder(tmp_path, monkeypatch):
-    """Three processes add three subsets to one file at the same time: none fails, and no score is lost."""
-    tiny_model(tmp_path / "m")
-    save = mteb.ResultCache.save_to_cache
-
-    def slow(self, *args, **kwargs):
-        time.sleep(0.6)  # between reading what is there and writing it back
-        save(self, *args, **kwargs)
-
-    monkeypatch.setattr(mteb.ResultCache, "save_to_cache", slow)
-    context = multiprocessing.get_context("fork")
-    seen = context.Queue()
-    names = ("en", "fr", "de")
-    runs = [context.Process(target=_run_one, args=(tmp_path / "m", tmp_path / "out", name, seen)) for name in names]
+    torch.set_num_threads(1)
+    runs = [fork.Process(target=several, args=(name,)) for name in names]
     for process in runs:
         process.start()
+    while any(process.is_alive() for process in runs) and seen.empty():
+        for path in (tmp_path / "out").rglob("STS22.json"):
+            assert set(mteb.results.TaskResult.from_disk(path).hf_subsets) <= set(names)
     found = dict(seen.get(timeout=120) for _ in runs)
     for process in runs:
         process.join()
-    assert all(process.exitcode == 0 for process in runs)
-    monkeypatch.undo()
-    model = tiny_model(tmp_path / "m")
-    assert found == {name: score_of(model, sts22(name), tmp_path / name, 8) for name in names}
-    (path,) = (tmp_path / "out").rglob("STS22.json")
-    assert set(mteb.results.TaskResult.from_disk(path).hf_subsets) == set(names)
-    settings = [json.loads(line) for line in (path.parent / "run_settings.jsonl").read_text().splitlines()]
-    assert {subset for row in settings for subset in row["subsets"]} == set(names)
+    assert found == {name: {score_of(model, sts22(name), tmp_path / name, 8)} for name in names}
+    score = score_of(model, named_sts22(*names), tmp_path / "out", 8)
+    assert score == pytest.approx(np.mean([value for values in found.values() for value in values]))
 
 
-def test_load_results_finds_what_was_written(model, tiny_tasks, tmp_path):
+def test_load_results_finds_what_was_written(model, sts13, tmp_path):
     """As the docstring says: the full width without an option, every dim or one of them with one."""
-    ours = run(model, tiny_tasks[:1], [8, 16, 32], tmp_path, model_name="org/m", precisions=["float32", "int8"])
+    ours = run(model, sts13, [8, 16, 32], tmp_path, model_name="org/m", precisions=["float32", "int8", "binary"])
     cache = mteb.ResultCache(tmp_path)
 
     def found(**options):
         loaded = cache.load_results(**options)
-        assert all((m.model_name, m.model_revision) == ("org/m", mteb_tasks.fingerprint(model)) for m in loaded)
+        assert all((m.model_name, m.model_revision) == ("org/m", fingerprint(model)) for m in loaded)
         return {m.experiment_name: m.task_results[0].get_score() for m in loaded}
 
     key = "STS13", 32, "float32"
     assert found() == {None: ours[key]}
     assert found(models=["org/m"]) == {None: ours[key]}
-    assert len(found(load_experiments="match_name")) == 6
-    assert sorted(found(load_experiments="match_name").values()) == sorted(ours.values())
-    one = found(experiment_kwargs={"truncate_dim": 8})
-    assert list(one.values()) == [ours["STS13", 8, "float32"]]
-    for options, dim in (({}, 32), ({"experiment_kwargs": {"truncate_dim": 8}}, 8)):
+    every = found(load_experiments="match_name")
+    assert len(every) == 9
+    assert sorted(every.values()) == sorted(ours.values())
+    for dim, precision in ((8, "float32"), (32, "int8"), (16, "binary")):
+        kwargs = {"embed_dim": dim} if dim < 32 else {}
+        kwargs |= {"output_dtypes": precision} if precision != "float32" else {}
+        assert list(found(experiment_kwargs=kwargs).values()) == [ours["STS13", dim, precision]]
+    for options, dim in (({}, 32), ({"experiment_kwargs": {"embed_dim": 8}}, 8)):
         frame = cache.load_results(**options).to_dataframe(format="long")
         assert list(frame["score"]) == [ours["STS13", dim, "float32"]]
+
+
+def test_mteb_finds_the_files_for_the_same_model(model, sts13, tmp_path):
+    """The folders are those of mteb's own wrapper and loader: embed_dim and output_dtypes, in the model's data too."""
+    run(model, sts13, [8, 32], tmp_path, model_name="org/m", precisions=["float32", "int8"])
+    encoder = mteb.models.SentenceTransformerEncoderWrapper(model)
+    named = {"name": "org/m", "revision": fingerprint(model)}
+    at_eight = {**named, "embed_dim": 8, "experiment_kwargs": {"embed_dim": 8}}  # as load_model(embed_dim=8) has it
+    for update, dim in ((named, 32), (at_eight, 8)):
+        encoder.mteb_model_meta = encoder.mteb_model_meta.model_copy(update=update)
+        compressed = mteb.models.CompressionWrapper(copy.copy(encoder))
+        for meta, dtypes in ((encoder.mteb_model_meta, None), (compressed.mteb_model_meta, ["int8"])):
+            path = mteb.ResultCache(tmp_path).get_task_result_path("STS13", meta)
+            assert path.is_file()
+            written = json.loads((path.parent / "model_meta.json").read_text())
+            assert (written["embed_dim"], written["output_dtypes"]) == (dim, dtypes)
+
+
+def test_columns_as_lists_change_no_score(model, tiny_tasks, tmp_path, monkeypatch):
+    """Speed only; and mteb's tables keep their kind for everybody else."""
+    fast = run(model, tiny_tasks[1:], [8], tmp_path)
+    monkeypatch.setattr("mipic_st.evaluation.mteb.with_listed_columns", lambda task: task)
+    assert run(model, tiny_tasks[1:], [8], tmp_path) == fast
+    listed = mteb_data.with_listed_columns(tiny_tasks[1]).dataset["test"].select_columns(["label", "text"])
+    assert listed["label"] == ["cat", "dog", "bird"] * 10
+    assert not isinstance(tiny_tasks[1].dataset["test"]["label"], list)
 
 
 def test_memory_limit_and_device_reach_the_store(model, tiny_tasks, tmp_path):

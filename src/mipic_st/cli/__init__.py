@@ -250,8 +250,8 @@ def _check_places(places: Sequence[str]) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from mipic_st.evaluation.mteb import resolve_tasks
     from mipic_st.evaluation.report import EvaluationReport
+    from mipic_st.evaluation.tasks import resolve_tasks
     from mipic_st.validation import checked_dims
 
     _check_places(arguments.models)
@@ -468,7 +468,7 @@ def _check_server(arguments: argparse.Namespace) -> int:
 
 
 def _tasks(arguments: argparse.Namespace) -> int:
-    from mipic_st.evaluation.mteb import TASK_GROUPS
+    from mipic_st.evaluation.tasks import TASK_GROUPS
 
     for name, group in TASK_GROUPS.items():
         print(f"{name:15} {group.texts:7,} texts, about {group.minutes:g} min on two CPU cores (22M parameters)")

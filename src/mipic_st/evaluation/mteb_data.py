@@ -146,27 +146,26 @@ def is_known_set(task: Any) -> bool:
         return False
 
 
-def data_digests(task: Any) -> dict[str, str]:
-    """Digest of the data that a task holds, by subset."""
-    if hasattr(task, "convert_v1_dataset_format_to_v2"):  # older retrieval tasks keep corpus and queries elsewhere
-        task.convert_v1_dataset_format_to_v2(num_proc=None)
-    dataset = task.dataset or {}
-    digests = {}
-    for subset in task.hf_subsets:
-        digest = hashlib.blake2b(digest_size=8)
-        _feed(digest, dataset.get(subset, dataset))
-        digests[subset] = digest.hexdigest()
-    return digests
+def with_listed_columns(task: Any) -> Any:
+    """A copy of a classification task whose data gives columns as lists: speed only, the numbers stay.
 
+    mteb asks for each label of a column on its own, and a column of a data set reads a table for each.
+    """
+    from datasets import Dataset
 
-def _feed(digest: Any, data: Any) -> None:
-    """Hash nested data: dictionaries, sequences, data sets column by column, values."""
-    if hasattr(data, "column_names") and hasattr(data, "with_format") and not isinstance(data, Mapping):
-        data = {name: data.with_format(None)[name][:] for name in data.column_names}
-    if isinstance(data, Mapping):
-        digest.update(f"{{{len(data)}".encode())
-        for key in sorted(data, key=str):
-            digest.update(json.dumps(str(key)).encode())
-            _feed(digest, data[key])
-    else:
-        digest.update(json.dumps(data, sort_keys=True, default=str).encode())
+    class Listed(Dataset):
+        def __getitem__(self, key: Any) -> Any:
+            found = super().__getitem__(key)
+            return found[:] if isinstance(key, str) else found
+
+    def listed(data: Any) -> Any:
+        if isinstance(data, dict):
+            return type(data)({key: listed(part) for key, part in data.items()})
+        data = copy.copy(data)
+        if type(data) is Dataset:
+            data.__class__ = Listed
+        return data
+
+    task = copy.copy(task)
+    task.dataset = listed(task.dataset)
+    return task
