@@ -1,0 +1,42 @@
+"""Two gloo processes under the trainer: encode is shared over the ranks, and scores are those of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import assemble
+from evaluation_worker import CASES
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory, transformer_folder):
+    """What the trainer logged on rank 0, and what the same evaluator gives there alone."""
+    folder = tmp_path_factory.mktemp("shared")
+    assemble(transformer_folder("bert")).save(str(folder / "start"))
+    paths = [str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*launch, str(TESTS / "evaluation_worker.py"), str(folder / "start"), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    return json.loads((folder / "rank0.json").read_text())
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_scores_of_two_processes_are_those_of_one(scores, case):
+    """Every dim, layer and precision, with prompts."""
+    shared, alone = scores[case]["shared"], scores[case]["alone"]
+    assert len(alone) > 20
+    for key, value in alone.items():
+        assert shared[f"eval_{key}"] == pytest.approx(value, abs=1e-5), key

@@ -1,0 +1,68 @@
+"""What each process of evaluation/test_shared_encoding.py runs: python evaluation_worker.py MODEL_FOLDER OUTPUT_FOLDER."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import (
+    EmbeddingSimilarityEvaluator,
+    InformationRetrievalEvaluator,
+    SequentialEvaluator,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from conftest import sentences
+from mipic_st import MatryoshkaEvaluator
+from training_fixtures import make_trainer
+
+torch.set_num_threads(1)
+
+CASES = {
+    "dims": {},
+    "int8": {"precisions": ["float32", "int8"]},
+    "layers": {"layers": [1, 3]},
+    "layers, binary": {"layers": [1, 3], "precisions": ["float32", "binary"]},
+}
+
+
+def evaluator(**options):
+    """Pairs, and a search whose prompts are the model's."""
+    texts, others = sentences(16, 1), sentences(16, 2)
+    queries, documents = (
+        {f"{kind}{i}": text for i, text in enumerate(part)} for kind, part in (("q", texts), ("d", others))
+    )
+    parts = [
+        EmbeddingSimilarityEvaluator(texts, others, [(7 * i % 16) / 16 for i in range(16)], name="sts"),
+        InformationRetrievalEvaluator(queries, documents, {f"q{i}": {f"d{i}"} for i in range(16)}, name="ir"),
+    ]
+    return MatryoshkaEvaluator(SequentialEvaluator(parts), [8, 32], **options)
+
+
+def main(model_folder, output):
+    """One step and one evaluation by the trainer for each case; then the same scores by this process alone."""
+    scores = {}
+    for name, options in CASES.items():
+        model = SentenceTransformer(
+            str(model_folder), device="cpu", prompts={"query": "the cat ", "document": "a dog "}
+        )
+        trainer = make_trainer(
+            model,
+            MultipleNegativesRankingLoss(model),
+            output / "run",
+            evaluator=evaluator(**options),
+            max_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+        )
+        trainer.train()
+        logged = [row for row in trainer.state.log_history if any(key.startswith("eval_sts") for key in row)]
+        scores[name] = {"shared": logged[-1], "alone": evaluator(**options)(model)}
+    rank = torch.distributed.get_rank()
+    (output / f"rank{rank}.json").write_text(json.dumps(scores))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
