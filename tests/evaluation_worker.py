@@ -1,4 +1,4 @@
-"""What each process of evaluation/test_shared_encoding.py runs: python evaluation_worker.py MODEL_FOLDER OUTPUT_FOLDER."""
+"""What each process of test_shared_encoding.py runs: python evaluation_worker.py MODEL_FOLDER OUTPUT_FOLDER."""
 
 import json
 import sys

@@ -425,6 +425,19 @@ def test_no_second_score_where_all_dims_are_alike(tmp_path, caplog, options):
     assert "length of the vectors" not in caplog.text
 
 
+def test_evaluators_with_layers_share_a_model_in_threads(tmp_path):
+    """None fails, all have the scores of one alone, and nothing stays switched on."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = tiny_model(tmp_path)
+    expected = MatryoshkaEvaluator(sts(), [8, 32], layers=[1, 4])(model)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(MatryoshkaEvaluator(sts(), [8, 32], layers=[1, 4]), model) for _ in range(9)]
+        for run in runs:
+            assert run.result() == pytest.approx(expected, abs=1e-6)
+    assert model[0].auto_model.config.output_hidden_states is False
+
+
 def teacher_and_student(tmp_path):
     return [tiny_model(tmp_path / str(layers), normalize=False, layers=layers) for layers in (2, 4)]
 
