@@ -20,9 +20,7 @@ from training_fixtures import make_trainer
 torch.set_num_threads(1)
 
 CASES = {
-    "dims": {},
     "int8": {"precisions": ["float32", "int8"]},
-    "layers": {"layers": [1, 3]},
     "layers, binary": {"layers": [1, 3], "precisions": ["float32", "binary"]},
 }
 

@@ -285,11 +285,7 @@ class _Run:
         return not any(job.missing(self.load(job, cell)) for cell in self.cells)
 
     def load(self, job: Job, cell: _Cell) -> Any:
-        """What is there of the job's scores, as mteb's result under the task's own name; None for nothing.
-
-        Raises:
-            ValueError: If the file is damaged; the message names it.
-        """
+        """What is there of the job's scores, as mteb's result under the task's own name; None for nothing."""
         if self.overwrite or not job.in_files(cell[1]):
             return None
         path = next((path for path in self._paths(job, cell) if path.is_file()), None)

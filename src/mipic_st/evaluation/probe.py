@@ -12,7 +12,7 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator
 
-from mipic_st.validation import as_list, checked_count, checked_flag, missing_extra
+from mipic_st.validation import as_list, checked_count, checked_flag, require
 
 
 class ClassificationProbeEvaluator(BaseEvaluator):
@@ -118,29 +118,21 @@ class ClassificationProbeEvaluator(BaseEvaluator):
         Raises:
             ImportError: If scikit-learn is missing.
         """
-        try:
-            from sklearn.linear_model import LogisticRegression
-            from sklearn.metrics import accuracy_score, f1_score
-        except ImportError as error:
-            raise ImportError(missing_extra("the classification probe needs scikit-learn", "eval")) from error
-
+        needs = "the classification probe needs scikit-learn", "eval"
+        linear_model, scores = require("sklearn.linear_model", *needs), require("sklearn.metrics", *needs)
         draws = self._draws()
         used = np.unique(np.concatenate(draws))
         position = {row: i for i, row in enumerate(used.tolist())}
-        options: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "show_progress_bar": self.show_progress_bar,
-            "convert_to_numpy": True,
-        }
+        options: dict[str, Any] = {"batch_size": self.batch_size, "show_progress_bar": self.show_progress_bar}
         train = model.encode([self.train_texts[row] for row in used], **options)
         test = model.encode(self.test_texts, **options)
         accuracies, f1s = [], []
         for draw in draws:
-            classifier = LogisticRegression(max_iter=self.max_iter, random_state=self.seed)
+            classifier = linear_model.LogisticRegression(max_iter=self.max_iter, random_state=self.seed)
             classifier.fit(train[[position[row] for row in draw.tolist()]], self.train_labels[draw])
             predicted = classifier.predict(test)
-            accuracies.append(accuracy_score(self.test_labels, predicted))
-            f1s.append(f1_score(self.test_labels, predicted, average="macro"))
+            accuracies.append(scores.accuracy_score(self.test_labels, predicted))
+            f1s.append(scores.f1_score(self.test_labels, predicted, average="macro"))
         metrics = {"accuracy": float(np.mean(accuracies)), "macro_f1": float(np.mean(f1s))}
         if output_path is not None and self.write_csv:
             _append_csv(Path(output_path) / self.csv_file, {"epoch": epoch, "steps": steps, **metrics})
@@ -155,13 +147,8 @@ class ClassificationProbeEvaluator(BaseEvaluator):
 
     def get_config_dict(self) -> dict[str, Any]:
         """Settings for the model card."""
-        if self.n_experiments is None:
-            return {"seed": self.seed}
-        return {
-            "n_experiments": self.n_experiments,
-            "samples_per_label": self.samples_per_label,
-            "seed": self.seed,
-        }
+        drawn = {"n_experiments": self.n_experiments, "samples_per_label": self.samples_per_label}
+        return {**({} if self.n_experiments is None else drawn), "seed": self.seed}
 
 
 def _checked_part(part: str, texts: Any, labels: Any) -> tuple[list[str], np.ndarray]:

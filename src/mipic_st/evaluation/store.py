@@ -85,8 +85,9 @@ class EmbeddingStore:
         self._calibration: int | None = None
         self._ranges: dict[tuple[int, int, bool], np.ndarray] = {}
         self._pools: dict[tuple[str, ...], Any] = {}
-        self._unit_length = True
         self._stop_pools: Any = None
+        self.has_unit_length = True
+        """Whether all stored vectors of the deepest state have length 1 at full width."""
         self._lock = threading.RLock()
 
     def __enter__(self) -> EmbeddingStore:
@@ -106,11 +107,6 @@ class EmbeddingStore:
         return self._vectors.in_file
 
     @property
-    def has_unit_length(self) -> bool:
-        """Whether all stored vectors of the deepest state have length 1 at full width."""
-        return self._unit_length
-
-    @property
     def calibrated(self) -> bool:
         """Whether :meth:`calibrate` was called."""
         return self._calibration is not None
@@ -125,7 +121,7 @@ class EmbeddingStore:
             self._rows.clear()
             self._ranges.clear()
             self._calibration = None
-            self._unit_length = True
+            self.has_unit_length = True
             if self._stop_pools is not None:
                 self._stop_pools()
                 self._stop_pools = None
@@ -139,20 +135,10 @@ class EmbeddingStore:
         normalize: bool = True,
         normalize_uncut: bool = False,
     ) -> DimView:
-        """A stand-in for the model at one dimension.
+        """A stand-in for the model at one dim, layer and precision; int8 needs :meth:`calibrate` first.
 
-        Args:
-            dim: Width of the vectors, 1 to D.
-            layer: One of the store's layers; None for the final vector.
-            precision: ``"float32"``, ``"int8"`` or ``"binary"``. int8 needs :meth:`calibrate` first.
-            normalize: Renormalise after the cut. Uncut float32 vectors stay as the model gives them.
-            normalize_uncut: Renormalise those too.
-
-        Returns:
-            An object with the model's ``encode`` methods.
-
-        Raises:
-            ValueError: If the dim exceeds the width or the layer is not stored.
+        ``normalize`` renormalises after the cut, ``normalize_uncut`` also the uncut float32 vectors, which otherwise
+        stay as the model gives them.
         """
         dim = checked_count("dim", dim)
         if dim > self.width:
@@ -204,7 +190,7 @@ class EmbeddingStore:
                 f"the first is {texts[first][:80]!r}; check the model's weights and its precision (fp16?)."
             )
         lengths = np.linalg.norm(vectors[:, -1], axis=1)
-        self._unit_length = self._unit_length and bool(np.abs(lengths - 1).max() < _UNIT_TOLERANCE)
+        self.has_unit_length = self.has_unit_length and bool(np.abs(lengths - 1).max() < _UNIT_TOLERANCE)
 
     def vectors(self, rows: np.ndarray, dim: int, layer: int | None = None) -> np.ndarray:
         """Vectors of what :meth:`rows_of` gave, cut to ``dim`` and not renormalised, (n, dim)."""

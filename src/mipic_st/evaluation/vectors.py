@@ -100,15 +100,7 @@ class Vectors:
 
 
 def write_array(file: Any, array: np.ndarray) -> None:
-    """Write an array where a temporary file stands.
-
-    Args:
-        file: The file.
-        array: The array.
-
-    Raises:
-        OSError: If the folder of temporary files cannot take it, with what to do.
-    """
+    """Write an array where a temporary file stands; what to do if its folder cannot take it is in the error."""
     try:
         file.write(np.ascontiguousarray(array).data)
         file.flush()

@@ -14,6 +14,7 @@ from sentence_transformers.util import quantize_embeddings
 from mipic_st.evaluation.precisions import PRECISIONS
 from mipic_st.evaluation.vectors import write_array
 from mipic_st.numerics import unit_length
+from mipic_st.validation import checked_choice
 
 if TYPE_CHECKING:
     from mipic_st.evaluation.store import EmbeddingStore
@@ -35,22 +36,21 @@ class DimView:
         normalize: bool,
         normalize_uncut: bool = False,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
-        self._store = store
-        self._dim = dim
-        self._layer = layer
-        self._precision = precision
-        self._normalize = normalize
+        checked_choice("precision", precision, PRECISIONS)
+        self._store, self._dim, self._layer, self._precision = store, dim, layer, precision
         self._unit = normalize_uncut or (normalize and (dim < store.width or precision != "float32"))
         self.encode_calls = 0
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_store":
             raise AttributeError(name)
+        found = getattr(self._store.model, name)
         if name in _NOT_PER_DIM or name.startswith(("encode", "_inference", "_multi_process")):
-            self._refuse(name)
-        return getattr(self._store.model, name)
+            raise TypeError(
+                f"the evaluator uses model.{name}, whose vectors do not come per dimension; it must call encode, "
+                "encode_query or encode_document."
+            )
+        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or name in ("encode_calls", "training"):
@@ -61,20 +61,8 @@ class DimView:
             "Set it on the model before."
         )
 
-    def _refuse(self, name: str) -> None:
-        if hasattr(self._store.model, name):
-            raise TypeError(
-                f"the evaluator uses model.{name}, whose vectors do not come per dimension; it must call encode, "
-                "encode_query or encode_document."
-            )
-        raise AttributeError(name)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse the forward pass: its output has no dim.
-
-        Raises:
-            TypeError: Always.
-        """
+        """Refuse the forward pass: its output has no dim."""
         raise TypeError(
             "this evaluator runs the model's forward pass itself instead of model.encode, so it cannot be evaluated "
             "per dimension; use an evaluator that encodes, such as ClassificationProbeEvaluator for labels."
@@ -89,9 +77,7 @@ class DimView:
         """The dim."""
         return self._dim
 
-    def get_sentence_embedding_dimension(self) -> int:
-        """The dim."""
-        return self._dim
+    get_sentence_embedding_dimension = get_embedding_dimension
 
     def evaluate(self, evaluator: Any, output_path: str | None = None) -> Any:
         """``SentenceTransformer.evaluate`` at this dim."""
@@ -134,11 +120,9 @@ class DimView:
         self.encode_calls += 1
         inputs, given = self._arguments(method, args, kwargs)
         output_value = given.pop("output_value", "sentence_embedding")
-        precision = given.pop("precision", None)
-        convert_to_numpy = given.pop("convert_to_numpy", True)
-        convert_to_tensor = given.pop("convert_to_tensor", False)
-        normalize_embeddings = given.pop("normalize_embeddings", False)
-        truncate_dim = given.pop("truncate_dim", None)
+        precision, truncate_dim = given.pop("precision", None), given.pop("truncate_dim", None)
+        as_numpy, as_tensor = given.pop("convert_to_numpy", True), given.pop("convert_to_tensor", False)
+        unit = given.pop("normalize_embeddings", False) or self._unit
         if output_value != "sentence_embedding":
             raise TypeError(
                 f"per-dimension evaluation gives sentence embeddings only, not output_value={output_value!r}."
@@ -150,12 +134,12 @@ class DimView:
         single = self._store.model.is_singular_input(inputs)
         texts = [inputs] if single else list(inputs)
         rows = self._store.rows_of(texts, method, **given)
-        result: Any = self._collect(rows, self._unit or normalize_embeddings)
+        result: Any = self._collect(rows, unit)
         if precision not in (None, "float32") and len(result):
             result = quantize_embeddings(result, precision=precision)
-        if convert_to_tensor:
+        if as_tensor:
             result = torch.as_tensor(result, device=self._store.model.device)
-        elif not convert_to_numpy:
+        elif not as_numpy:
             result = list(torch.as_tensor(result))
         return result[0] if single else result
 

@@ -1,0 +1,228 @@
+"""The plots of `EvaluationReport`: scores by dim, what small dims keep, scores by bytes, and by layer and dim."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mipic_st.files import write_whole
+from mipic_st.validation import require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mipic_st.evaluation.report import Cell, EvaluationReport
+
+logger = logging.getLogger(__name__)
+
+# Okabe and Ito's colours: told apart by readers with colour blindness and in grey
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_SCORE = "score (x 100)"
+
+
+class _Point(NamedTuple):
+    """A point of a plot: the row of the table, the run (revision, seed), and what is drawn."""
+
+    row: str
+    run: tuple[Any, ...]
+    precision: str
+    dim: int
+    bytes: int | None
+    score: float
+
+
+def _pyplot() -> Any:
+    return require("matplotlib.pyplot", "plots need matplotlib", "plot")
+
+
+def score_by_dim(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
+    """Score against dim, one line per model."""
+    points = [(point.row, (point.dim,), point.score) for point in _curves(report, task)]
+    return _saved(_line_plot(points, _SCORE, _title(report, task)), path)
+
+
+def retained(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
+    """Share of the largest dim's score that each dim keeps."""
+    curves, title = _curves(report, task), _title(report, task)
+    largest: dict[str, int] = {}
+    for point in curves:
+        largest[point.row] = max(point.dim, largest.get(point.row, 0))
+    widest = {(point.row, point.run): point for point in curves if point.dim == largest[point.row]}
+    if without := sorted({(point.row, *map(str, point.run)) for point in curves if point[:2] not in widest}):
+        named = (f"{row} at {largest[row]} (revision {revision}, seed {seed})" for row, revision, seed in without)
+        logger.warning("runs without a score at the largest dim are left out: %s", "; ".join(named))
+    if below := sorted({str(row) for (row, _), point in widest.items() if point.score < 0}):
+        raise ValueError(
+            f"the scores of {title} are below 0 at the largest dim ({', '.join(below)}), so a share of them says "
+            "nothing; name another task, or use plot_score_by_dim."
+        )
+    points = [
+        # a share of zero is none
+        (point.row, (point.dim,), 100 * point.score / (widest[point.row, point.run].score or float("nan")))
+        for point in curves
+        if point[:2] in widest
+    ]
+    figure = _line_plot(points, "share of the largest dim kept (%)", title)
+    figure.axes[0].axhline(100, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+    return _saved(figure, path)
+
+
+def quality_by_bytes(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
+    """Score against bytes per vector, one line per model and precision."""
+    curves = _curves(report, task, ("float32", "int8", "binary"))
+    if any(point.bytes is None for point in curves):
+        raise ValueError("bytes are missing from some records; give each its bytes per vector.")
+    several = len({point.row for point in curves}) > 1
+    points = [
+        # binary codes of several dims may have as many bytes: a point each
+        (f"{point.row}, {point.precision}" if several else point.precision, (point.bytes, point.dim), point.score)
+        for point in curves
+    ]
+    return _saved(_line_plot(points, _SCORE, _title(report, task), x="bytes per vector"), path)
+
+
+def layer_dim(report: EvaluationReport, path: str | Path | None, task: str | None, model: str | None) -> Figure:
+    """Heatmap of the score by layer and dim."""
+    cells = {key: cell for key, cell in report.cells().items() if key[1] is not None and key[2] == "float32"}
+    if not cells:
+        raise ValueError("the report holds no layers; evaluate with layers=[...].")
+    models = list(dict.fromkeys(key[0] for key in cells))
+    if model is None and len(models) > 1:
+        raise ValueError(f"model must be one of {models}, got None.")
+    if model is not None and model not in models:
+        raise ValueError(f"no scores for model {model!r}; model must be one of {models}.")
+    shown = model or models[0]
+    cells = _of_task({key: cell for key, cell in cells.items() if key[0] == shown}, task)
+    layers, dims = sorted({key[1] for key in cells}, reverse=True), sorted({key[3] for key in cells})
+    columns = {key[4:] for key in cells}
+    figure, axes = _pyplot().subplots(figsize=(1.6 + 0.75 * len(dims), 1.4 + 0.45 * len(layers)), layout="constrained")
+    values = np.full((len(layers), len(dims)), np.nan)
+    for (row, layer), (column, dim) in ((a, b) for a in enumerate(layers) for b in enumerate(dims)):
+        found = [cells.get((shown, layer, "float32", dim, *task_metric)) for task_metric in columns]
+        values[row, column] = 100 * np.mean([np.nan if cell is None else cell.mean() for cell in found])
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    middle = image.norm.vmin + (image.norm.vmax - image.norm.vmin) / 2
+    for (row, column), value in np.ndenumerate(values):
+        text = f"{value:.1f}" if value == value else "n/a"
+        axes.text(column, row, text, ha="center", va="center", color="white" if value < middle else "black", fontsize=9)
+    axes.set_xticks(range(len(dims)), [str(dim) for dim in dims])
+    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set(xlabel="dimensions", ylabel="layer")
+    axes.set_title(f"{str(shown).rsplit('/', 1)[-1]}: {_title(report, task)}", loc="left", fontsize=11)
+    figure.colorbar(image, ax=axes, label=_SCORE)
+    return _saved(figure, path)
+
+
+def _of_task(cells: dict[tuple[Any, ...], Cell], task: str | None) -> dict[tuple[Any, ...], Cell]:
+    """The cells of one task, or of all. Scores of several metrics are not drawn as one."""
+    tasks = sorted({str(key[4]) for key in cells})
+    if task is not None:
+        cells = {key: cell for key, cell in cells.items() if key[4] == task}
+        if not cells:
+            raise ValueError(f"task {task!r} is not in the report, which has {tasks}.")
+    metrics: dict[Any, set[str]] = {}
+    for *_, name, metric in cells:
+        metrics.setdefault(name, set()).add(str(metric))
+    if mixed := {name: sorted(kinds) for name, kinds in metrics.items() if len(kinds) > 1}:
+        raise ValueError(
+            f"one line cannot show several metrics, and these tasks have {mixed}; draw their reports apart."
+        )
+    return cells
+
+
+def _curves(report: EvaluationReport, task: str | None, precisions: Sequence[str] = ("float32",)) -> list[_Point]:
+    """Score x 100 per (row, run, precision, dim), of one task or the mean over all, of the final vector.
+
+    A row of layers only is drawn at its deepest one and says so. A mean that lacks a task, or holds a score that is not
+    a number, is NaN: drawn as a gap.
+    """
+    cells = {key: cell for key, cell in report.cells().items() if key[2] in precisions}
+    if not cells:
+        raise ValueError(f"the report holds no scores at precisions {list(precisions)}.")
+    cells = _of_task(cells, task)
+    final: dict[tuple[Any, ...], int | None] = {}
+    for row, layer, _, _, *column in cells:
+        known = final.setdefault((row, *column), layer)
+        final[row, *column] = None if layer is None or known is None else max(known, layer)
+    columns = {place[1:] for place in final}
+    points: dict[tuple[Any, ...], dict[tuple[Any, ...], float]] = {}
+    sizes: dict[tuple[Any, ...], int | None] = {}
+    for (row, layer, precision, dim, *column), cell in cells.items():
+        if layer == final[row, *column]:
+            sizes[precision, dim] = cell.bytes
+            name = row if layer is None else f"{row} (layer {layer})"
+            for run, score in cell.scores.items():
+                points.setdefault((name, run, precision, dim), {})[tuple(column)] = score
+    curves, gaps = [], []
+    for (row, run, precision, dim), scores in points.items():
+        lacking = sorted({str(column[0]) for column in columns - set(scores)})
+        score = float("nan") if lacking else 100 * float(np.mean(list(scores.values())))
+        curves.append(_Point(row, run, precision, dim, sizes[precision, dim], score))
+        if score != score:
+            gaps.append(f"{row} at {dim} ({'lacks ' + ', '.join(lacking) if lacking else 'not a number'})")
+    if len(gaps) == len(curves):
+        raise ValueError(f"nothing to draw, no point has a score for every task: {'; '.join(gaps[:5])}.")
+    if gaps:
+        logger.warning("gaps in the plot, for these have no score for every task: %s", "; ".join(gaps))
+    return curves
+
+
+def _title(report: EvaluationReport, task: str | None) -> str:
+    tasks = sorted({str(record["task"]) for record in report.records if record["primary"]})
+    if task is not None or len(tasks) == 1:
+        return task or tasks[0]
+    return f"mean of {len(tasks)} tasks"
+
+
+def _line_plot(
+    points: Sequence[tuple[str, tuple[Any, ...], float]], y_label: str, title: str, x: str = "dimensions"
+) -> Figure:
+    """One line per name through the means of its (name, place, y), a band from the lowest to the highest.
+
+    What has one place is one point, drawn at the first number of it.
+    """
+    if not any(y == y for *_, y in points):
+        raise ValueError(f"nothing to draw: {y_label} is not a number at any point.")
+    figure, axes = _pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")
+    lines: dict[str, dict[tuple[int, ...], list[float]]] = {}
+    for name, place, y in points:
+        lines.setdefault(name, {}).setdefault(tuple(map(int, place)), []).append(y)
+    shorts = [name.rsplit("/", 1)[-1] for name in lines]
+    for number, (name, line) in enumerate(lines.items()):
+        places = sorted(line)
+        across = [place[0] for place in places]
+        # NumPy's mean of a NaN is NaN: a gap in the line, not a mean over fewer seeds
+        means, lows, highs = ([float(f(line[place])) for place in places] for f in (np.mean, np.min, np.max))
+        label = shorts[number] if shorts.count(shorts[number]) == 1 else name
+        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+        axes.plot(across, means, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label)
+        if lows != highs:
+            axes.fill_between(across, lows, highs, color=colour, alpha=0.18, linewidth=0)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({place[0] for line in lines.values() for place in line})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45 if len(ticks) > 10 else 0)
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel=x, ylabel=y_label)
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _saved(figure: Figure, path: str | Path | None) -> Figure:
+    """Write PNG (200 dpi) and SVG, or the one that the path's ending names."""
+    if path is None:
+        return figure
+    path = Path(path)
+    endings = [""] if path.suffix in (".png", ".svg") else [".png", ".svg"]
+    for target in (path.with_name(path.name + ending) for ending in endings):
+        write_whole(target, partial(figure.savefig, format=target.suffix[1:], dpi=200, bbox_inches="tight"))
+    _pyplot().close(figure)
+    return figure
