@@ -115,10 +115,11 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
             prompt,
         )
     with new_folder(folder) as new, evaluation_mode(model):
-        return _write_onnx(model, product, new, onnxruntime)
+        _write_onnx(model, product, new, onnxruntime)
+    return Path(folder) / "onnx" / "model.onnx"
 
 
-def _write_onnx(model: SentenceTransformer, product: Tensor | None, folder: Path, onnxruntime: Any) -> Path:
+def _write_onnx(model: SentenceTransformer, product: Tensor | None, folder: Path, onnxruntime: Any) -> None:
     transformer: Any = model[0]
     place = next(place for place, module in enumerate(model.children()) if isinstance(module, Pooling))
     own_pooling: Any = model[place]
@@ -168,4 +169,3 @@ def _write_onnx(model: SentenceTransformer, product: Tensor | None, folder: Path
         for index, (path, module) in enumerate(kinds)
     ]
     write_json(folder / "modules.json", listed)
-    return file

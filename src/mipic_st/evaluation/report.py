@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mipic_st.files import write_whole
 from mipic_st.validation import is_number, is_whole, missing_extra, plain
 
 if TYPE_CHECKING:
@@ -760,23 +760,8 @@ def _jsonable(value: Any) -> Any:
 
 def _written(text: str, path: str | Path | None) -> str:
     if path is not None:
-        _write_whole(Path(path), lambda target: target.write_text(text, encoding="utf-8"))
+        write_whole(Path(path), lambda target: target.write_text(text, encoding="utf-8"))
     return text
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place and move it there: readers see the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():  # a terminal or a pipe has no place beside it
-        write(path)
-        return
-    path = Path(os.path.realpath(path))
-    beside = path.with_name(f".{path.stem}-{os.getpid()}-{os.urandom(4).hex()}{path.suffix}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _saved(figure: Figure, path: str | Path | None) -> Figure:
@@ -789,6 +774,6 @@ def _saved(figure: Figure, path: str | Path | None) -> Figure:
     else:
         targets = [path.with_name(path.name + ending) for ending in (".png", ".svg")]
     for target in targets:
-        _write_whole(target, lambda beside: figure.savefig(beside, dpi=200, bbox_inches="tight"))
+        write_whole(target, lambda beside: figure.savefig(beside, dpi=200, bbox_inches="tight"))
     _pyplot().close(figure)
     return figure
