@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mipic_st.files import new_folder, write_whole
+from mipic_st.files import new_folder, require_writable, write_whole
 
 NAMES = ["modules.json", "config.json", "0_Own/config.json", "weights"]
 
@@ -90,6 +90,16 @@ def test_a_place_that_cannot_be_used_is_refused_before_the_work(tmp_path, kind):
     with pytest.raises(ValueError, match=f"{folder}' {message}"), new_folder(folder):
         pytest.fail("the work has begun")
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_whether_a_folder_can_be_written_is_tried_without_a_trace(tmp_path):
+    """Also below folders that are not there yet, and in one with content."""
+    require_writable(tmp_path / "deep" / "out")
+    (tmp_path / "mine").write_text("mine")
+    require_writable(tmp_path)
+    with pytest.raises(ValueError, match=r"folder '/proc/mipic-st/out' cannot be written \("):
+        require_writable("/proc/mipic-st/out")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")

@@ -43,13 +43,8 @@ def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
     if existed and any(target.iterdir()):
         raise ValueError(f"folder {str(folder)!r} exists and is not empty; name a new one.")
-    made = [parent for parent in (place, *place.parents) if not parent.exists()]
     aside = place / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        _remove_empty(made)
-        raise ValueError(f"folder {str(folder)!r} cannot be written ({error.strerror}); name another.") from error
+    made = _make(aside, folder)
     moved = []
     try:
         yield aside
@@ -64,6 +59,22 @@ def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(content, ignore_errors=True) if content.is_dir() else content.unlink(missing_ok=True)
         _remove_empty(made)
         raise
+
+
+def require_writable(folder: str | PathLike[str]) -> None:
+    """Refuse a folder that cannot be made or written, before the work; nothing stays there."""
+    _remove_empty(_make(Path(folder) / f".writing-{secrets.token_hex(4)}", folder))
+
+
+def _make(aside: Path, folder: str | PathLike[str]) -> list[Path]:
+    """Make a folder; what was made, parents last."""
+    made = [path for path in (aside, *aside.parents) if not path.exists()]
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        _remove_empty(made)
+        raise ValueError(f"folder {str(folder)!r} cannot be written ({error.strerror}); name another.") from error
+    return made
 
 
 def _place_in_order(content: Path) -> int:
