@@ -125,7 +125,10 @@ def check_device(device: str) -> None:
 def load_model(place: str, args: argparse.Namespace) -> SentenceTransformer:
     """A model of the command line."""
     from sentence_transformers import SentenceTransformer
+    from transformers.utils import logging
 
+    if args.quiet:
+        logging.disable_progress_bar()
     try:
         return SentenceTransformer(place, device=args.device, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # of a damaged file or a module's own code it may be of any kind

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Fit, save, and say what each dim gained."""
     from mipic_st.data import load_texts_file, load_training_file, load_training_hub
+    from mipic_st.deploy.written import require_same_when_loaded
     from mipic_st.encoder.structure import full_width
     from mipic_st.files import new_folder
     from mipic_st.transforms.rotation import rotate_model
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
         if not rotation.gained:
             raise ValueError("no dim gained, nothing was saved.")
         model.save_pretrained(str(new))
+        require_same_when_loaded(model, new)
         rotation.save(new / "rotation.safetensors")
     if not args.quiet:
         print(rotation)

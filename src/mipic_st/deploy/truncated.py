@@ -6,15 +6,19 @@ import copy
 import logging
 import time
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, WordWeights
+from torch import nn
 
+from mipic_st.deploy.written import difference, require_same_when_loaded
+from mipic_st.encoder.adapters import merged_encoders
 from mipic_st.encoder.card import restate_config
-from mipic_st.encoder.encoding import encode_layers
+from mipic_st.encoder.encoding import PROBE_TEXTS, encode_layers
+from mipic_st.encoder.modules import with_normalize, with_weighted_mean, without_normalize
 from mipic_st.encoder.structure import (
     evaluation_mode,
     full_width,
@@ -23,7 +27,7 @@ from mipic_st.encoder.structure import (
     tail_of,
     transformer_of,
 )
-from mipic_st.encoder.surgery import cut_layers, identity_dense, merged_encoders, with_map
+from mipic_st.encoder.surgery import cut_layers, with_map
 from mipic_st.evaluation.store import EmbeddingStore
 from mipic_st.numerics import unit_length
 from mipic_st.transforms.layer_cut import LayerCuts, fit_layer_cuts, probe_vectors, same_vectors
@@ -31,8 +35,6 @@ from mipic_st.transforms.word_weights import no_word_weights, word_weights_modul
 from mipic_st.validation import checked_count, checked_dims, checked_flag, checked_layers
 
 logger = logging.getLogger(__name__)
-
-_PROBES = ("A short probe.", "A second probe sentence with a few more words in it, so that padding takes part.")
 
 
 @torch.inference_mode(False)  # the copy's weights must be trainable, wherever the call stands
@@ -98,25 +100,16 @@ def export_truncated(
     modules: list[Any] = [copy.deepcopy(module, memo) for module in model.children()]
     if weight is not None:
         pooled = modules[: len(modules) - len(tail_of(model))]
-        if word_weights is None:
-            modules = with_map(pooled, weight)
-        else:
-            dense = identity_dense(weight, pooled[0])
-            # The map goes before the mean, with which it commutes: WordWeights gives float32, which a Dense behind it
-            # would not take once the model is in half precision.
-            dense.module_input_name = dense.module_output_name = "token_embeddings"
-            modules = [pooled[0], dense, word_weights, Pooling(weight.shape[1], "mean")]
-            if hasattr(modules[0], "unpad_inputs"):  # WordWeights needs the attention mask, also with flash attention
-                modules[0].unpad_inputs = False
-        if normalize:
-            modules.append(Normalize())
+        modules = (
+            with_map(pooled, weight) if word_weights is None else with_weighted_mean(pooled[0], weight, word_weights)
+        )
     elif dim is not None:
-        while normalize and isinstance(modules[-1], Normalize):
-            modules.pop()
+        if normalize:
+            modules = without_normalize(modules)
         if dim < (width := full_width(model)):
             modules = with_map(modules, torch.eye(width, dim))
-        if normalize:
-            modules.append(Normalize())
+    if normalize and (weight is not None or dim is not None):
+        modules = with_normalize(modules)
     exported = SentenceTransformer(
         modules=modules,
         device=str(model.device),
@@ -129,6 +122,15 @@ def export_truncated(
     with evaluation_mode(model):
         _check(model, exported, layer, dim, weight, word_weights, normalize)
     restate_config(exported, layer, dim)
+    with TemporaryDirectory() as folder:
+        try:
+            exported.save_pretrained(folder, create_model_card=False)
+        except Exception as error:  # the architecture's own code may raise anything
+            raise TypeError(
+                f"the cut {type(exported[0]).__name__} cannot be saved ({type(error).__name__}: {error}); leave layer "
+                "out."
+            ) from error
+        require_same_when_loaded(exported, folder)
     return exported
 
 
@@ -150,7 +152,7 @@ def _fitted(
     dim: int | None,
     texts: Sequence[str] | None,
     cuts: LayerCuts | None,
-) -> tuple[torch.Tensor | None, WordWeights | None]:
+) -> tuple[torch.Tensor | None, nn.Module | None]:
     """The tail of a layer cut, (H, d), and the module that weighs its tokens; None for what there is not."""
     if texts is None and cuts is None:
         return None, None
@@ -192,11 +194,11 @@ def _check(
     layer: int | None,
     dim: int | None,
     weight: torch.Tensor | None,
-    word_weights: WordWeights | None,
+    word_weights: nn.Module | None,
     normalize: bool,
 ) -> None:
     """The cut model must give what the (layer, dim) cell of the grid gives, or the fitted map of its states."""
-    texts = list(_PROBES)
+    texts = list(PROBE_TEXTS)
     width = full_width(model)
     amplified = 1.0
     if weight is not None:
@@ -212,17 +214,13 @@ def _check(
     got = np.asarray(exported.encode(texts, show_progress_bar=False), dtype=np.float32)
     if normalize and (dim is not None or weight is not None):
         expected = unit_length(expected)
-    half = in_half_precision(model)
-    scale = max(1.0, amplified, float(np.abs(expected).max()))
-    worst = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("inf")
-    if not worst <= (3e-2 if half else 1e-4) * scale:
-        reason = (
-            "its modules do more behind the encoder than this export knows."
-            if layer is None
-            else "its architecture does more between layers than this export knows. Leave layer out."
+    if found := difference(expected, got, half=in_half_precision(model), allowed=1e-3 * max(1.0, amplified)):
+        more = "behind the encoder" if layer is None else "between layers"
+        fix = "" if layer is None else " Leave layer out."
+        raise RuntimeError(
+            f"the model cut at layer {layer}, dim {dim} differs from the grid cell {found}; it does more {more} than "
+            f"this export knows.{fix}"
         )
-        cell = f"layer {layer}, dim {dim}"
-        raise RuntimeError(f"the model cut at {cell} differs from the grid cell by {worst:.1e}; {reason}")
 
 
 def measure_speedup(
