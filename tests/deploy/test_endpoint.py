@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import nn
 
 from conftest import WIDTH
 from mipic_st import check_endpoint, cli
@@ -196,6 +199,122 @@ def test_a_server_that_is_silent_runs_out_of_time(model):
         pytest.raises(ConnectionError, match="cannot be reached: timed out"),
     ):
         check_endpoint(model, f"http://127.0.0.1:{server.getsockname()[1]}", timeout=0.2)
+
+
+@pytest.fixture
+def raw():
+    """Starts a server that answers with bytes; it notes what it was sent."""
+    servers = []
+
+    def start(answer):
+        server = socket.create_server(("127.0.0.1", 0))
+        servers.append(server)
+
+        def run():
+            try:
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        start.sent.append(connection.recv(65536))
+                        answer(connection)
+            except OSError:  # closed, by the test or by the one who asked
+                pass
+
+        threading.Thread(target=run, daemon=True).start()
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+    start.sent = []
+    yield start
+    for server in servers:
+        server.close()
+
+
+def answering(status, body=b"", **headers):
+    """An answer of HTTP, whole."""
+    lines = [f"HTTP/1.1 {status} words", f"Content-Length: {len(body)}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return lambda connection: connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_goes_to_the_given_address_only(model, raw, status):
+    """Another host would get it with a redirect, and the server's address is the caller's choice in any case."""
+    other = raw(answering(200))
+    url = raw(answering(status, Location=f"{other}/v1/embeddings"))
+    with pytest.raises(ConnectionError, match=f"sends the request on to '{other}/v1/embeddings' .status {status}"):
+        check_endpoint(model, url, api_key="secret")
+    assert len(raw.sent) == 1
+    assert b"Bearer secret" in raw.sent[0]
+
+
+def drip(connection):
+    """Headers that never end, a letter every now and then."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\n")
+    for _ in range(200):
+        connection.sendall(b"x")
+        time.sleep(0.05)
+
+
+def drip_body(connection):
+    """A body that never ends."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+    for _ in range(200):
+        connection.sendall(b" ")
+        time.sleep(0.05)
+
+
+def stall_with_an_error(connection):
+    """The body of a status 500 that does not come."""
+    connection.sendall(b"HTTP/1.1 500 no\r\nContent-Length: 100\r\n\r\n")
+    time.sleep(3)
+
+
+@pytest.mark.parametrize("answer", [drip, drip_body, stall_with_an_error])
+def test_the_time_is_that_of_the_whole_answer(model, raw, answer):
+    """A socket's own timeout begins again with each byte."""
+    begin = time.perf_counter()
+    with pytest.raises(ConnectionError, match="cannot be reached: timed out"):
+        check_endpoint(model, raw(answer), timeout=0.5)
+    assert time.perf_counter() - begin < 2
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        (b"[" * 100_000, ValueError, "answers with something else"),
+        (b'{"data": [1]}', ValueError, "answers with something else"),
+        (b" " * (2**20 + 1), ConnectionError, "it sends more than 1 million bytes"),
+    ],
+)
+def test_answers_without_measure_are_errors_in_words(model, raw, body, error, message):
+    """Deep or endless JSON."""
+    with pytest.raises(error, match=message):
+        check_endpoint(model, raw(answering(200, body)), texts=["one"])
+
+
+def test_what_a_server_says_does_not_reach_the_terminal_raw(model, raw):
+    """Its escape sequences could move the cursor and hide what is said."""
+    with pytest.raises(ConnectionError, match="status 400") as caught:
+        check_endpoint(model, raw(answering(400, b"\x1b[2J\x1b[1;1H all good \x9b")))
+    assert str(caught.value).isprintable()
+
+
+def test_a_prompt_that_the_server_adds_is_named(model, serve):
+    """The model's default one, or another of its own."""
+    model.prompts, model.default_prompt_name = {"query": "", "all": "book "}, "all"
+    check = check_endpoint(model, serve(lambda texts, dim: unit(model.encode(texts))))
+    assert [finding.partition(":")[0] for finding in check.findings] == [
+        "its vectors are those of texts with the model's prompt 'all' in front, 'book '"
+    ]
+
+
+def test_what_is_no_model_is_named(model, serve):
+    """A name or a CrossEncoder; a compiled model is one."""
+    for wrong in ("name", nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="model must be a SentenceTransformer, or one wrapped for training, got"):
+            check_endpoint(wrong, "http://127.0.0.1:9")
+    compiled = torch.compile(model)
+    assert check_endpoint(compiled, serve(lambda texts, dim: unit(model.encode(texts)))).agrees
 
 
 def test_commands(model, serve, tmp_path, capsys):

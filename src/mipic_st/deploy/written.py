@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -11,6 +12,10 @@ from sentence_transformers import SentenceTransformer
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts
 from mipic_st.encoder.structure import evaluation_mode, in_half_precision
 from mipic_st.numerics import compare_vectors
+
+# What no server does that pools by itself, and the way out.
+PROMPTS_LEFT_OUT = "the model's pooling leaves out the tokens of its prompts (include_prompt=False), which"
+WITHOUT_PROMPTS = "for texts without prompts, set model.prompts = {} and save again."
 
 
 def difference(own: Any, other: Any, *, half: bool = False, allowed: float = 1e-3) -> str:
@@ -43,3 +48,10 @@ def require_same_when_loaded(model: SentenceTransformer, folder: str | PathLike[
             f"modules ({kinds}) is not saved as it is, or holds adapters of a kind that is not known: merge them, or "
             "save the parts by yourself."
         )
+
+
+def vectors_with(model: SentenceTransformer, modules: list[Any], texts: Sequence[str]) -> np.ndarray:
+    """What the model would give with other modules behind its encoder."""
+    other = SentenceTransformer(modules=modules, device=str(model.device))
+    with evaluation_mode(model):
+        return encode_texts(other, texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
@@ -29,6 +30,11 @@ def pooling_like(pooling: Any, *, mode: Any = None, width: int | None = None) ->
     return Pooling(
         width or pooling.embedding_dimension, mode or pooling.pooling_mode, include_prompt=pooling.include_prompt
     )
+
+
+def load_pooling(folder: Path) -> Any:
+    """A pooling that was saved."""
+    return Pooling.load(str(folder))
 
 
 def leaves_prompts_out(model: SentenceTransformer) -> bool:
