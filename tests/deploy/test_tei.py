@@ -7,8 +7,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from torch import nn
 
 from conftest import WIDTH, put_lora
@@ -127,6 +128,59 @@ def test_what_tei_does_not_know_is_refused(tiny_model, tmp_path, change, message
     with pytest.raises(ValueError, match=message):
         save_for_tei(model, tmp_path / "tei")
     assert not (tmp_path / "tei").exists()
+
+
+@pytest.mark.parametrize(
+    ("tail", "refused"),
+    [
+        ([Dense(WIDTH, 8, bias=True, activation_function=nn.Identity())], True),
+        ([Dense(WIDTH, 8, bias=False, activation_function=nn.Tanh())], True),
+        ([Dense(WIDTH, 8, bias=False, activation_function=nn.Identity()), Normalize()], False),
+        ([], False),
+    ],
+)
+def test_a_normalize_that_the_server_skips_is_refused_where_it_matters(tiny_model, tmp_path, tail, refused):
+    """In front of a bias-free linear map it changes the length only, which the server sets by itself."""
+    model = tiny_model()
+    model.extend([Normalize(), *tail]).eval()
+    if refused:
+        nn.init.normal_(model[-1].linear.weight)
+        with pytest.raises(ValueError, match="normalises at the end only: its vectors would differ by"):
+            save_for_tei(model, tmp_path / "tei")
+        assert not (tmp_path / "tei").exists()
+    else:
+        save_for_tei(model, tmp_path / "tei")
+        assert (tmp_path / "tei" / "modules.json").is_file()
+
+
+@pytest.mark.parametrize("write", [save_for_tei, export_onnx])
+def test_a_pooling_without_the_prompt_is_refused(tiny_model, tmp_path, write):
+    """Who asks the server puts the prompt in front, and its tokens are pooled there; without prompts it is the same."""
+    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    model = tiny_model()
+    model[1].include_prompt = False
+    model.prompts = {"query": "book ", "document": ""}
+    with pytest.raises(ValueError, match=r"leaves out the tokens of its prompts .*set model\.prompts = \{\}"):
+        write(model, tmp_path / "new")
+    model.prompts = {}
+    write(model, tmp_path / "new")
+
+
+@pytest.mark.parametrize("write", [save_for_tei, export_onnx])
+def test_what_is_no_model_is_named(tmp_path, write):
+    """A name, or a model of another kind."""
+    for wrong in ("name", nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="model must be a SentenceTransformer, or one wrapped for training, got"):
+            write(wrong, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_compiled_model_is_saved(tiny_model, tmp_path):
+    """What is inside."""
+    model = tiny_model()
+    save_for_tei(torch.compile(model), tmp_path / "tei")
+    loaded = SentenceTransformer(str(tmp_path / "tei"), device="cpu")
+    np.testing.assert_array_equal(loaded.encode(TEXTS), model.encode(TEXTS))
 
 
 def test_folders_with_content_are_left_alone(tiny_model, tmp_path):

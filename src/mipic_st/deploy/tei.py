@@ -11,11 +11,19 @@ from typing import Any
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from mipic_st.deploy.written import require_same_when_loaded
+from mipic_st.deploy.written import (
+    PROMPTS_LEFT_OUT,
+    WITHOUT_PROMPTS,
+    difference,
+    require_same_when_loaded,
+    vectors_with,
+)
 from mipic_st.encoder.adapters import merged_encoders
-from mipic_st.encoder.modules import kind_of
-from mipic_st.encoder.structure import evaluation_mode, unwrap
+from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts
+from mipic_st.encoder.modules import kind_of, leaves_prompts_out
+from mipic_st.encoder.structure import evaluation_mode, in_half_precision, unwrap
 from mipic_st.files import new_folder, write_json
+from mipic_st.numerics import unit_length
 
 _POOLING_KEYS = {
     "cls": "pooling_mode_cls_token",
@@ -41,7 +49,9 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
         folder: A new or empty folder.
 
     Raises:
-        ValueError: If the folder has content, or the server does not know one of the modules.
+        ValueError: If the folder has content, or the server does not know one of the modules or would give other
+            vectors.
+        RuntimeError: If the folder, loaded again, gives other vectors than the model.
 
     Example:
         >>> save_for_tei(model, "for-the-server")  # doctest: +SKIP
@@ -54,12 +64,27 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
             if any(kind_of(module) == "WordWeights" for module in modules):
                 hint = " Fit the cut with word_weights=False, or serve the file of export_onnx."
             raise ValueError(f"{reason}, which text-embeddings-inference does not know.{hint}")
+    if leaves_prompts_out(model):
+        raise ValueError(f"{PROMPTS_LEFT_OUT} text-embeddings-inference does not; {WITHOUT_PROMPTS}")
+    if found := _difference_of_server(model):
+        raise ValueError(
+            "behind a Normalize the model has a Dense with a bias or an activation, but text-embeddings-inference "
+            f"normalises at the end only: its vectors would differ {found}. Serve the model by sentence-transformers."
+        )
     # what is saved of adapters, no server reads
     plain = copy.deepcopy(model, merged) if (merged := merged_encoders(model)) else model
     with new_folder(folder) as new, evaluation_mode(plain):  # saving writes a card, for which it encodes
         plain.save_pretrained(str(new))
         _write_older_form(modules, new)
         require_same_when_loaded(model, new)
+
+
+def _difference_of_server(model: SentenceTransformer) -> str:
+    """How the server's vectors would differ, at unit length: of what is behind the pooling, it runs the Dense alone."""
+    served = [module for module in model.children() if kind_of(module) != "Normalize"]
+    with evaluation_mode(model):
+        own = unit_length(encode_texts(model, PROBE_TEXTS))
+    return difference(own, unit_length(vectors_with(model, served, PROBE_TEXTS)), half=in_half_precision(model))
 
 
 def _write_older_form(modules: list[nn.Module], folder: Path) -> None:
