@@ -6,9 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from sentence_transformers.sentence_transformer.modules import Pooling
+import torch
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
+from torch import nn
+from transformers import LongformerConfig
 
-from conftest import WIDTH
+from conftest import WIDTH, assemble, save_encoder
 from mipic_st import export_onnx
 from mipic_st.deploy.onnx import linear_tail
 
@@ -100,3 +103,45 @@ def test_onnx_says_that_a_default_prompt_is_not_in_it(tiny_model, tmp_path, capl
     model.prompts, model.default_prompt_name = {"all": "book "}, "all"
     export_onnx(model, tmp_path / "onnx")
     assert "default prompt 'book ' is not in the exported files" in caplog.text
+
+
+def test_a_normalize_in_front_of_a_linear_dense_is_folded(tiny_model):
+    """It changes the length of a vector only, which the runtime sets by itself."""
+    model = tiny_model()
+    dense = Dense(WIDTH, 8, bias=False, activation_function=nn.Identity())
+    model.extend([Normalize(), dense])
+    np.testing.assert_allclose(linear_tail(model).numpy(), dense.linear.weight.detach().T.numpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cannot \x1b[96mbe traced"), KeyError("x"), NotImplementedError()])
+def test_architectures_that_cannot_be_written_are_named(tiny_model, tmp_path, monkeypatch, error):
+    """T5, Longformer and others fail in torch's exporter, with kinds of its own and a thousand lines."""
+    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+
+    def stop(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.onnx, "export", stop)
+    with pytest.raises(RuntimeError, match=r"BertModel cannot be written as ONNX with torch .*save_for_tei") as caught:
+        export_onnx(tiny_model(), tmp_path / "onnx")
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t5", "longformer"])
+def test_architectures_that_torch_cannot_trace(tmp_path, kind):
+    """The real ones: whole or named."""
+    sizes = {"num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 70, "pad_token_id": 0}
+
+    def longformer(layers):
+        return LongformerConfig(hidden_size=WIDTH, num_hidden_layers=layers, attention_window=4, **sizes)
+
+    model = assemble(save_encoder(tmp_path / "encoder", longformer if kind == "longformer" else kind))
+    message = ""
+    try:
+        export_onnx(model, tmp_path / "onnx")
+    except RuntimeError as error:
+        message = str(error)
+    assert "cannot be written as ONNX" in message or not message
+    assert (tmp_path / "onnx").exists() == (not message)
