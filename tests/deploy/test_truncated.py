@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import (
     StaticEmbedding,
     Transformer,
 )
-from transformers import FunnelConfig, FunnelModel, LongformerConfig, RwkvConfig
+from transformers import FunnelConfig, FunnelModel, GPTNeoConfig, LongformerConfig, RwkvConfig
 
 from conftest import TAILS, WIDTH, assemble, make_tokenizer, put_lora, save_encoder, sentences
 from evaluation_fixtures import tiny_model
@@ -137,6 +137,19 @@ def test_what_cannot_be_built_smaller_is_named(tmp_path):
     model = assemble(save_encoder(tmp_path / "encoder", encoder_of(RwkvConfig, attention_hidden_size=WIDTH)))
     with pytest.raises(TypeError, match=r"RwkvModel cannot be built with 1 of its 3 layers \(.*\); leave layer out"):
         export_truncated(model, layer=1)
+
+
+def test_what_cannot_be_saved_is_named(tmp_path):
+    """GPT-Neo's config lists the attention of each layer, and is checked when it is saved; dims alone can be cut."""
+    kinds = {"attention_types": [[["global", "local"], 2]], "intermediate_size": 48, "max_position_embeddings": 64}
+
+    def encoder(layers):
+        return GPTNeoConfig(hidden_size=WIDTH, num_layers=4, num_heads=4, **kinds)
+
+    model = assemble(save_encoder(tmp_path / "encoder", encoder))
+    with pytest.raises(TypeError, match=r"the cut GPTNeoModel cannot be saved \(.*leave layer out"):
+        export_truncated(model, layer=2)
+    export_truncated(model, dim=8).save_pretrained(str(tmp_path / "small"))
 
 
 def test_a_depth_that_cannot_be_set_is_named(tmp_path):

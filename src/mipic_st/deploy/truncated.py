@@ -122,16 +122,22 @@ def export_truncated(
     with evaluation_mode(model):
         _check(model, exported, layer, dim, weight, word_weights, normalize)
     restate_config(exported, layer, dim)
+    _require_saved(exported, layer)
+    return exported
+
+
+def _require_saved(exported: SentenceTransformer, layer: int | None) -> None:
+    """Save the cut model once and load it again: what cannot be written as it is, is noticed here."""
     with TemporaryDirectory() as folder:
         try:
             exported.save_pretrained(folder, create_model_card=False)
         except Exception as error:  # the architecture's own code may raise anything
-            raise TypeError(
-                f"the cut {type(exported[0]).__name__} cannot be saved ({type(error).__name__}: {error}); leave layer "
-                "out."
-            ) from error
+            encoder: Any = exported[0]
+            name = type(getattr(encoder, "auto_model", encoder)).__name__
+            fix = "" if layer is None else "; leave layer out"
+            words = " ".join(str(error).split())
+            raise TypeError(f"the cut {name} cannot be saved ({type(error).__name__}: {words}){fix}.") from error
         require_same_when_loaded(exported, folder)
-    return exported
 
 
 def _module_kwargs(model: SentenceTransformer, modules: Sequence[Any]) -> dict[str, list[str]] | None:
