@@ -102,19 +102,19 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def write_whole(path: str | PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Have a file written beside its place and move it there: readers see the old file or the new one, never a part."""
+    """Have a file written next to its place and move it there: readers see the old file or the new one, no part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():  # a terminal or a pipe has no place beside it
+    if path.exists() and not path.is_file():  # a terminal or a pipe has no place next to it
         write(path)
         return
     path = Path(os.path.realpath(path))
-    beside = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    aside = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
-        write(beside)
-        os.replace(beside, path)
+        write(aside)
+        os.replace(aside, path)
     finally:
-        beside.unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

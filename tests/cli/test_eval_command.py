@@ -49,7 +49,7 @@ def test_eval_compares_models_side_by_side(tmp_path, capsys, monkeypatch):
     assert printed.out.count("**") == 2 * 4
     for file in ("report.md", "report.csv", "report.json", "report.tex", "score_by_dim.png", "quality_by_bytes.svg"):
         assert (tmp_path / "out" / file).is_file()
-    # random models: what cannot be drawn is told, and costs nothing else
+    # random models: what cannot be drawn is said, and costs nothing else
     assert "no plot retained: the scores of STS13" in printed.err
     assert not (tmp_path / "out" / "retained.png").exists()
 
@@ -68,9 +68,9 @@ def test_eval_that_fails_writes_what_it_has(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mipic_st.evaluation.mteb.evaluate_mteb", evaluate)
     call = ["eval", "org/first", "org/second", "--tasks", "STS13", "--output", str(tmp_path), "--no-plots"]
     assert main(call) == 1
-    told = capsys.readouterr().err
-    assert "dims exceed" in told
-    assert "incomplete, 2 models were asked for" in told
+    said = capsys.readouterr().err
+    assert "dims exceed" in said
+    assert "incomplete, 2 models were asked for" in said
     assert [record["model"] for record in EvaluationReport.from_json(tmp_path / "report.json").records] == ["org/first"]
     call[1:3] = ["org/second", "org/first"]
     call[call.index(str(tmp_path))] = str(tmp_path / "none")

@@ -16,7 +16,7 @@ def files(tmp_path):
 
 
 def test_rotate_saves_a_rotated_model(files, capsys):
-    """On texts: full-width cosines stay, the matrix lies beside the model, the table has a row per dim."""
+    """On texts: full-width cosines stay, the matrix lies in its folder, the table has a row per dim."""
     arguments = [
         "rotate",
         str(files / "model"),
@@ -32,10 +32,10 @@ def test_rotate_saves_a_rotated_model(files, capsys):
     assert f"next: mipic-st eval {files / 'model'} {files / 'out'} " in printed.err
     models = [SentenceTransformer(str(files / name), device="cpu") for name in ("model", "out")]
     texts = sentences(10, seed=4)
-    plain, turned = (model.encode(texts) for model in models)
-    np.testing.assert_allclose(turned @ turned.T, plain @ plain.T, atol=1e-5)
-    assert np.abs(turned - plain).max() > 0.01
-    np.testing.assert_allclose(Rotation.load(files / "out" / "rotation.safetensors")(plain), turned, atol=1e-5)
+    plain, rotated = (model.encode(texts) for model in models)
+    np.testing.assert_allclose(rotated @ rotated.T, plain @ plain.T, atol=1e-5)
+    assert np.abs(rotated - plain).max() > 0.01
+    np.testing.assert_allclose(Rotation.load(files / "out" / "rotation.safetensors")(plain), rotated, atol=1e-5)
     assert main([*arguments, "--output", str(files / "out")]) == 1, "the folder is not empty any more"
 
 

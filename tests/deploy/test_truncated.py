@@ -252,7 +252,7 @@ def test_adapters_are_merged(tmp_path, way, layer, dim):
     ("architecture", "kept"), [("qwen3", "inv_freq"), ("modernbert", "inv_freq"), ("t5", "DenseReluDense.wo.weight")]
 )
 def test_every_tensor_keeps_its_precision(tmp_path, architecture, kept, dtype):
-    """What transformers holds in float32 beside half-precision weights stays so: rotary frequencies, T5's output."""
+    """What transformers holds in float32 next to half-precision weights stays so: rotary frequencies, T5's output."""
     transformer = Transformer(str(save_encoder(tmp_path / "encoder", architecture)), model_kwargs={"dtype": dtype})
     model = SentenceTransformer(modules=[transformer, Pooling(WIDTH, "mean")], device="cpu")
 

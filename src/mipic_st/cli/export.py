@@ -1,8 +1,8 @@
 """Write a model in the form that a server reads.
 
 tei: the form of text-embeddings-inference, with older module paths and pooling keys, which older releases of vLLM,
-and infinity, need too. onnx: a file whose token states are behind the model's linear tail, for runtimes that pool by
-themselves.
+and infinity, need too. onnx: a file whose token states are behind the model's linear tail, for runtimes with a
+pooling of their own.
 """
 
 from __future__ import annotations

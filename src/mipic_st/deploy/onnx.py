@@ -1,4 +1,4 @@
-"""An ONNX file whose ``last_hidden_state`` is behind the model's linear tail, for runtimes that pool by themselves."""
+"""An ONNX file whose ``last_hidden_state`` is behind the model's linear tail, for runtimes that do the pooling."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ class _Rotated(nn.Module):
 def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path:
     """Write ``onnx/model.onnx``, whose ``last_hidden_state`` has the model's width and space, and the tokenizer.
 
-    A runtime that tokenizes, pools (``mean``, ``cls`` or last token), cuts and normalizes by itself then gives the
+    A runtime that tokenizes, pools (``mean``, ``cls`` or last token), cuts and normalizes on its own then gives the
     model's vectors; it needs to know nothing of Dense layers, since a bias-free one commutes with pooling, nor of the
     word weights of a layer cut, whose means it gets in the right direction, if not length. The pooling is written
-    beside it as sentence-transformers writes it, and ``modules.json`` lists nothing else. A default prompt, which
+    next to it as sentence-transformers writes it, and ``modules.json`` lists nothing else. A default prompt, which
     ``model.encode`` puts before texts, is not in the files: whoever asks the runtime has to put it there.
 
     Args:
@@ -105,7 +105,7 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         raise ValueError("the model is in bfloat16, which ONNX Runtime does not compute in on a CPU: model.float() it.")
     if leaves_prompts_out(model):
-        raise ValueError(f"{PROMPTS_LEFT_OUT} no runtime does that pools by itself; {WITHOUT_PROMPTS}")
+        raise ValueError(f"{PROMPTS_LEFT_OUT} no runtime with a pooling of its own does; {WITHOUT_PROMPTS}")
     product = linear_tail(model)
     if prompt := prompt_of(model, None):
         logger.warning(

@@ -26,6 +26,7 @@ from mipic_st.encoder.structure import (
     model_depth,
     tail_of,
     transformer_of,
+    unwrap,
 )
 from mipic_st.encoder.surgery import cut_layers, with_map
 from mipic_st.evaluation.store import EmbeddingStore
@@ -49,7 +50,7 @@ def export_truncated(
 ) -> SentenceTransformer:
     """A copy of the model that stops after ``layer`` and gives ``dim`` values.
 
-    The backbone is built anew with fewer layers (a pre-norm backbone keeps its final norm); adapters are merged. With
+    The backbone is built again with fewer layers (a pre-norm backbone keeps its final norm); adapters are merged. With
     ``texts`` or ``cuts``, a fitted bias-free Dense maps the early states to the full-depth vectors and cuts them to
     ``dim``, and ``WordWeights`` say how much each token counts in their mean: at half depth this is worth many points.
     Without, the early states go through the model's own tail, and its first ``dim`` values are kept. All of it is
@@ -72,15 +73,16 @@ def export_truncated(
 
     Raises:
         TypeError: If ``layer`` is given for a model without layers, or whose code does not allow fewer of them, or the
-            model has no weights at all.
+            model has no weights at all, or cannot be saved once it is cut.
         ValueError: If layer or dim is out of range, neither is given, or ``texts`` or ``cuts`` are given without a
             layer below the depth, both, or for another layer.
-        RuntimeError: If the cut model does not reproduce what it should.
+        RuntimeError: If the cut model does not reproduce what it should, in memory or saved and loaded again.
 
     Example:
         >>> small = export_truncated(model, layer=3, dim=64, texts=texts)           # doctest: +SKIP
         >>> small.save_pretrained("small")                                          # doctest: +SKIP
     """
+    model = unwrap(model)
     if dim is None and model.truncate_dim is not None:
         dim = min(model.truncate_dim, full_width(model))
     if layer is None and dim is None:
@@ -267,7 +269,7 @@ def measure_speedup(
     for candidate in pair.values():
         candidate.encode(list(texts)[:batch_size], batch_size=batch_size, show_progress_bar=False)
     for _ in range(repeats):
-        # in turn, so that a busy machine slows both alike
+        # in turn, so that a busy machine slows both down
         for name, candidate in pair.items():
             start = time.perf_counter()
             candidate.encode(list(texts), batch_size=batch_size, show_progress_bar=False)

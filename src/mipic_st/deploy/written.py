@@ -13,7 +13,7 @@ from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts
 from mipic_st.encoder.structure import evaluation_mode, in_half_precision
 from mipic_st.numerics import compare_vectors
 
-# What no server does that pools by itself, and the way out.
+# What servers with a pooling of their own do not do, and the way out.
 PROMPTS_LEFT_OUT = "the model's pooling leaves out the tokens of its prompts (include_prompt=False), which"
 WITHOUT_PROMPTS = "for texts without prompts, set model.prompts = {} and save again."
 
@@ -45,8 +45,7 @@ def require_same_when_loaded(model: SentenceTransformer, folder: str | PathLike[
         kinds = ", ".join(type(module).__name__ for module in model.children())
         raise RuntimeError(
             f"the model gives other vectors once it is saved and loaded again: they differ {found}. One of its "
-            f"modules ({kinds}) is not saved as it is, or holds adapters of a kind that is not known: merge them, or "
-            "save the parts by yourself."
+            f"modules ({kinds}) is not saved as it is, or holds adapters of a kind that is not known: merge them first."
         )
 
 
