@@ -84,10 +84,9 @@ def run(args: argparse.Namespace) -> None:
     if not len(report):
         raise ValueError("no task had data, nothing was evaluated.")
     _write(report, args)
-    if not args.quiet and len(args.models) == 1 and len(report):
-        print(
-            f"next: mipic-st cut {args.models[0]} --dim D --output DIR, at a dim that is good enough", file=sys.stderr
-        )
+    if not args.quiet:
+        model = args.models[0] if len(args.models) == 1 else "MODEL"
+        print(f"next, at a dim that is good enough: mipic-st cut {model} --dim D --output DIR", file=sys.stderr)
 
 
 def _evaluated(place: str, name: str, tasks: str | list[str], args: argparse.Namespace) -> EvaluationReport:

@@ -264,23 +264,18 @@ def measure_speedup(
         texts = [" ".join(["measure", "this", "sentence", "again"] * (1 + i % 8)) + f" {i}" for i in range(128)]
     if not len(texts):
         raise ValueError("texts is empty; give some, or None for made-up ones.")
-    best = {"full": float("inf"), "cut": float("inf")}
-    pair = {"full": model, "cut": exported}
-    for candidate in pair.values():
+    models = {"full": model, "cut": exported}
+    best = dict.fromkeys(models, float("inf"))
+    for candidate in models.values():
         candidate.encode(list(texts)[:batch_size], batch_size=batch_size, show_progress_bar=False)
     for _ in range(repeats):
         # in turn, so that a busy machine slows both down
-        for name, candidate in pair.items():
+        for name, candidate in models.items():
             start = time.perf_counter()
             candidate.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
             best[name] = min(best[name], time.perf_counter() - start)
-    parameters = {name: float(sum(p.numel() for p in candidate.parameters())) for name, candidate in pair.items()}
-    result = {
-        "speedup": best["full"] / best["cut"],
-        "seconds_full": best["full"],
-        "seconds_cut": best["cut"],
-        "parameters_full": parameters["full"],
-        "parameters_cut": parameters["cut"],
-    }
-    logger.info("The cut model is %.2f times as fast.", result["speedup"])
-    return result
+    figures = {"speedup": best["full"] / best["cut"]} | {f"seconds_{name}": value for name, value in best.items()}
+    for name, candidate in models.items():
+        figures[f"parameters_{name}"] = float(sum(parameter.numel() for parameter in candidate.parameters()))
+    logger.info("The cut model is %.2f times as fast.", figures["speedup"])
+    return figures
