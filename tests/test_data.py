@@ -126,6 +126,81 @@ def test_pairs_that_a_column_tells_apart_are_refused(tmp_path, names, last):
     assert load_training_file(topics).column_names == ["anchor", "positive"]
 
 
+FLAGS = [[True, False, True], ["True", "False", "true"], ["yes", "no", "yes"], [1, 0, 1], [1.0, 0.0, None]]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("name", ["label", "Score"])
+def test_flags_are_labels_in_every_format(tmp_path, suffix, flags, name):
+    """Pairs that they tell apart are refused, and as a score they are 1 and 0, however a file writes them."""
+    texts = {"anchor": list("abc"), "positive": list("def")}
+    with pytest.raises(ValueError, match=f"numbers that differ between them in the column '{name}'"):
+        load_training_file(write(tmp_path / f"pairs{suffix}", {**texts, name: flags}))
+    if None not in flags:
+        scored = {"sentence1": list("abc"), "sentence2": list("def"), name: flags}
+        assert load_sts_file(write(tmp_path / f"sts{suffix}", scored))["score"][:] == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("column", "named"),
+    [
+        ([0, 1, 1], True),
+        (["True", "False", "True"], True),
+        ([3, 1, 2], True),
+        ([1, 1, 1], False),
+        (["tech", "food", "tech"], False),
+        ([[1.0], [2.0], [3.0]], False),
+    ],
+)
+def test_unknown_columns_that_look_like_labels_are_named(tmp_path, caplog, column, named):
+    """The pairs are taken, all of them as belonging together, which may not be meant."""
+    path = write(tmp_path / "pairs.jsonl", {"anchor": list("abc"), "positive": list("def"), "Gold": column})
+    assert load_training_file(path).column_names == ["anchor", "positive"]
+    assert ("the columns ['Gold'] are left out" in caplog.text) == named
+
+
+def test_numbers_of_rows_are_no_labels(tmp_path, caplog):
+    """There are as many of them as rows."""
+    texts = [str(number) for number in range(20)]
+    load_training_file(write(tmp_path / "pairs.csv", {"id": texts, "anchor": texts, "positive": texts}))
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "clear"),
+    [
+        (["entailment", "not_entailment"], False),
+        (["equivalent", "different"], False),
+        (["similar", "unsimilar"], False),
+        (["not_duplicate", "duplicate"], True),
+        (["Not Equivalent", "Equivalent"], True),
+        (["False", "True"], True),
+        (["yes", "no"], False),
+        (["0", "1"], True),
+    ],
+)
+def test_the_names_of_classes_say_what_1_means(monkeypatch, names, clear):
+    """In GLUE's RTE and QNLI, 1 is for texts that do not belong together."""
+    import datasets
+
+    features = datasets.Features(
+        {
+            "sentence1": datasets.Value("string"),
+            "sentence2": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=names),
+        }
+    )
+    rows = {"sentence1": list("abc"), "sentence2": list("def"), "label": [0, 1, 1]}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(rows, features=features))
+    for score_range in (None, (0, 1)):
+        if clear:
+            assert load_training_hub("some/set", score_range=score_range)["score"][:] == [0, 1, 1]
+        else:
+            with pytest.raises(ValueError, match=re.escape(f"holds the classes {names}, which do not say")):
+                load_training_hub("some/set", score_range=score_range)
+
+
 @pytest.mark.parametrize("header", ["text,text", "text,Text"])
 def test_two_columns_of_texts_of_one_name_are_refused(tmp_path, header):
     """Of which one would be taken."""

@@ -1,26 +1,30 @@
-"""Read training and evaluation pairs from a file or from the Hugging Face hub, with columns named alike.
+"""Read training and evaluation pairs from a file or from the Hugging Face hub, under one set of column names.
 
 Two shapes are understood, by the names of their columns (case does not matter):
 
 - pairs: ``anchor, positive`` and perhaps ``negative``, for contrastive losses;
 - scored pairs (STS): ``sentence1, sentence2, score``, for ``CoSENTLoss`` and for evaluation.
 
-Other columns are left out, unless they say which pairs belong together. Scores stay as they are, whatever their range,
+Other columns are left out, and named where they look like labels. Pairs that a label's column tells apart are refused:
+those that do not belong together would be learned as if they did. Scores stay as they are, whatever their range,
 since ``CoSENTLoss`` and Spearman's correlation only use their order; pass ``score_range`` to map them to [0, 1].
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mipic_st.validation import is_number, missing_extra, plain
+from mipic_st.validation import is_number, plain, require
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+logger = logging.getLogger(__name__)
 
 #: Columns of the two shapes, each with the other names it is known by, most telling first.
 PAIR_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -40,6 +44,10 @@ CLASS_COLUMNS: tuple[str, ...] = ("label", "labels", "is_duplicate")
 #: All names under which a column may say which texts belong together, most telling first.
 SCORE_NAMES: tuple[str, ...] = tuple(dict.fromkeys(("score", "scores", *SCORED_COLUMNS["score"], *LABEL_COLUMNS)))
 TEXT_COLUMN: dict[str, tuple[str, ...]] = {"text": ("text", "sentence")}
+#: How files write flags, and what is not there.
+TRUTHS: dict[str, float] = {"true": 1, "false": 0, "yes": 1, "no": 0}
+MISSING: tuple[str, ...] = ("", "none", "nan", "null")
+_MOST_CLASSES = 10
 SUFFIXES: tuple[str, ...] = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
@@ -59,8 +67,8 @@ def load_training_file(path: str | PathLike[str], *, score_range: tuple[float, f
         FileNotFoundError: If there is no such file.
         ValueError: If the file cannot be read, has no rows or not the columns, or holds an empty text or a score that
             is no finite number or outside ``score_range``, or classes under a label's name (whole numbers other than 0
-            and 1, without ``score_range``), or pairs beside numbers under a label's or score's name that differ
-            between them. The message names the file, and column and row.
+            and 1, without ``score_range``, or names that do not say what 1 means), or pairs and under a label's or
+            score's name numbers or flags that differ between them. The message names the file, and column and row.
         ImportError: If ``datasets`` is not installed.
 
     Example:
@@ -186,11 +194,7 @@ _BOTH = {name: SCORED_COLUMNS[name] for name in ("sentence1", "sentence2")}
 
 
 def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(missing_extra("Reading data needs datasets", "train")) from error
-    return datasets
+    return require("datasets", "Reading data needs datasets", "train")
 
 
 def _read(path: str | PathLike[str]) -> Dataset:
@@ -252,6 +256,11 @@ def _select(
         if SCORED_COLUMNS in shapes and "negative" not in columns and not _match(SCORED_COLUMNS, present):
             _require_unscored(dataset, present, source)
 
+    if "score" in columns and (names := unclear_classes(dataset, columns["score"])):
+        raise ValueError(
+            f"Column {columns['score']!r} of {source} holds the classes {names}, which do not say that texts of "
+            "the second one belong together. Keep the pairs that do, as anchor and positive, or make them scores."
+        )
     values: dict[str, list[Any]] = {}
     for name, original in columns.items():
         column = list(dataset[original])
@@ -271,19 +280,56 @@ def _is_range(given: Any) -> bool:
     return bool(numbers and -math.inf < given[0] < given[1] < math.inf)
 
 
+def as_number(value: Any) -> float:
+    """A number, or a flag as files write it (True, "false", "yes"); NaN for anything else."""
+    try:
+        return float(TRUTHS.get(_plain_name(value), value) if isinstance(value, str) else value)
+    except (TypeError, ValueError):  # texts such as topics, or vectors
+        return math.nan
+
+
 def _require_unscored(dataset: Dataset, present: dict[str, str], source: str) -> None:
-    """Refuse pairs that numbers tell apart: those that do not belong together would be learned as if they did."""
+    """Refuse pairs that a label's or score's column tells apart, and name other columns that look like one."""
     for original in (present[name] for name in SCORE_NAMES if name in present):
-        try:
-            numbers = {float(value) for value in dataset[original]}
-        except (TypeError, ValueError):  # texts such as topics, or vectors
-            continue
-        if len(numbers) > 1:
+        numbers = {as_number(value) for value in dataset[original] if _plain_name(str(value)) not in MISSING}
+        if len(numbers) > 1 and not any(map(math.isnan, numbers)):
             raise ValueError(
                 f"{source} has pairs, and numbers that differ between them in the column {original!r}. If these say "
                 "which pairs belong together, keep those rows; then leave the column out, of a file or with "
                 "datasets' remove_columns. For scores, call the texts sentence1 and sentence2."
             )
+    known = {*SCORE_NAMES, *(alias for aliases in PAIR_COLUMNS.values() for alias in aliases)}
+    others = [
+        original for name, original in present.items() if name not in known and _looks_like_labels(dataset[original])
+    ]
+    if others:
+        logger.warning(
+            "%s: every pair counts as belonging together, and the columns %s are left out, which hold a few numbers or "
+            "flags. If these say which pairs belong together, keep those rows only.",
+            source,
+            others,
+        )
+
+
+def _looks_like_labels(values: Iterable[Any]) -> bool:
+    """Whether a column holds a few different numbers or flags, and nothing else."""
+    found: set[float] = set()
+    for value in values:
+        found.add(number := as_number(value))
+        if math.isnan(number) or len(found) > _MOST_CLASSES:
+            return False
+    return len(found) > 1
+
+
+def unclear_classes(dataset: Dataset, column: str) -> list[str]:
+    """The names of a column's classes (GLUE's, for instance), if these do not say that 1 is what belongs together."""
+    names = getattr(dataset.features[column], "names", None) or []
+    first, *others = [_plain_name(name) for name in names] or [""]
+    counted = all(name.isdecimal() for name in (first, *others))
+    opposed = len(others) == 1 and (
+        first.replace(" ", "_") == f"not_{others[0]}" or (TRUTHS.get(first), TRUTHS.get(others[0])) == (0, 1)
+    )
+    return [] if counted or opposed else list(names)
 
 
 def found_classes(name: str, scores: Sequence[float]) -> list[int]:
@@ -328,10 +374,7 @@ def _checked_scores(column: list[Any], where: str, score_range: tuple[float, flo
     low, high = score_range or (-math.inf, math.inf)
     scores = []
     for row, value in enumerate(column, start=1):
-        try:
-            score = float(value)
-        except (TypeError, ValueError):
-            score = math.nan
+        score = as_number(value)
         if not math.isfinite(score):
             raise ValueError(
                 f"Row {row} in {where} must be a finite number, got {value!r}. Fill it or leave the row out."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import platform
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,43 +17,106 @@ from typing import Any
 
 @contextmanager
 def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
-    """A new or empty folder, which is written as a whole or left as it was, so that another attempt finds it empty."""
-    folder = Path(folder)
-    existed = folder.exists()
-    if existed and not folder.is_dir():
+    """A place to write the content of a new or empty folder, which gets all of it when the block ends, or nothing.
+
+    Enter the block before the work: a place that has content or cannot be written is refused at once. After an error,
+    everything is as it was. A killed process leaves a hidden folder, which the next attempt removes.
+
+    Args:
+        folder: A folder that does not exist (its parents neither, perhaps) or is empty.
+
+    Yields:
+        Where to write.
+
+    Raises:
+        ValueError: If ``folder`` is a file, has content or cannot be written.
+    """
+    target = Path(os.path.realpath(folder))
+    if target.exists() and not target.is_dir():
         raise ValueError(f"folder {str(folder)!r} is a file; name a new one.")
-    if existed and any(folder.iterdir()):
+    existed = target.is_dir()
+    # A folder that exists stays itself: a link, a mounted place, one with rights of its own, in a parent without.
+    place = target if existed else target.parent
+    prefix = f".{target.name}.writing-{platform.node()}-"
+    for left in place.glob(f"{glob.escape(prefix)}*"):
+        if _has_ended(int(left.name.split("-")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
+    if existed and any(target.iterdir()):
         raise ValueError(f"folder {str(folder)!r} exists and is not empty; name a new one.")
+    aside = place / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+    made = _make(aside, folder)
+    moved = []
     try:
-        yield folder
-    except BaseException:
+        yield aside
         if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        # what was there stays itself: a link, a mounted place, a folder with rights of its own
-        for content in folder.iterdir():
-            shutil.rmtree(content, ignore_errors=True) if content.is_dir() else content.unlink()
+            aside.rename(target)
+            return
+        for content in sorted(aside.iterdir(), key=_place_in_order):
+            moved.append(content.rename(target / content.name))
+        aside.rmdir()
+    except BaseException:
+        for content in (aside, *moved):
+            shutil.rmtree(content, ignore_errors=True) if content.is_dir() else content.unlink(missing_ok=True)
+        _remove_empty(made)
         raise
+
+
+def require_writable(folder: str | PathLike[str]) -> None:
+    """Refuse a folder that cannot be made or written, before the work; nothing stays there."""
+    _remove_empty(_make(Path(folder) / f".writing-{secrets.token_hex(4)}", folder))
+
+
+def _make(aside: Path, folder: str | PathLike[str]) -> list[Path]:
+    """Make a folder; what was made, parents last."""
+    made = [path for path in (aside, *aside.parents) if not path.exists()]
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        _remove_empty(made)
+        raise ValueError(f"folder {str(folder)!r} cannot be written ({error.strerror}); name another.") from error
+    return made
+
+
+def _place_in_order(content: Path) -> int:
+    """modules.json first, config.json last: no part of the files loads as a model of fewer modules."""
+    return {"modules.json": 0, "config.json": 2, "adapter_config.json": 2}.get(content.name, 1)
+
+
+def _has_ended(process: int) -> bool:
+    """Whether no process of this number runs on this machine, as far as can be seen without harming it."""
+    if os.name == "nt":  # where signal 0 ends the process
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def write_whole(path: str | PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Have a file written next to its place and move it there: readers see the old file or the new one, no part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a terminal or a pipe has no place next to it
+        write(path)
+        return
+    path = Path(os.path.realpath(path))
+    aside = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        write(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON as people read it."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_whole(path: str | PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Write a file beside its place and move it there: readers see the old file or the new one, never a part.
-
-    A link is replaced, what it points to stays. A terminal or a pipe has no place beside it and is written to.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():
-        write(path)
-        return
-    beside = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}.part")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

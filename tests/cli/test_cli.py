@@ -1,19 +1,15 @@
-"""Invariants of the command: readable help, exit codes, files written, models side by side."""
+"""Invariants of the command: readable help, exit codes, wrong arguments and errors in one line."""
 
-import json
 import re
 
-import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import BoW
 from transformers import RwkvConfig
 
-from conftest import assemble, save_encoder, sentences
+from conftest import assemble, save_encoder
 from evaluation_fixtures import tiny_model
-from mipic_st import EvaluationReport, cli
-from mipic_st.cli import main
-from mipic_st.transforms.rotation import Rotation
+from mipic_st.cli import COMMANDS, build_parser, main, options
 from mipic_st.validation import powers_of_two
 
 
@@ -21,7 +17,36 @@ def test_help_lists_the_commands(capsys):
     """--help exits with 0 and names its commands."""
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("eval", "export", "rotate", "tasks"))
+    assert all(word in text for word in COMMANDS)
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    """On stderr, with the code of wrong usage, so that a script with an empty variable stops."""
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_an_example_that_parses(capsys, command, tmp_path, monkeypatch):
+    """The first line of its docstring is in the list, the example is what the parser takes."""
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    examples = [line.split()[1:] for line in text.splitlines() if line.startswith("  mipic-st")]
+    assert examples
+    for words in examples:
+        assert build_parser().parse_args(words).run
+
+
+@pytest.mark.parametrize("given", [["8,16,32"], ["8", "16", "32"], ["8, 16", "32"], ["8,16,", "32"]])
+def test_lists_take_commas_and_spaces(given):
+    """For numbers and names; a comma in brackets is part of a name."""
+    line = ["eval", "m", "--output", "out", "--dims", *given, "--precisions", "int8,binary"]
+    args = build_parser().parse_args([*line, "--tasks", "STS13,MTEB(eng, v2)", "STS14"])
+    assert args.dims == [8, 16, 32]
+    assert args.precisions == ["int8", "binary"]
+    assert args.tasks == ["STS13", "MTEB(eng, v2)", "STS14"]
 
 
 def test_wrong_arguments_exit_with_2(capsys):
@@ -31,95 +56,13 @@ def test_wrong_arguments_exit_with_2(capsys):
 
 
 @pytest.fixture
-def files(tmp_path):
-    """A tiny model in a folder, and texts and pairs in files."""
-    texts = list(dict.fromkeys(sentences(300, seed=3, shortest=3)))
-    tiny_model(tmp_path).save_pretrained(str(tmp_path / "model"))
-    (tmp_path / "texts.txt").write_text("\n".join([*texts, "", texts[0]]) + "\n")
-    rows = zip(texts[:140], texts[140:280], strict=True)
-    (tmp_path / "pairs.csv").write_text("anchor,positive\n" + "".join(f"{a},{b}\n" for a, b in rows))
-    return tmp_path
-
-
-def test_rotate_saves_a_rotated_model(files, capsys):
-    """On texts: full-width cosines stay, the matrix lies beside the model, the table has a row per dim."""
-    arguments = [
-        "rotate",
-        str(files / "model"),
-        "--texts",
-        str(files / "texts.txt"),
-        "--dims",
-        "4",
-        "8",
-    ]
-    assert main([*arguments, "--output", str(files / "out")]) == 0, capsys.readouterr().err
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["held-out", "dim", "4", "8"]
-    models = [SentenceTransformer(str(files / name), device="cpu") for name in ("model", "out")]
-    texts = sentences(10, seed=4)
-    plain, turned = (model.encode(texts) for model in models)
-    np.testing.assert_allclose(turned @ turned.T, plain @ plain.T, atol=1e-5)
-    assert np.abs(turned - plain).max() > 0.01
-    np.testing.assert_allclose(Rotation.load(files / "out" / "rotation.safetensors")(plain), turned, atol=1e-5)
-    assert main([*arguments, "--output", str(files / "out")]) == 1, "the folder is not empty any more"
-
-
-def test_rotate_without_gain_saves_nothing(files, capsys):
-    """Pairs of texts that have nothing to do with each other teach nothing; --quiet prints no table."""
-    arguments = [
-        "rotate",
-        str(files / "model"),
-        "--pairs",
-        str(files / "pairs.csv"),
-        "--dims",
-        "31",
-        "--quiet",
-    ]
-    assert main([*arguments, "--output", str(files / "out")]) == 1
-    streams = capsys.readouterr()
-    assert "no dim gained, nothing was saved" in streams.err
-    assert streams.out == ""
-    assert not (files / "out").exists()
-
-
-def test_export_with_texts_fits_the_tail(files, capsys):
-    """The exported Dense maps to the full model's vectors; the cell's figures are printed and written."""
-    arguments = [
-        "export",
-        str(files / "model"),
-        "--layer",
-        "2",
-        "--dim",
-        "8",
-        "--texts",
-        str(files / "texts.txt"),
-    ]
-    assert main([*arguments, "--output", str(files / "out")]) == 0, capsys.readouterr().err
-    assert "fitted with full depth" in capsys.readouterr().out
-    statement = json.loads((files / "out" / "export.json").read_text())
-    kinds = ("plain", "fitted", "mixed", "full")
-    assert {*(f"similarity_{kind}" for kind in kinds), "speedup"} <= set(statement)
-    small = SentenceTransformer(str(files / "out"), device="cpu")
-    full = SentenceTransformer(str(files / "model"), device="cpu")
-    texts = sentences(20, seed=5, shortest=4)
-    wanted = full.encode(texts, truncate_dim=8, normalize_embeddings=True)
-    assert (small.encode(texts) * wanted).sum(axis=1).mean() > 0.7
-
-
-def test_texts_need_a_layer(files, capsys):
-    """There is nothing to fit behind the last layer."""
-    arguments = ["export", str(files / "model"), "--dim", "8", "--texts", str(files / "texts.txt")]
-    assert main([*arguments, "--output", str(files / "out")]) == 1
-    assert "give --layer too" in capsys.readouterr().err
-
-
-@pytest.fixture
 def no_model(monkeypatch):
     """A command that loads a model fails the test."""
 
     def load(*_):
         raise AssertionError("loaded a model")
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(options, "load_model", load)
 
 
 @pytest.mark.usefixtures("no_model")
@@ -133,14 +76,16 @@ def no_model(monkeypatch):
         (["eval", "m", "--data-dir", "NONE"], "--data-dir: .* is not there; name a folder"),
         (["eval", "m", "--output", "FILE"], "--output: .* is a file; name a folder"),
         (["eval", "m", "--output", "FILE/deeper"], "--output: .*file' is a file; name a folder"),
-        (["export", "m", "--dim", "-1"], "--dim: must be a whole number from 1 on, got '-1'"),
-        (["export", "m", "--layer", "0"], "--layer: must be a whole number from 1 on, got '0'"),
-        (["export", "m", "--dim", "8", "--output", "FILE"], "--output: .* is a file; name a folder"),
+        (["cut", "m", "--dim", "-1"], "--dim: must be a whole number from 1 on, got '-1'"),
+        (["cut", "m", "--layer", "0"], "--layer: must be a whole number from 1 on, got '0'"),
+        (["cut", "m", "--dim", "8", "--output", "FILE"], "--output: .* is a file; name a folder"),
         # an unset variable of a shell
-        (["export", "m", "--dim", "8", "--output", ""], "--output: is empty"),
-        (["export", "m", "--layer", "2", "--texts", ""], "--texts: is empty"),
+        (["cut", "m", "--dim", "8", "--output", ""], "--output: is empty"),
+        (["cut", "m", "--layer", "2", "--texts", ""], "--texts: is empty"),
         (["rotate", "m", "--pairs", " "], "--pairs: is empty"),
         (["rotate", "m", "--texts", ""], "--texts: is empty"),
+        (["eval", "m", "--dims", "8,,16"], "--dims: must be a whole number from 1 on, got ''"),
+        (["eval", "m", "--precisions", "int8,int3"], "--precisions: must be among float32, int8, binary, got 'int3'"),
         (["rotate", "m", "--dataset", ""], "--dataset: is empty"),
         (["eval", "m", "--data-dir", ""], "--data-dir: is empty"),
         (["check", "m", "--url", ""], "--url: is empty"),
@@ -176,6 +121,23 @@ def test_what_cannot_work_is_said_before_loading(tmp_path, capsys, arguments, me
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["rotate", "org/m", "--texts", "x.txt"],
+        ["cut", "org/m", "--dim", "8"],
+        ["export", "org/m", "--format", "tei"],
+        ["eval", "org/m", "--tasks", "STS13"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_loading(capsys, arguments):
+    """Not after the work."""
+    assert main([*arguments, "--output", "/proc/mipic-st/out"]) == 1
+    assert "folder '/proc/mipic-st/out' cannot be written (" in capsys.readouterr().err
+
+
 def failure(arguments, capsys):
     """The one line that a failing command leaves on stderr, progress bars and library warnings apart."""
     assert main([str(argument) for argument in arguments]) == 1
@@ -191,7 +153,7 @@ def failure(arguments, capsys):
 def saved(tmp_path):
     """A folder with a tiny model, and the command that would cut it."""
     tiny_model(tmp_path).save_pretrained(str(tmp_path / "model"))
-    return tmp_path / "model", ["export", tmp_path / "model", "--dim", "8", "--output", tmp_path / "cut"]
+    return tmp_path / "model", ["cut", tmp_path / "model", "--dim", "8", "--output", tmp_path / "cut"]
 
 
 DAMAGE = {
@@ -218,7 +180,7 @@ def test_damaged_models_are_named_in_one_line(saved, capsys, kind):
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "nonsense", "meta", ""])
-@pytest.mark.parametrize("command", ["export", "eval"])
+@pytest.mark.parametrize("command", ["cut", "eval"])
 @pytest.mark.usefixtures("no_model")
 def test_devices_that_are_not_there_are_refused_before_loading(tmp_path, capsys, command, device):
     """With the option's name and what torch says about it."""
@@ -231,7 +193,7 @@ def test_devices_that_are_not_there_are_refused_before_loading(tmp_path, capsys,
 @pytest.mark.usefixtures("no_model")
 def test_empty_model_names_are_refused(tmp_path, capsys, name):
     """An empty name is not the present folder."""
-    for command in (["export", name, "--dim", "8"], ["eval", "org/m", name, "--tasks", "STS13"]):
+    for command in (["cut", name, "--dim", "8"], ["eval", "org/m", name, "--tasks", "STS13"]):
         assert "the name is empty" in failure([*command, "--output", tmp_path / "out"], capsys)
 
 
@@ -240,14 +202,14 @@ def test_architectures_that_cannot_be_built_smaller_are_named(tmp_path, capsys):
     sizes = {"hidden_size": 32, "attention_hidden_size": 32}
     folder = save_encoder(tmp_path / "encoder", lambda layers: RwkvConfig(num_hidden_layers=layers, **sizes))
     assemble(folder).save_pretrained(str(tmp_path / "model"))
-    line = failure(["export", tmp_path / "model", "--layer", "1", "--output", tmp_path / "cut"], capsys)
+    line = failure(["cut", tmp_path / "model", "--layer", "1", "--output", tmp_path / "cut"], capsys)
     assert "RwkvModel cannot be built with 1 of its 3 layers" in line
 
 
 def test_models_without_weights_are_refused(tmp_path, capsys):
     """A bag of words has nothing to cut."""
     SentenceTransformer(modules=[BoW(["cat", "dog"])], device="cpu").save_pretrained(str(tmp_path / "bow"))
-    command = ["export", tmp_path / "bow", "--dim", "1", "--output", tmp_path / "cut"]
+    command = ["cut", tmp_path / "bow", "--dim", "1", "--output", tmp_path / "cut"]
     assert "the model's BoW has no weights" in failure(command, capsys)
 
 
@@ -258,8 +220,8 @@ def test_errors_that_nobody_foresaw_are_one_line_and_debug_shows_more(tmp_path, 
     def load(*_):
         raise error
 
-    monkeypatch.setattr(cli, "_load", load)
-    command = ["export", "org/m", "--dim", "8", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(options, "load_model", load)
+    command = ["cut", "org/m", "--dim", "8", "--output", str(tmp_path / "out")]
     line = failure(command, capsys)
     if isinstance(error, RuntimeError):
         assert line == "mipic-st: two lines"
@@ -273,106 +235,8 @@ def test_errors_that_nobody_foresaw_are_one_line_and_debug_shows_more(tmp_path, 
 
 def test_unknown_model_exits_with_1(tmp_path, capsys):
     """A model that does not load gives one line on stderr."""
-    assert main(["export", str(tmp_path / "none"), "--dim", "8", "--output", str(tmp_path / "o")]) == 1
+    assert main(["cut", str(tmp_path / "none"), "--dim", "8", "--output", str(tmp_path / "o")]) == 1
     assert "cannot be loaded" in capsys.readouterr().err
-
-
-def test_export_writes_a_loadable_model(tmp_path, capsys):
-    """The folder loads, has the asked layers and dim, and the speed-up is stated."""
-    tiny_model(tmp_path).save_pretrained(str(tmp_path / "full"))
-    assert (
-        main(["export", str(tmp_path / "full"), "--layer", "2", "--dim", "8", "--output", str(tmp_path / "cut")]) == 0
-    )
-    assert "times as fast" in capsys.readouterr().out
-    small = SentenceTransformer(str(tmp_path / "cut"), device="cpu")
-    assert small.encode(["the cat"]).shape == (1, 8)
-    assert json.loads((tmp_path / "cut" / "export.json").read_text())["layer"] == 2
-
-
-def test_export_refuses_a_used_folder(tmp_path, capsys):
-    """Nothing is overwritten."""
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "file").write_text("mine")
-    assert main(["export", "x", "--dim", "8", "--output", str(tmp_path / "cut")]) == 1
-    assert "not an empty folder" in capsys.readouterr().err
-
-
-def test_eval_compares_models_side_by_side(tmp_path, capsys, monkeypatch):
-    """Two local folders, a local task: tables, plots, best marked, exit code 0."""
-    import pandas as pd
-
-    from mipic_st.evaluation import tasks as mteb_tasks
-
-    for name, layers in (("one", 1), ("four", 4)):
-        tiny_model(tmp_path, layers=layers).save_pretrained(str(tmp_path / name))
-    frame = {
-        "sentence1": sentences(30, 1),
-        "sentence2": sentences(30, 2),
-        "score": [float(7 * i % 5) for i in range(30)],
-    }
-    pd.DataFrame(frame).to_csv(tmp_path / "sts13_test.csv", index=False)
-    from mteb.abstasks.task_metadata import TaskMetadata
-
-    monkeypatch.setattr(TaskMetadata, "descriptive_stats", None)
-    assert mteb_tasks.TASK_GROUPS
-    code = main(
-        [
-            "eval",
-            str(tmp_path / "one"),
-            str(tmp_path / "four"),
-            "--tasks",
-            "STS13",
-            "--dims",
-            "8",
-            "32",
-            "--data-dir",
-            str(tmp_path),
-            "--output",
-            str(tmp_path / "out"),
-            "--precisions",
-            "int8",
-        ]
-    )
-    printed = capsys.readouterr()
-    assert code == 0, printed.err
-    assert printed.out.count("**") == 2 * 4
-    for file in ("report.md", "report.csv", "report.json", "report.tex", "score_by_dim.png", "quality_by_bytes.svg"):
-        assert (tmp_path / "out" / file).is_file()
-    # random models: what cannot be drawn is told, and costs nothing else
-    assert "no plot retained: the scores of STS13" in printed.err
-    assert not (tmp_path / "out" / "retained.png").exists()
-
-
-def test_eval_that_fails_writes_what_it_has(tmp_path, capsys, monkeypatch):
-    """Of the models before; the error and its exit code stay."""
-
-    def evaluate(model, *_, **__):
-        if model == "org/second":
-            raise ValueError("dims exceed")
-        score = {"task": "STS13", "metric": "s", "dim": 8, "score": 0.5}
-        return EvaluationReport([{"model": model, **score}])
-
-    monkeypatch.setattr(cli, "_load", lambda place, *_: place)
-    monkeypatch.setattr("mipic_st.encoder.structure.full_width", lambda model: 32)
-    monkeypatch.setattr("mipic_st.evaluation.mteb.evaluate_mteb", evaluate)
-    call = ["eval", "org/first", "org/second", "--tasks", "STS13", "--output", str(tmp_path), "--no-plots"]
-    assert main(call) == 1
-    told = capsys.readouterr().err
-    assert "dims exceed" in told
-    assert "incomplete, 2 models were asked for" in told
-    assert [record["model"] for record in EvaluationReport.from_json(tmp_path / "report.json").records] == ["org/first"]
-    call[1:3] = ["org/second", "org/first"]
-    call[call.index(str(tmp_path))] = str(tmp_path / "none")
-    assert main(call) == 1
-    assert not (tmp_path / "none").exists(), "there is nothing to write"
-
-
-def test_rotating_a_narrow_model_needs_dims(files, capsys, monkeypatch):
-    """Below 8 values there is no default; the option that is needed is named."""
-    monkeypatch.setattr("mipic_st.encoder.structure.full_width", lambda model: 8)
-    call = ["rotate", str(files / "model"), "--texts", str(files / "texts.txt"), "--output", str(files / "out")]
-    assert main(call) == 1
-    assert "the model's 8 values leave no power of 2 from 8 on below them: give --dims" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -382,24 +246,3 @@ def test_powers_of_two_are_below_the_width(least, below, powers):
     """The default dims of models, however wide."""
     assert powers_of_two(least, below) == powers
     assert powers_of_two(16, 8192)[-1] == 4096
-
-
-@pytest.mark.slow
-def test_eval_on_the_real_model(minilm_path, data_folder, tmp_path, capsys):
-    """all-MiniLM-L6-v2 on STS13 from local files."""
-    code = main(
-        [
-            "eval",
-            minilm_path,
-            "--tasks",
-            "STS13",
-            "--dims",
-            "384",
-            "--data-dir",
-            str(data_folder),
-            "--output",
-            str(tmp_path / "out"),
-        ]
-    )
-    assert code == 0
-    assert "80.60" in capsys.readouterr().out

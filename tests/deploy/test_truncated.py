@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import (
     StaticEmbedding,
     Transformer,
 )
-from transformers import FunnelConfig, FunnelModel, LongformerConfig, RwkvConfig
+from transformers import FunnelConfig, FunnelModel, GPTNeoConfig, LongformerConfig, RwkvConfig
 
 from conftest import TAILS, WIDTH, assemble, make_tokenizer, put_lora, save_encoder, sentences
 from evaluation_fixtures import tiny_model
@@ -139,6 +139,19 @@ def test_what_cannot_be_built_smaller_is_named(tmp_path):
         export_truncated(model, layer=1)
 
 
+def test_what_cannot_be_saved_is_named(tmp_path):
+    """GPT-Neo's config lists the attention of each layer, and is checked when it is saved; dims alone can be cut."""
+    kinds = {"attention_types": [[["global", "local"], 2]], "intermediate_size": 48, "max_position_embeddings": 64}
+
+    def encoder(layers):
+        return GPTNeoConfig(hidden_size=WIDTH, num_layers=4, num_heads=4, **kinds)
+
+    model = assemble(save_encoder(tmp_path / "encoder", encoder))
+    with pytest.raises(TypeError, match=r"the cut GPTNeoModel cannot be saved \(.*leave layer out"):
+        export_truncated(model, layer=2)
+    export_truncated(model, dim=8).save_pretrained(str(tmp_path / "small"))
+
+
 def test_a_depth_that_cannot_be_set_is_named(tmp_path):
     """Funnel's layers stand in blocks, and its config takes no number of them."""
     config = FunnelConfig(
@@ -239,7 +252,7 @@ def test_adapters_are_merged(tmp_path, way, layer, dim):
     ("architecture", "kept"), [("qwen3", "inv_freq"), ("modernbert", "inv_freq"), ("t5", "DenseReluDense.wo.weight")]
 )
 def test_every_tensor_keeps_its_precision(tmp_path, architecture, kept, dtype):
-    """What transformers holds in float32 beside half-precision weights stays so: rotary frequencies, T5's output."""
+    """What transformers holds in float32 next to half-precision weights stays so: rotary frequencies, T5's output."""
     transformer = Transformer(str(save_encoder(tmp_path / "encoder", architecture)), model_kwargs={"dtype": dtype})
     model = SentenceTransformer(modules=[transformer, Pooling(WIDTH, "mean")], device="cpu")
 

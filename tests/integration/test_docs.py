@@ -151,7 +151,7 @@ def test_command_lines_parse(words, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         for folder in ("data", "run-a", "run-b"):  # what the reader has
             Path(folder).mkdir()
-        arguments = cli._parser().parse_args(words[1:])
+        arguments = cli.build_parser().parse_args(words[1:])
         assert isinstance(arguments, argparse.Namespace)
         return
     place = next(i for i, word in enumerate(words) if word.startswith("examples/"))
@@ -165,7 +165,7 @@ def test_command_lines_parse(words, tmp_path, monkeypatch):
 def test_the_parser_check_can_fail():
     """A wrong option is noticed."""
     with pytest.raises(SystemExit):
-        cli._parser().parse_args(["eval", "model", "--no-such-option"])
+        cli.build_parser().parse_args(["eval", "model", "--no-such-option"])
     assert "--no-such-option" not in flags_of(ROOT / "examples" / "quickstart.py")
 
 

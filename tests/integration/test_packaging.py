@@ -7,7 +7,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -34,7 +33,7 @@ def test_wheel_has_every_module_and_the_type_marker(tmp_path):
         archive.extractall(tmp_path / "elsewhere")
     package = ROOT / "src" / "mipic_st"
     expected = {f"mipic_st/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
-    assert expected | {"mipic_st/py.typed"} <= names
+    assert expected | {"mipic_st/py.typed", "mipic_st/__init__.pyi", "mipic_st/demo_frames.txt"} <= names
     assert not any(name.startswith(("tests", "examples")) for name in names)
     found = subprocess.run(
         [sys.executable, "-c", "import mipic_st; print(mipic_st.__file__)"],
@@ -87,14 +86,14 @@ def test_import_and_version_bring_nothing_heavy(statement, expected):
     assert loaded(statement, HEAVY) == expected
 
 
-def test_version_takes_less_than_a_second():
-    """A fresh process, the best of three."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "mipic_st", "--version"], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1
+@pytest.mark.parametrize(
+    ("limit", "statement"), [(0.1, "import mipic_st"), (0.5, "from mipic_st.cli import main; main(['--version'])")]
+)
+def test_import_and_version_are_quick(limit, statement):
+    """In a fresh process, the best of three; the whole command is a tenth of a second more, which is Python's own."""
+    code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    runs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True) for _ in range(3)]
+    assert min(float(run.stdout.split()[-1]) for run in runs) < limit
 
 
 def test_public_names_are_those_of_the_stub():

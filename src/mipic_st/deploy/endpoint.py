@@ -5,21 +5,26 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import queue
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Pooling, WordWeights
-from torch import nn
 
+from mipic_st.deploy.written import vectors_with
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts
-from mipic_st.encoder.structure import evaluation_mode, full_width
+from mipic_st.encoder.modules import kind_of, pooling_like, pooling_place
+from mipic_st.encoder.structure import evaluation_mode, full_width, unwrap
 from mipic_st.numerics import unit_length
 from mipic_st.validation import checked_dims, checked_number, checked_texts
+
+# Of the answer, for each text: 8,192 dims with 24 letters each, and more.
+_MOST_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,9 @@ def check_endpoint(
         dim: Asks the server for so many dims (``dimensions`` in the request). None asks for the full width.
         name: The model's name in the request.
         texts: What is embedded; no prompt is put before it.
-        api_key: Sent as a bearer token.
+        api_key: Sent as a bearer token, to this address only: redirects are not followed.
         tolerance: Largest distance that counts as equal; servers compute in half precision.
-        timeout: Seconds to wait for an answer.
+        timeout: Seconds in which the whole answer has to be there.
 
     Returns:
         :class:`EndpointCheck`.
@@ -70,7 +75,7 @@ def check_endpoint(
     Raises:
         TypeError: If ``texts`` is no list of texts.
         ValueError: If the address is none, ``dim`` is out of range, or the answer is no list of vectors.
-        ConnectionError: If the server cannot be reached or refuses the request.
+        ConnectionError: If the server cannot be reached, refuses the request or sends it on to another address.
 
     Example:
         >>> check_endpoint(model, "http://localhost:8000", dim=64).findings  # doctest: +SKIP
@@ -78,6 +83,7 @@ def check_endpoint(
     """
     if not isinstance(url, str) or not url.startswith(("http://", "https://")):
         raise ValueError(f"url must begin with http:// or https://, got {url!r}.")
+    model = unwrap(model)
     width = full_width(model)
     if dim is not None:
         (dim,) = checked_dims("dim", [dim], width)
@@ -114,43 +120,45 @@ def _distance(vectors: np.ndarray, others: np.ndarray) -> float:
 
 
 def _misread(model: SentenceTransformer, texts: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """What a server gives that skips modules or pools as it likes, fewest mistakes first, and how to say so."""
-    modules = list(model.children())
-    pooling: Any = next((module for module in modules if isinstance(module, Pooling)), None)
-    modes = [] if pooling is None else [mode for mode in ("mean", "cls", "lasttoken") if mode != pooling.pooling_mode]
-    skips = [kind for kind in (WordWeights, Dense) if any(isinstance(module, kind) for module in modules)]
+    """What a server gives that skips modules, pools as it likes or adds a prompt, and how to say so."""
+    for name, prompt in model.prompts.items():
+        if prompt:
+            with evaluation_mode(model):
+                yield (
+                    f"its vectors are those of texts with the model's prompt {name!r} in front, {prompt!r}: the server "
+                    "adds it to every text",
+                    encode_texts(model, texts, prompt=prompt),
+                )
+    modules: list[Any] = list(model.children())
+    kinds = [kind_of(module) for module in modules]
+    place = pooling_place(model)
+    modes = [] if place < 0 else [mode for mode in ("mean", "cls", "lasttoken") if mode != modules[place].pooling_mode]
+    skips = [kind for kind in ("WordWeights", "Dense") if kind in kinds]
     mistakes = [
         (mode, skipped)
         for mode in (None, *modes)
         for count in range(len(skips) + 1)
         for skipped in itertools.combinations(skips, count)
     ]
+    # fewest mistakes first, the first being none
     for mode, skipped in sorted(mistakes[1:], key=lambda mistake: (mistake[0] is not None) + len(mistake[1])):
         said = []
+        kept = [module for module, kind in zip(modules, kinds, strict=True) if kind not in skipped]
         if mode is not None:
+            own = modules[place]
+            kept = [pooling_like(own, mode=mode) if module is own else module for module in kept]
             said.append(
-                f"its vectors are pooled by {mode!r} where the model has {pooling.pooling_mode!r}: the server does not "
+                f"its vectors are pooled by {mode!r} where the model has {own.pooling_mode!r}: the server does not "
                 "read the pooling"
             )
-        if WordWeights in skipped:
+        if "WordWeights" in skipped:
             said.append(
                 "its vectors have no word weights: the server leaves WordWeights out, fit the cut with "
                 "word_weights=False"
             )
-        if Dense in skipped:
+        if "Dense" in skipped:
             said.append("its vectors are those in front of the Dense layers: the server leaves them out")
-        kept = [module for module in modules if not isinstance(module, skipped)]
-        if mode is not None:
-            other = Pooling(pooling.embedding_dimension, mode)
-            kept = [other if module is pooling else module for module in kept]
-        yield "; ".join(said), _encoded(model, kept, texts)
-
-
-def _encoded(model: SentenceTransformer, modules: list[nn.Module], texts: list[str]) -> np.ndarray:
-    """Vectors of the model with other modules behind its encoder."""
-    other = SentenceTransformer(modules=modules, device=str(model.device))
-    with evaluation_mode(model):
-        return encode_texts(other, texts)
+        yield "; ".join(said), vectors_with(model, kept, texts)
 
 
 def _ask(url: str, texts: list[str], dim: int | None, name: str, api_key: str | None, timeout: float) -> np.ndarray:
@@ -161,23 +169,74 @@ def _ask(url: str, texts: list[str], dim: int | None, name: str, api_key: str | 
     if dim is not None:
         body["dimensions"] = dim
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-    request = urllib.request.Request(route, json.dumps(body).encode(), headers)
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
-            given = answer.read()
-    except urllib.error.HTTPError as error:
-        told = error.read(500).decode(errors="replace")
-        hint = "; if its route is another one, give it whole, as in http://host:port/embeddings"
-        raise ConnectionError(
-            f"{route} refuses the request with status {error.code}: {told}{hint if error.code == 404 else ''}"
-        ) from error
+        request = urllib.request.Request(route, json.dumps(body).encode(), headers)
+        status, given = _within(timeout, lambda: _answer(request, timeout, _MOST_BYTES * len(texts)))
     except (OSError, http.client.HTTPException) as error:  # the second is what no HTTP server, or no address, gives
-        raise ConnectionError(f"{route} cannot be reached: {error}; is the server running?") from error
+        raise ConnectionError(f"{route} cannot be reached: {_printable(error)}; is the server running?") from error
+    if 300 <= status < 400:
+        raise ConnectionError(
+            f"{route} sends the request on to {_printable(given)!r} (status {status}), where nothing was sent, the key "
+            "neither; if that is the server, give its address."
+        )
+    if not 200 <= status < 300:
+        hint = (
+            "; if its route is another one, give it whole, as in http://host:port/embeddings" if status == 404 else ""
+        )
+        raise ConnectionError(f"{route} refuses the request with status {status}: {_printable(given[:500])}{hint}")
     try:
         rows = sorted(json.loads(given)["data"], key=lambda row: row["index"])
         vectors = np.asarray([row["embedding"] for row in rows], dtype=np.float32)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{route} answers with something else than OpenAI's embeddings: {given[:200]!r}.") from error
     if vectors.ndim != 2 or len(vectors) != len(texts):
         raise ValueError(f"{route} answers {len(texts)} texts with an array of shape {vectors.shape}.")
     return vectors
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Another address is the caller's choice: the key is for the given one only."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def _answer(request: urllib.request.Request, timeout: float, most_bytes: int) -> tuple[int, bytes]:
+    """Status and body; of a redirect, the address in the place of the body."""
+    try:
+        answer = urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        answer = error
+    with answer:
+        if 300 <= answer.status < 400:
+            return answer.status, answer.headers.get("Location", "nowhere").encode()
+        body = answer.read(most_bytes + 1)
+    if len(body) > most_bytes:
+        raise OSError(f"it sends more than {most_bytes / 1e6:.0f} million bytes")
+    return answer.status, body
+
+
+def _within(seconds: float, work: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
+    """The result of the work, or an error after so many seconds; a socket's timeout begins again with each byte."""
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(work())
+        except Exception as error:
+            results.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result = results.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"timed out, it gave no whole answer in {seconds:g} s") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _printable(given: object) -> str:
+    """What a server said, without what would move the cursor of a terminal."""
+    text = given.decode(errors="replace") if isinstance(given, bytes) else str(given)
+    return "".join(letter if letter.isprintable() else " " for letter in text)

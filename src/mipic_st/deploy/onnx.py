@@ -1,7 +1,8 @@
-"""An ONNX file whose ``last_hidden_state`` is behind the model's linear tail, for runtimes that pool by themselves."""
+"""An ONNX file whose ``last_hidden_state`` is behind the model's linear tail, for runtimes that do the pooling."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from os import PathLike
@@ -11,31 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
+from mipic_st.deploy.written import PROMPTS_LEFT_OUT, WITHOUT_PROMPTS, difference
+from mipic_st.encoder.adapters import merged_encoders
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts, prompt_of
-from mipic_st.encoder.structure import describe, evaluation_mode, full_width
+from mipic_st.encoder.modules import kind_of, leaves_prompts_out, load_pooling, pooling_like, pooling_place
+from mipic_st.encoder.structure import describe, evaluation_mode, full_width, in_half_precision, unwrap
 from mipic_st.encoder.tail import is_linear
 from mipic_st.files import new_folder, write_json
 from mipic_st.numerics import unit_length
-from mipic_st.validation import missing_extra
+from mipic_st.validation import require
 
 logger = logging.getLogger(__name__)
 
 
 def linear_tail(model: SentenceTransformer) -> Tensor | None:
-    """The map of rows that the tail is, if it is linear, so that it commutes with pooling.
+    """The map of rows that the tail is up to the length of its vectors, (H, D), or None if there is no Dense.
 
-    Args:
-        model: The model.
-
-    Returns:
-        (H, D), or None if there is no Dense.
-
-    Raises:
-        ValueError: If the tail does more than bias-free Dense layers and a Normalize at the end, or there is one and
-            the pooling is ``max`` or several in one.
+    It is a product of bias-free Dense layers, so that it commutes with pooling; a Normalize between them changes the
+    length only.
     """
     description = describe(model)
     if description.pooling is None or description.routes:
@@ -43,6 +40,8 @@ def linear_tail(model: SentenceTransformer) -> Tensor | None:
     product: Tensor | None = None
     module: Any
     for module in description.steps:
+        if kind_of(module) == "Normalize":
+            continue
         if not is_linear(module) or module.linear.bias is not None:
             raise ValueError(
                 f"behind its pooling the model has a {type(module).__name__} that is no bias-free linear map, so it "
@@ -78,10 +77,10 @@ class _Rotated(nn.Module):
 def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path:
     """Write ``onnx/model.onnx``, whose ``last_hidden_state`` has the model's width and space, and the tokenizer.
 
-    A runtime that tokenizes, pools (``mean``, ``cls`` or last token), cuts and normalizes by itself then gives the
+    A runtime that tokenizes, pools (``mean``, ``cls`` or last token), cuts and normalizes on its own then gives the
     model's vectors; it needs to know nothing of Dense layers, since a bias-free one commutes with pooling, nor of the
     word weights of a layer cut, whose means it gets in the right direction, if not length. The pooling is written
-    beside it as sentence-transformers writes it, and ``modules.json`` lists nothing else. A default prompt, which
+    next to it as sentence-transformers writes it, and ``modules.json`` lists nothing else. A default prompt, which
     ``model.encode`` puts before texts, is not in the files: whoever asks the runtime has to put it there.
 
     Args:
@@ -93,20 +92,20 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
 
     Raises:
         ImportError: If the ``onnx`` extra is missing.
-        ValueError: If the folder has content, the tail is not linear, or the model is in bfloat16.
-        RuntimeError: If the file does not give what the model gives.
+        ValueError: If the folder has content, the tail is not linear, the pooling leaves out the tokens of prompts, or
+            the model is in bfloat16.
+        RuntimeError: If the architecture cannot be written, or the file does not give what the model gives.
 
     Example:
         >>> export_onnx(model, "for-onnxruntime")  # doctest: +SKIP
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(missing_extra("the ONNX export needs onnx, onnxscript and onnxruntime", "onnx")) from error
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        require(name, "the ONNX export needs onnx, onnxscript and onnxruntime", "onnx")
+    model = unwrap(model)
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         raise ValueError("the model is in bfloat16, which ONNX Runtime does not compute in on a CPU: model.float() it.")
+    if leaves_prompts_out(model):
+        raise ValueError(f"{PROMPTS_LEFT_OUT} no runtime with a pooling of its own does; {WITHOUT_PROMPTS}")
     product = linear_tail(model)
     if prompt := prompt_of(model, None):
         logger.warning(
@@ -114,58 +113,85 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
             "embeds, as model.encode does.",
             prompt,
         )
-    with new_folder(folder) as new, evaluation_mode(model):
-        return _write_onnx(model, product, new, onnxruntime)
+    plain = copy.deepcopy(model, merged) if (merged := merged_encoders(model)) else model
+    with new_folder(folder) as new, evaluation_mode(plain), evaluation_mode(model):
+        _write_graph(plain, product, new / "onnx" / "model.onnx")
+        _write_rest(plain, product, new)
+        _require_same_from_runtime(model, new)
+    return Path(folder) / "onnx" / "model.onnx"
 
 
-def _write_onnx(model: SentenceTransformer, product: Tensor | None, folder: Path, onnxruntime: Any) -> Path:
+def _write_graph(model: SentenceTransformer, product: Tensor | None, file: Path) -> None:
     transformer: Any = model[0]
-    place = next(place for place, module in enumerate(model.children()) if isinstance(module, Pooling))
-    own_pooling: Any = model[place]
-    file = folder / "onnx" / "model.onnx"
-    file.parent.mkdir(parents=True)
-    encoder = transformer.auto_model
     features = transformer.tokenizer(list(PROBE_TEXTS), padding=True, return_tensors="pt")
     names = list(features)
-    wrapped = _Rotated(encoder, list(model.children())[1:place], product, names).to(model.device).eval()
+    between = list(model.children())[1 : pooling_place(model)]
+    wrapped = _Rotated(transformer.auto_model, between, product, names).to(model.device).eval()
     inputs = tuple(features[name].to(model.device) for name in names)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
-    torch.onnx.export(
-        wrapped,
-        inputs,
-        str(file),
-        input_names=names,
-        output_names=["last_hidden_state"],
-        # one entry for the parameter that takes all inputs
-        dynamic_shapes=(tuple({0: batch, 1: length} for _ in inputs),),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
+    file.parent.mkdir()
+    try:
+        torch.onnx.export(
+            wrapped,
+            inputs,
+            str(file),
+            input_names=names,
+            output_names=["last_hidden_state"],
+            # one entry for the parameter that takes all inputs
+            dynamic_shapes=(tuple({0: batch, 1: length} for _ in inputs),),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    except OSError:
+        raise
+    except Exception as error:  # of the architecture's own code it may be of any kind
+        raise _not_for_onnx(model, error) from error
+
+
+def _not_for_onnx(model: SentenceTransformer, error: Exception) -> RuntimeError:
+    """Which architecture failed, and the first words of an error that may have a thousand lines."""
+    words = str(error).partition("\x1b")[0].strip().partition("\n")[0]
+    encoder: Any = model[0]
+    return RuntimeError(
+        f"{type(encoder.auto_model).__name__} cannot be written as ONNX with torch {torch.__version__} "
+        f"({type(error).__name__}: {words}); serve it in the form of save_for_tei, or by sentence-transformers."
     )
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    texts = list(PROBE_TEXTS[:2])  # another shape than the one that was traced
-    given = model.preprocess(texts)  # with the model's own limit of tokens
-    (states,) = session.run(None, {name: given[name].cpu().numpy().astype(np.int64) for name in names})
-    pooled = own_pooling({"token_embeddings": torch.as_tensor(states), "attention_mask": given["attention_mask"].cpu()})
-    got = unit_length(pooled["sentence_embedding"].numpy())
-    own = unit_length(encode_texts(model, texts))
-    if not np.abs(got - own).max() < 1e-3:
-        raise RuntimeError(f"the ONNX file gives other vectors than the model, by {np.abs(got - own).max():.1e}.")
-    width = own_pooling.embedding_dimension if product is None else full_width(model)
+
+
+def _write_rest(model: SentenceTransformer, product: Tensor | None, folder: Path) -> None:
+    """Tokenizer, config and pooling, and modules.json, which lists nothing else."""
+    transformer: Any = model[0]
+    pooling: Any = model[pooling_place(model)]
     transformer.tokenizer.save_pretrained(str(folder))
-    encoder.config.save_pretrained(str(folder))
-    pooling = Pooling(width, own_pooling.pooling_mode, include_prompt=own_pooling.include_prompt)
+    transformer.auto_model.config.save_pretrained(str(folder))
     (folder / "1_Pooling").mkdir()
-    pooling.save(str(folder / "1_Pooling"))
-    kinds = [("", transformer), ("1_Pooling", pooling)]
-    listed = [
-        {
-            "idx": index,
-            "name": str(index),
-            "path": path,
-            "type": f"sentence_transformers.models.{type(module).__name__}",
-        }
-        for index, (path, module) in enumerate(kinds)
-    ]
-    write_json(folder / "modules.json", listed)
-    return file
+    pooling_like(pooling, width=None if product is None else full_width(model)).save(str(folder / "1_Pooling"))
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    write_json(
+        folder / "modules.json",
+        [
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for index, (path, kind) in enumerate(kinds)
+        ],
+    )
+
+
+def _require_same_from_runtime(model: SentenceTransformer, folder: Path) -> None:
+    """Read the folder as a runtime does, and compare its vectors with the model's, at unit length."""
+    onnxruntime = require("onnxruntime", "the ONNX export needs onnxruntime", "onnx")
+    texts = list(PROBE_TEXTS[:2])  # another shape than the one that was traced
+    limits = {} if model.max_seq_length is None else {"truncation": True, "max_length": model.max_seq_length}
+    given = AutoTokenizer.from_pretrained(str(folder))(texts, padding=True, return_tensors="np", **limits)
+    try:
+        session = onnxruntime.InferenceSession(str(folder / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+        inputs = {each.name: given[each.name].astype(np.int64) for each in session.get_inputs()}
+        (states,) = session.run(None, inputs)
+    except Exception as error:  # the runtime has kinds of its own
+        raise _not_for_onnx(model, error) from error
+    mask = torch.as_tensor(given["attention_mask"])
+    features = load_pooling(folder / "1_Pooling")({"token_embeddings": torch.as_tensor(states), "attention_mask": mask})
+    got = unit_length(features["sentence_embedding"].numpy())
+    own = unit_length(encode_texts(model, texts))
+    if found := difference(own, got, half=in_half_precision(model)):
+        raise RuntimeError(f"the ONNX file gives other vectors than the model, they differ {found}.")

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordWeights
 from torch import nn
 
-from mipic_st.encoder.structure import evaluation_mode
-from mipic_st.encoder.surgery import merged_encoders
+from mipic_st.deploy.written import (
+    PROMPTS_LEFT_OUT,
+    WITHOUT_PROMPTS,
+    difference,
+    require_same_when_loaded,
+    vectors_with,
+)
+from mipic_st.encoder.adapters import merged_encoders
+from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts
+from mipic_st.encoder.modules import kind_of, leaves_prompts_out
+from mipic_st.encoder.structure import evaluation_mode, in_half_precision, unwrap
 from mipic_st.files import new_folder, write_json
+from mipic_st.numerics import unit_length
 
 _POOLING_KEYS = {
     "cls": "pooling_mode_cls_token",
@@ -25,13 +33,7 @@ _POOLING_KEYS = {
     "weightedmean": "pooling_mode_weightedmean_tokens",
     "lasttoken": "pooling_mode_lasttoken",
 }
-
-
-# The activations that text-embeddings-inference knows by their class.
-_TEI_ACTIVATIONS = (nn.Identity, nn.Tanh)
-
-
-_TEI_MODULES = (Transformer, Pooling, Dense, Normalize)
+_DENSE_KEYS = ("in_features", "out_features", "bias", "activation_function")
 
 
 def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> None:
@@ -47,39 +49,59 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
         folder: A new or empty folder.
 
     Raises:
-        ValueError: If the folder has content, or the server does not know one of the modules.
+        ValueError: If the folder has content, or the server does not know one of the modules or would give other
+            vectors.
+        RuntimeError: If the folder, loaded again, gives other vectors than the model.
 
     Example:
         >>> save_for_tei(model, "for-the-server")  # doctest: +SKIP
     """
+    model = unwrap(model)
     modules = list(model.children())
     for place, module in enumerate(modules):
         if reason := _not_for_tei(module, place):
             hint = ""
-            if any(isinstance(module, WordWeights) for module in modules):
+            if any(kind_of(module) == "WordWeights" for module in modules):
                 hint = " Fit the cut with word_weights=False, or serve the file of export_onnx."
             raise ValueError(f"{reason}, which text-embeddings-inference does not know.{hint}")
-    if merged := merged_encoders(model):  # what is saved of adapters, no server reads
-        model = copy.deepcopy(model, merged)
-    with new_folder(folder) as new, evaluation_mode(model):  # saving writes a card, for which it encodes
-        _save_older_form(model, modules, new)
+    if leaves_prompts_out(model):
+        raise ValueError(f"{PROMPTS_LEFT_OUT} text-embeddings-inference does not; {WITHOUT_PROMPTS}")
+    if found := _difference_of_server(model):
+        raise ValueError(
+            "behind a Normalize the model has a Dense with a bias or an activation, but text-embeddings-inference "
+            f"normalises at the end only: its vectors would differ {found}. Serve the model by sentence-transformers."
+        )
+    # what is saved of adapters, no server reads
+    plain = copy.deepcopy(model, merged) if (merged := merged_encoders(model)) else model
+    with new_folder(folder) as new, evaluation_mode(plain):  # saving writes a card, for which it encodes
+        plain.save_pretrained(str(new))
+        _write_older_form(modules, new)
+        require_same_when_loaded(model, new)
 
 
-def _save_older_form(model: SentenceTransformer, modules: Sequence[nn.Module], folder: Path) -> None:
-    model.save_pretrained(str(folder))
+def _difference_of_server(model: SentenceTransformer) -> str:
+    """How the server's vectors would differ, at unit length: of what is behind the pooling, it runs the Dense alone."""
+    served = [module for module in model.children() if kind_of(module) != "Normalize"]
+    with evaluation_mode(model):
+        own = unit_length(encode_texts(model, PROBE_TEXTS))
+    return difference(own, unit_length(vectors_with(model, served, PROBE_TEXTS)), half=in_half_precision(model))
+
+
+def _write_older_form(modules: list[nn.Module], folder: Path) -> None:
     listed = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    module: Any
     for entry, module in zip(listed, modules, strict=True):
-        entry["type"] = f"sentence_transformers.models.{type(module).__name__}"
+        kind = kind_of(module)
+        entry["type"] = f"sentence_transformers.models.{kind}"
         config = folder / entry["path"] / "config.json"
-        if isinstance(module, Pooling):
+        if kind == "Pooling":
             width = module.embedding_dimension
             keys = {key: mode == module.pooling_mode for mode, key in _POOLING_KEYS.items()}
             write_json(config, {"word_embedding_dimension": width, **keys, "include_prompt": module.include_prompt})
-        elif isinstance(module, Dense):
-            kept = ("in_features", "out_features", "bias", "activation_function")
+        elif kind == "Dense":
             stated = json.loads(config.read_text(encoding="utf-8"))
-            write_json(config, {key: stated[key] for key in kept})
-        elif isinstance(module, Transformer):
+            write_json(config, {key: stated[key] for key in _DENSE_KEYS})
+        elif kind == "Transformer":
             write_json(folder / "sentence_bert_config.json", {"max_seq_length": _most_tokens(module)})
     write_json(folder / "modules.json", listed)
 
@@ -91,26 +113,23 @@ def _most_tokens(transformer: Any) -> int:
     return length if length and length < 10**9 else positions
 
 
-def _not_for_tei(module: nn.Module, place: int) -> str:
+def _not_for_tei(module: Any, place: int) -> str:
     """Why the server cannot run a module at this place, or nothing."""
-    name = type(module).__name__
-    if (place == 0) != isinstance(module, Transformer) or (place == 1) != isinstance(module, Pooling):
-        return f"module {place} is {name}"
-    if isinstance(module, _TEI_MODULES) and type(module) not in _TEI_MODULES:
-        return f"module {place} is a {name} with code of its own"
-    if isinstance(module, Transformer):
+    kind, name = kind_of(module), type(module).__name__
+    wanted = [("Transformer",), ("Pooling",)][place] if place < 2 else ("Dense", "Normalize")
+    if kind not in wanted:
+        return f"module {place} is {name}" + (" with code of its own" if not kind else "")
+    if kind == "Transformer":
         for key in ("processing_kwargs", "query_length", "document_length", "query_expansion"):
             if given := getattr(module, key, None):
                 return f"the tokenizer is called with {key} {given}"
-    if isinstance(module, Pooling) and module.pooling_mode not in ("cls", "mean", "lasttoken"):
+    if kind == "Pooling" and module.pooling_mode not in ("cls", "mean", "lasttoken"):
         return f"the pooling mode is {module.pooling_mode!r}"
-    if isinstance(module, Dense):
-        if not isinstance(module.activation_function, _TEI_ACTIVATIONS):
+    if kind == "Dense":
+        if not isinstance(module.activation_function, (nn.Identity, nn.Tanh)):  # which it knows by their class
             return f"a Dense has the activation {type(module.activation_function).__name__}"
         if getattr(module, "use_residual", False):
             return "a Dense has use_residual"
         if {module.module_input_name, module.module_output_name} != {"sentence_embedding"}:
             return f"a Dense makes {module.module_output_name!r} of {module.module_input_name!r}"
-    elif place > 1 and not isinstance(module, Normalize):
-        return f"behind the pooling the model has {name}"
     return ""

@@ -6,15 +6,19 @@ import copy
 import logging
 import time
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, WordWeights
+from torch import nn
 
+from mipic_st.deploy.written import difference, require_same_when_loaded
+from mipic_st.encoder.adapters import merged_encoders
 from mipic_st.encoder.card import restate_config
-from mipic_st.encoder.encoding import encode_layers
+from mipic_st.encoder.encoding import PROBE_TEXTS, encode_layers
+from mipic_st.encoder.modules import with_normalize, with_weighted_mean, without_normalize
 from mipic_st.encoder.structure import (
     evaluation_mode,
     full_width,
@@ -22,8 +26,9 @@ from mipic_st.encoder.structure import (
     model_depth,
     tail_of,
     transformer_of,
+    unwrap,
 )
-from mipic_st.encoder.surgery import cut_layers, identity_dense, merged_encoders, with_map
+from mipic_st.encoder.surgery import cut_layers, with_map
 from mipic_st.evaluation.store import EmbeddingStore
 from mipic_st.numerics import unit_length
 from mipic_st.transforms.layer_cut import LayerCuts, fit_layer_cuts, probe_vectors, same_vectors
@@ -31,8 +36,6 @@ from mipic_st.transforms.word_weights import no_word_weights, word_weights_modul
 from mipic_st.validation import checked_count, checked_dims, checked_flag, checked_layers
 
 logger = logging.getLogger(__name__)
-
-_PROBES = ("A short probe.", "A second probe sentence with a few more words in it, so that padding takes part.")
 
 
 @torch.inference_mode(False)  # the copy's weights must be trainable, wherever the call stands
@@ -47,7 +50,7 @@ def export_truncated(
 ) -> SentenceTransformer:
     """A copy of the model that stops after ``layer`` and gives ``dim`` values.
 
-    The backbone is built anew with fewer layers (a pre-norm backbone keeps its final norm); adapters are merged. With
+    The backbone is built again with fewer layers (a pre-norm backbone keeps its final norm); adapters are merged. With
     ``texts`` or ``cuts``, a fitted bias-free Dense maps the early states to the full-depth vectors and cuts them to
     ``dim``, and ``WordWeights`` say how much each token counts in their mean: at half depth this is worth many points.
     Without, the early states go through the model's own tail, and its first ``dim`` values are kept. All of it is
@@ -70,15 +73,16 @@ def export_truncated(
 
     Raises:
         TypeError: If ``layer`` is given for a model without layers, or whose code does not allow fewer of them, or the
-            model has no weights at all.
+            model has no weights at all, or cannot be saved once it is cut.
         ValueError: If layer or dim is out of range, neither is given, or ``texts`` or ``cuts`` are given without a
             layer below the depth, both, or for another layer.
-        RuntimeError: If the cut model does not reproduce what it should.
+        RuntimeError: If the cut model does not reproduce what it should, in memory or saved and loaded again.
 
     Example:
         >>> small = export_truncated(model, layer=3, dim=64, texts=texts)           # doctest: +SKIP
         >>> small.save_pretrained("small")                                          # doctest: +SKIP
     """
+    model = unwrap(model)
     if dim is None and model.truncate_dim is not None:
         dim = min(model.truncate_dim, full_width(model))
     if layer is None and dim is None:
@@ -98,25 +102,16 @@ def export_truncated(
     modules: list[Any] = [copy.deepcopy(module, memo) for module in model.children()]
     if weight is not None:
         pooled = modules[: len(modules) - len(tail_of(model))]
-        if word_weights is None:
-            modules = with_map(pooled, weight)
-        else:
-            dense = identity_dense(weight, pooled[0])
-            # The map goes before the mean, with which it commutes: WordWeights gives float32, which a Dense behind it
-            # would not take once the model is in half precision.
-            dense.module_input_name = dense.module_output_name = "token_embeddings"
-            modules = [pooled[0], dense, word_weights, Pooling(weight.shape[1], "mean")]
-            if hasattr(modules[0], "unpad_inputs"):  # WordWeights needs the attention mask, also with flash attention
-                modules[0].unpad_inputs = False
-        if normalize:
-            modules.append(Normalize())
+        modules = (
+            with_map(pooled, weight) if word_weights is None else with_weighted_mean(pooled[0], weight, word_weights)
+        )
     elif dim is not None:
-        while normalize and isinstance(modules[-1], Normalize):
-            modules.pop()
+        if normalize:
+            modules = without_normalize(modules)
         if dim < (width := full_width(model)):
             modules = with_map(modules, torch.eye(width, dim))
-        if normalize:
-            modules.append(Normalize())
+    if normalize and (weight is not None or dim is not None):
+        modules = with_normalize(modules)
     exported = SentenceTransformer(
         modules=modules,
         device=str(model.device),
@@ -129,7 +124,22 @@ def export_truncated(
     with evaluation_mode(model):
         _check(model, exported, layer, dim, weight, word_weights, normalize)
     restate_config(exported, layer, dim)
+    _require_saved(exported, layer)
     return exported
+
+
+def _require_saved(exported: SentenceTransformer, layer: int | None) -> None:
+    """Save the cut model once and load it again: what cannot be written as it is, is noticed here."""
+    with TemporaryDirectory() as folder:
+        try:
+            exported.save_pretrained(folder, create_model_card=False)
+        except Exception as error:  # the architecture's own code may raise anything
+            encoder: Any = exported[0]
+            name = type(getattr(encoder, "auto_model", encoder)).__name__
+            fix = "" if layer is None else "; leave layer out"
+            words = " ".join(str(error).split())
+            raise TypeError(f"the cut {name} cannot be saved ({type(error).__name__}: {words}){fix}.") from error
+        require_same_when_loaded(exported, folder)
 
 
 def _module_kwargs(model: SentenceTransformer, modules: Sequence[Any]) -> dict[str, list[str]] | None:
@@ -150,7 +160,7 @@ def _fitted(
     dim: int | None,
     texts: Sequence[str] | None,
     cuts: LayerCuts | None,
-) -> tuple[torch.Tensor | None, WordWeights | None]:
+) -> tuple[torch.Tensor | None, nn.Module | None]:
     """The tail of a layer cut, (H, d), and the module that weighs its tokens; None for what there is not."""
     if texts is None and cuts is None:
         return None, None
@@ -192,11 +202,11 @@ def _check(
     layer: int | None,
     dim: int | None,
     weight: torch.Tensor | None,
-    word_weights: WordWeights | None,
+    word_weights: nn.Module | None,
     normalize: bool,
 ) -> None:
     """The cut model must give what the (layer, dim) cell of the grid gives, or the fitted map of its states."""
-    texts = list(_PROBES)
+    texts = list(PROBE_TEXTS)
     width = full_width(model)
     amplified = 1.0
     if weight is not None:
@@ -212,17 +222,13 @@ def _check(
     got = np.asarray(exported.encode(texts, show_progress_bar=False), dtype=np.float32)
     if normalize and (dim is not None or weight is not None):
         expected = unit_length(expected)
-    half = in_half_precision(model)
-    scale = max(1.0, amplified, float(np.abs(expected).max()))
-    worst = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("inf")
-    if not worst <= (3e-2 if half else 1e-4) * scale:
-        reason = (
-            "its modules do more behind the encoder than this export knows."
-            if layer is None
-            else "its architecture does more between layers than this export knows. Leave layer out."
+    if found := difference(expected, got, half=in_half_precision(model), allowed=1e-3 * max(1.0, amplified)):
+        more = "behind the encoder" if layer is None else "between layers"
+        fix = "" if layer is None else " Leave layer out."
+        raise RuntimeError(
+            f"the model cut at layer {layer}, dim {dim} differs from the grid cell {found}; it does more {more} than "
+            f"this export knows.{fix}"
         )
-        cell = f"layer {layer}, dim {dim}"
-        raise RuntimeError(f"the model cut at {cell} differs from the grid cell by {worst:.1e}; {reason}")
 
 
 def measure_speedup(
@@ -258,23 +264,18 @@ def measure_speedup(
         texts = [" ".join(["measure", "this", "sentence", "again"] * (1 + i % 8)) + f" {i}" for i in range(128)]
     if not len(texts):
         raise ValueError("texts is empty; give some, or None for made-up ones.")
-    best = {"full": float("inf"), "cut": float("inf")}
-    pair = {"full": model, "cut": exported}
-    for candidate in pair.values():
+    models = {"full": model, "cut": exported}
+    best = dict.fromkeys(models, float("inf"))
+    for candidate in models.values():
         candidate.encode(list(texts)[:batch_size], batch_size=batch_size, show_progress_bar=False)
     for _ in range(repeats):
-        # in turn, so that a busy machine slows both alike
-        for name, candidate in pair.items():
+        # in turn, so that a busy machine slows both down
+        for name, candidate in models.items():
             start = time.perf_counter()
             candidate.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
             best[name] = min(best[name], time.perf_counter() - start)
-    parameters = {name: float(sum(p.numel() for p in candidate.parameters())) for name, candidate in pair.items()}
-    result = {
-        "speedup": best["full"] / best["cut"],
-        "seconds_full": best["full"],
-        "seconds_cut": best["cut"],
-        "parameters_full": parameters["full"],
-        "parameters_cut": parameters["cut"],
-    }
-    logger.info("The cut model is %.2f times as fast.", result["speedup"])
-    return result
+    figures = {"speedup": best["full"] / best["cut"]} | {f"seconds_{name}": value for name, value in best.items()}
+    for name, candidate in models.items():
+        figures[f"parameters_{name}"] = float(sum(parameter.numel() for parameter in candidate.parameters()))
+    logger.info("The cut model is %.2f times as fast.", figures["speedup"])
+    return figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 
 from mipic_st.encoder.structure import embedding_width, full_width, layer_count, unwrap
 from mipic_st.validation import checked_dims, checked_pairs
+
+logger = logging.getLogger(__name__)
 
 _CUT = "Its vectors can be cut"
 _SECTION = "## Truncated embeddings"
@@ -78,7 +81,7 @@ def describe_dims(
 def extend_model_card(model: nn.Module, dims: Iterable[int], introduction: str = "") -> None:
     """Say in the model card at which dims the model can be used: the tag ``matryoshka``, and a line on how to load it.
 
-    A card that sentence-transformers writes anew, as it does after training, has the line behind what the model can be
+    A card that sentence-transformers writes again, as after training, has the line behind what the model can be
     used for. A card that came with the model is saved again as it is, so it gets a section. What was said about other
     dims before is replaced.
     """
@@ -116,8 +119,14 @@ def _extend_loaded_card(model: SentenceTransformer, text: str) -> None:
     put_there = rf"\n+{_SECTION}\n(?:(?!\n#).)*?{_CUT}.*?(?=\n#|\Z)"
     if not text and not re.search(put_there, content, flags=re.DOTALL):
         return
-    card: Any = ModelCard(content, ignore_metadata_errors=True)
-    tags = [tag for tag in card.data.get("tags") or [] if tag != "matryoshka"]
+    try:
+        card: Any = ModelCard(content, ignore_metadata_errors=True)
+    except Exception as error:  # what is above the text may be anything, and reading it raise anything
+        reason = " ".join(str(error).split())
+        logger.warning("The model card stays as it is, since its front matter cannot be read: %s", reason)
+        return
+    listed = card.data.get("tags")
+    tags = [tag for tag in (listed if isinstance(listed, list) else [listed]) if tag not in (None, "matryoshka")]
     card.data.tags = [*tags, "matryoshka"] if text else tags
     others = re.sub(put_there, "", card.text.rstrip(), flags=re.DOTALL)
     section = f"\n\n{_SECTION}\n\n{text}" if text else ""

@@ -1,4 +1,4 @@
-"""Changes of a model: a fitted linear map put in (and taken out again), layers cut off, adapters merged."""
+"""Changes of a model: a fitted linear map put in (and taken out again), layers cut off."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordWeights
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, WordWeights
 from torch import Tensor, nn
 
 from mipic_st.encoder.tail import is_linear
@@ -102,36 +102,6 @@ def put_in_map(inner: SentenceTransformer, matrix: Tensor) -> Callable[[], None]
             inner.add_module(name, module)
 
     return undo
-
-
-def has_adapter(auto_model: Any) -> bool:
-    """Whether an encoder carries adapters of PEFT, added by either of its two ways."""
-    return hasattr(auto_model, "peft_config") or bool(getattr(auto_model, "_hf_peft_config_loaded", False))
-
-
-def merged_encoders(model: SentenceTransformer) -> dict[int, Any]:
-    """Copies of the encoders that carry adapters, with these merged into the weights."""
-    encoders = [module.auto_model for module in model.modules() if isinstance(module, Transformer)]
-    return {id(encoder): _merged(encoder) for encoder in encoders if has_adapter(encoder)}
-
-
-def _merged(auto_model: Any) -> Any:
-    """A copy of the encoder with its active adapters merged into its weights."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    merged = copy.deepcopy(auto_model)
-    if hasattr(merged, "merge_and_unload"):
-        return merged.merge_and_unload()
-    # after add_adapter the encoder has no merge_and_unload, but its layers can do the same
-    for name, module in list(merged.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-            parent, _, child = name.rpartition(".")
-            setattr(merged.get_submodule(parent), child, module.get_base_layer())
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        if attribute in vars(merged):
-            delattr(merged, attribute)
-    return merged
 
 
 def cut_layers(auto_model: Any, layer: int) -> Any:

@@ -1,0 +1,98 @@
+"""Cut a model to its first layers and dims.
+
+A plain SentenceTransformer is saved, which loads without this package. With --texts, what follows the last layer is
+fitted to the full model's vectors, which is worth many points, and what is lost is measured on held-out ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mipic_st.cli import options
+
+EXAMPLES = """example:
+  mipic-st cut ./run-a --layer 3 --dim 64 --texts corpus.txt --output ./run-a-small"""
+
+_WAYS = {"plain": "cut as it is", "fitted": "fitted", "mixed": "fitted with full depth", "full": "full depth"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    options.add_model(parser)
+    parser.add_argument("--layer", type=options.whole_number, metavar="L", help="last layer to keep (default: all)")
+    options.add_dim(parser, "values to keep (default: all)")
+    parser.add_argument(
+        "--texts",
+        type=options.given,
+        metavar="FILE",
+        help="txt (a text a line) or a table: fit what follows the last layer to the full model's vectors",
+    )
+    parser.add_argument(
+        "--no-word-weights",
+        action="store_true",
+        help="with --texts: keep the plain mean of the tokens, for servers that know no WordWeights module",
+    )
+    options.add_output(parser)
+    options.add_batch_size(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Cut, save, and say what it costs and what it brings."""
+    from mipic_st.data import load_texts_file
+    from mipic_st.deploy.truncated import export_truncated, measure_speedup
+    from mipic_st.encoder.structure import full_width
+    from mipic_st.files import new_folder, write_json
+    from mipic_st.transforms.layer_cut import fit_layer_cuts
+
+    options.check_places([args.model])
+    if not (args.layer or args.dim):
+        raise ValueError("there is nothing to cut: give --layer, --dim or both.")
+    if args.texts and not args.layer:
+        raise ValueError("--texts fits the tail behind an early layer: give --layer too.")
+    if args.no_word_weights and not args.texts:
+        raise ValueError("--no-word-weights is about the fit on --texts: give these too, or leave it out.")
+    with new_folder(args.output) as new:
+        texts = load_texts_file(args.texts) if args.texts else None
+        model = options.load_model(args.model, args)
+        cuts = None
+        if texts is not None:
+            cuts = fit_layer_cuts(
+                model,
+                texts,
+                layers=[args.layer],
+                dims=[args.dim or full_width(model)],
+                word_weights=False if args.no_word_weights else None,
+                batch_size=args.batch_size,
+                show_progress_bar=not args.quiet,
+            )
+        exported = export_truncated(model, args.layer, args.dim, cuts=cuts)
+        statement = {"layer": args.layer, "dim": args.dim}
+        if cuts is not None:
+            statement |= cuts.report[0]
+        if args.layer:
+            statement |= measure_speedup(model, exported, batch_size=args.batch_size)
+        exported.save_pretrained(str(new))
+        write_json(new / "cut.json", statement)
+    if not args.quiet:
+        _print(args, statement)
+
+
+def _print(args: argparse.Namespace, statement: dict) -> None:
+    if args.texts:
+        print("correlation of cosines with those of the full model, on held-out texts")
+        for way, what in _WAYS.items():
+            print(f"  {what:22} {100 * statement[f'similarity_{way}']:6.1f}")
+    if args.layer:
+        print(
+            f"{statement['speedup']:.2f} times as fast ({statement['seconds_full']:.3f} s to "
+            f"{statement['seconds_cut']:.3f} s for 128 sentences), {statement['parameters_cut'] / 1e6:.1f} of "
+            f"{statement['parameters_full'] / 1e6:.1f} million parameters"
+        )
+        if not args.texts:
+            print(
+                "What the layers were worth was not measured, and nothing was fitted in their place: --texts FILE does "
+                "both, at half depth it is worth many points."
+            )
+    print(f"written to {args.output}", file=sys.stderr)
+    print(f"next: mipic-st eval {args.model} {args.output} --tasks sts --output results", file=sys.stderr)

@@ -1,0 +1,38 @@
+"""Write a model in the form that a server reads.
+
+tei: the form of text-embeddings-inference, with older module paths and pooling keys, which older releases of vLLM,
+and infinity, need too. onnx: a file whose token states are behind the model's linear tail, for runtimes with a
+pooling of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mipic_st.cli import options
+
+EXAMPLES = """example:
+  mipic-st export ./rotated --format onnx --output ./rotated-onnx"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    options.add_model(parser)
+    parser.add_argument("--format", choices=["tei", "onnx"], required=True, help="which form")
+    options.add_output(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the folder."""
+    from mipic_st.deploy.onnx import export_onnx
+    from mipic_st.deploy.tei import save_for_tei
+    from mipic_st.files import new_folder
+
+    options.check_places([args.model])
+    with new_folder(args.output) as new:
+        model = options.load_model(args.model, args)
+        (save_for_tei if args.format == "tei" else export_onnx)(model, new)
+    if not args.quiet:
+        print(f"written to {args.output}", file=sys.stderr)
+        print(f"next, once a server runs: mipic-st check {args.model} --url http://HOST:PORT", file=sys.stderr)

@@ -1,0 +1,71 @@
+"""Make an encoder Matryoshka without training it.
+
+A rotation of the embedding space is fitted on texts or pairs, and the model is saved with it. Full-width cosines
+stay as they are; the saved folder loads without this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mipic_st.cli import options
+
+EXAMPLES = """examples:
+  mipic-st rotate ./run-a --pairs pairs.csv --dims 16 32 64 128 --output ./run-a-rotated
+  mipic-st rotate ./run-a --texts corpus.txt --dims 16,64 --output ./run-a-rotated"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    options.add_model(parser)
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument(
+        "--pairs",
+        type=options.given,
+        metavar="FILE",
+        help="csv, tsv, jsonl or parquet: anchor, positive, or STS columns",
+    )
+    data.add_argument("--texts", type=options.given, metavar="FILE", help="txt (a text a line), or a table with texts")
+    data.add_argument("--dataset", type=options.given, metavar="NAME", help="pairs from the hub: NAME or NAME:CONFIG")
+    options.add_dims(parser, "powers of 2 from 8")
+    options.add_output(parser)
+    options.add_batch_size(parser)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out part and the batches")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fit, save, and say what each dim gained."""
+    from mipic_st.data import load_texts_file, load_training_file, load_training_hub
+    from mipic_st.deploy.written import require_same_when_loaded
+    from mipic_st.encoder.structure import full_width
+    from mipic_st.files import new_folder
+    from mipic_st.transforms.rotation import rotate_model
+    from mipic_st.validation import checked_count, checked_dims, powers_of_two
+
+    options.check_places([args.model])
+    checked_count("--seed", args.seed, least=0)
+    if args.dims:
+        checked_dims("--dims", args.dims)
+    with new_folder(args.output) as new:
+        if args.texts:
+            data = load_texts_file(args.texts)
+        else:
+            data = load_training_file(args.pairs) if args.pairs else load_training_hub(args.dataset)
+        model = options.load_model(args.model, args)
+        width = full_width(model)
+        dims = args.dims or powers_of_two(8, width)
+        if not dims:
+            raise ValueError(f"the model's {width} values leave no power of 2 from 8 on below them: give --dims.")
+        rotation = rotate_model(
+            model, data, dims, batch_size=args.batch_size, seed=args.seed, show_progress_bar=not args.quiet
+        )
+        if not rotation.gained:
+            raise ValueError("no dim gained, nothing was saved.")
+        model.save_pretrained(str(new))
+        require_same_when_loaded(model, new)
+        rotation.save(new / "rotation.safetensors")
+    if not args.quiet:
+        print(rotation)
+        print(f"written to {args.output}", file=sys.stderr)
+        print(f"next: mipic-st eval {args.model} {args.output} --tasks sts --output results", file=sys.stderr)

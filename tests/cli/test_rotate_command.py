@@ -1,0 +1,65 @@
+"""The command rotate: the model is saved with its rotation, or nothing is."""
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from command_files import write_files
+from conftest import sentences
+from mipic_st.cli import main
+from mipic_st.transforms.rotation import Rotation
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write_files(tmp_path)
+
+
+def test_rotate_saves_a_rotated_model(files, capsys):
+    """On texts: full-width cosines stay, the matrix lies in its folder, the table has a row per dim."""
+    arguments = [
+        "rotate",
+        str(files / "model"),
+        "--texts",
+        str(files / "texts.txt"),
+        "--dims",
+        "4",
+        "8",
+    ]
+    assert main([*arguments, "--output", str(files / "out")]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["held-out", "dim", "4", "8"]
+    assert f"next: mipic-st eval {files / 'model'} {files / 'out'} " in printed.err
+    models = [SentenceTransformer(str(files / name), device="cpu") for name in ("model", "out")]
+    texts = sentences(10, seed=4)
+    plain, rotated = (model.encode(texts) for model in models)
+    np.testing.assert_allclose(rotated @ rotated.T, plain @ plain.T, atol=1e-5)
+    assert np.abs(rotated - plain).max() > 0.01
+    np.testing.assert_allclose(Rotation.load(files / "out" / "rotation.safetensors")(plain), rotated, atol=1e-5)
+    assert main([*arguments, "--output", str(files / "out")]) == 1, "the folder is not empty any more"
+
+
+def test_rotate_without_gain_saves_nothing(files, capsys):
+    """Pairs of texts that have nothing to do with each other teach nothing; --quiet prints no table."""
+    arguments = [
+        "rotate",
+        str(files / "model"),
+        "--pairs",
+        str(files / "pairs.csv"),
+        "--dims",
+        "31",
+        "--quiet",
+    ]
+    assert main([*arguments, "--output", str(files / "out")]) == 1
+    streams = capsys.readouterr()
+    assert "no dim gained, nothing was saved" in streams.err
+    assert streams.out == ""
+    assert not (files / "out").exists()
+
+
+def test_rotating_a_narrow_model_needs_dims(files, capsys, monkeypatch):
+    """Below 8 values there is no default; the option that is needed is named."""
+    monkeypatch.setattr("mipic_st.encoder.structure.full_width", lambda model: 8)
+    call = ["rotate", str(files / "model"), "--texts", str(files / "texts.txt"), "--output", str(files / "out")]
+    assert main(call) == 1
+    assert "the model's 8 values leave no power of 2 from 8 on below them: give --dims" in capsys.readouterr().err
