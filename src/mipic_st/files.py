@@ -102,13 +102,15 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def write_whole(path: str | PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Have a file written next to its place and move it there: readers see the old file or the new one, no part."""
+    """Have a file written next to its place and move it there: readers see the old file or the new one, no part.
+
+    A link is replaced; what it points to stays.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a terminal or a pipe has no place next to it
         write(path)
         return
-    path = Path(os.path.realpath(path))
     aside = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         write(aside)
