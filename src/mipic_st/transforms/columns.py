@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from mipic_st.data import SCORE_NAMES, found_classes
-from mipic_st.validation import checked_texts
+from mipic_st.validation import checked_texts, require
 
 logger = logging.getLogger(__name__)
+
+
+# Rows that are taken of a stream.
+_STREAMED = 100_000
+
+
+def as_dataset(data: Any) -> Any:
+    """Tables of all kinds as a Dataset: dicts of columns, data frames, first rows of streams; lists as they are."""
+    splits = getattr(data, "column_names", data)
+    if isinstance(splits, Mapping) and any(hasattr(data[name], "column_names") for name in splits):
+        raise TypeError(f"data holds several data sets, {sorted(map(str, splits))}: give one of them.")
+    is_frame = hasattr(data, "columns") and hasattr(data, "to_dict")
+    is_stream = hasattr(data, "column_names") and not hasattr(data, "__len__")
+    if not (isinstance(data, Mapping) or is_frame or is_stream):
+        return data
+    kind = require("datasets", "tables of texts need datasets", "train").Dataset
+    try:
+        if is_frame:
+            return kind.from_pandas(data, preserve_index=False)
+        if not is_stream:
+            return kind.from_dict(dict(data))
+    except (TypeError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"data is no table of columns of equal lengths and kinds: {error}") from error
+    rows = list(islice(data, _STREAMED + 1))
+    if len(rows) > _STREAMED:
+        logger.warning("data is a stream of more than %d rows, of which the first are used.", _STREAMED)
+    return kind.from_list(rows[:_STREAMED])
 
 
 def text_columns(data: Any) -> dict[str, list[str]]:
     """One or two columns of texts, by name; of scored pairs those that belong together."""
     if not hasattr(data, "column_names"):
         return {"": checked_texts("data", data, "a datasets.Dataset or a list of texts")}
-    if isinstance(data.column_names, Mapping):
-        raise TypeError(f"data is a DatasetDict with {sorted(data.column_names)}: give one of its splits.")
     if not len(data):
         raise ValueError("data has no rows.")
     texts_of = _columns_of_texts(data)
@@ -27,9 +53,11 @@ def text_columns(data: Any) -> dict[str, list[str]]:
     if not names:
         raise ValueError(f"data has no column of texts among {data.column_names}.")
     columns = {name: list(data[name]) for name in names}
-    score = next((name for name in SCORE_NAMES if name in data.column_names), None)
+    plain = {name.strip().lower(): name for name in reversed(data.column_names)}
+    score = next((plain[name] for name in SCORE_NAMES if name in plain), None)
     # beside three texts it is a margin, and several numbers a row are a teacher's
     if score is not None and len(texts_of) == 2 and np.ndim(data[0][score]) == 0:
+        _require_yes_last(score, getattr((data.features or {}).get(score), "names", None))
         rows = _belonging(data[score], score)
         columns = {name: [texts[row] for row in rows] for name, texts in columns.items()}
     for name, texts in columns.items():
@@ -44,9 +72,19 @@ def _columns_of_texts(data: Any) -> list[str]:
     return [
         name
         for name in data.column_names
-        if name not in SCORE_NAMES
+        if name.strip().lower() not in SCORE_NAMES
         and (isinstance(first[name], str) or getattr(kinds.get(name), "dtype", "") in ("string", "large_string"))
     ]
+
+
+def _require_yes_last(column: str, classes: Sequence[str] | None) -> None:
+    """Refuse two named classes of which the second does not clearly say yes (GLUE RTE: entailment, not_entailment)."""
+    noes = ("0", "not", "no", "un", "dis", "false", "neg", "contra")
+    if classes and len(classes) == 2 and not classes[0].lower().startswith(noes):
+        raise ValueError(
+            f"column {column!r} of data holds the classes {list(classes)}, and that {classes[1]!r} says that the texts "
+            "belong together is not clear: keep the rows whose texts do, and remove the column."
+        )
 
 
 def _belonging(given: Any, name: str) -> list[int]:

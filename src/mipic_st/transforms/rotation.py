@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +31,7 @@ from mipic_st.encoder.structure import evaluation_mode, full_width, in_half_prec
 from mipic_st.encoder.surgery import identity_dense, keep_description
 from mipic_st.numerics import compare_vectors, no_autocast, unit_length
 from mipic_st.transforms.base import Transform, Vectors, apply_matrix
-from mipic_st.transforms.columns import text_columns
+from mipic_st.transforms.columns import as_dataset, text_columns
 from mipic_st.transforms.fitting import checked_vectors
 from mipic_st.transforms.frames import Candidate, completed, held_out_report, off_orthogonal
 from mipic_st.transforms.objectives import RotationObjective
@@ -39,6 +39,7 @@ from mipic_st.transforms.pairs import Pairs
 from mipic_st.validation import checked_count, checked_dims, checked_number, per_column
 
 if TYPE_CHECKING:
+    import pandas as pd
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
@@ -273,7 +274,7 @@ def fit_rotation(
 @torch.inference_mode(False)  # what is put into the model must be trainable, wherever the call stands
 def rotate_model(
     model: SentenceTransformer,
-    data: Dataset | Sequence[str],
+    data: Dataset | pd.DataFrame | Mapping[str, Sequence[Any]] | Iterable[str],
     dims: Sequence[int],
     *,
     prompts: str | Mapping[str, str] | None = None,
@@ -295,8 +296,9 @@ def rotate_model(
 
     Args:
         model: Any SentenceTransformer, also one of StaticEmbedding or with a Router.
-        data: A ``datasets.Dataset``, or a list of texts. Of the text columns the first two are taken as pairs, in the
-            order in which the trainer takes them; further ones (negatives) are not used. Of two text columns with
+        data: A ``datasets.Dataset``, a data frame, a dict of columns, a stream (its first 100,000 rows), or a list of
+            texts. Of the text columns the first two are taken as pairs, in the order in which the trainer takes them;
+            further ones (negatives) are not used. Of two text columns with
             scores or labels beside them (``score``, ``label`` and the other names of :mod:`mipic_st.data`), only pairs
             that say yes are used: 1 of labels 0 and 1, or scores from 80% of the range on (from 0 to the highest of 1,
             5 or 10 that covers them). One text column, or a list, is texts only.
@@ -328,6 +330,7 @@ def rotate_model(
     if "fit_batch_size" in fit_options:
         fit_options["batch_size"] = fit_options.pop("fit_batch_size")
     batch_size = checked_count("batch_size", batch_size)
+    data = as_dataset(data)
     columns = text_columns(data)
     names = " and ".join(map(repr, columns)) if any(columns) else "a list"
     used = f"{len(next(iter(columns.values())))} {'pairs' if len(columns) == 2 else 'texts'} of {names}"
