@@ -135,6 +135,44 @@ def test_lengths_do_not_count():
     assert (one.matrix[:, :8] - torch.eye(32, 8)).abs().max() > 0.3
 
 
+# float16, bfloat16, float32 and float64 to their ends; subnormal numbers of float32 have few digits
+LENGTHS = [
+    (np.float32, 1e19),
+    (np.float32, 1e37),
+    (np.float32, 1e-20),
+    (np.float32, 1e-36),
+    (np.float64, 1e60),
+    (np.float64, 1e300),
+    (np.float64, 1e-300),
+    (np.float16, 1e3),
+    (np.float32, 1e-14),
+]
+
+
+@pytest.mark.parametrize(("kind", "length"), LENGTHS)
+def test_vectors_of_any_length_are_rotated(rotation, kind, length):
+    """Unit length with a dim, their own without; nothing overflows or vanishes."""
+    vectors = hidden_signal(6, seed=3)[0].astype(np.float64)
+    given = (length * vectors).astype(kind)
+    exact = vectors @ rotation.matrix.double().numpy()
+    tolerance = 2e-3 if kind is np.float16 else 2e-6
+    np.testing.assert_allclose(rotation(given, 8), unit(exact[:, :8]), atol=tolerance)
+    rotated = rotation(given)
+    assert rotated.dtype == kind
+    np.testing.assert_allclose(rotated.astype(np.float64) / length, exact, atol=5 * tolerance)
+    np.testing.assert_allclose(rotation(given[0], 8), unit(exact[:, :8])[0], atol=tolerance)
+    assert (rotation(np.zeros((2, 32), dtype=kind), 8) == 0).all()
+
+
+@pytest.mark.parametrize(("kind", "length"), LENGTHS)
+def test_a_fit_does_not_depend_on_lengths(rotation, kind, length):
+    """The same rotation, but for the rounding of the given vectors."""
+    given = [(length * vectors.astype(np.float64)).astype(kind) for vectors in hidden_signal()]
+    assert (fit_rotation(*given, dims=DIMS, **QUICK).matrix - rotation.matrix)[:, :8].abs().max() < 0.05
+    powers = [vectors * np.float32(2.0**-60) for vectors in hidden_signal()]
+    assert torch.equal(fit_rotation(*powers, dims=DIMS, **QUICK).matrix, rotation.matrix)
+
+
 HARM = {"dim": 8, "accuracy_before": 0.9, "accuracy_after": 0.5, "similarity_before": 0.8, "similarity_after": 0.7,
         "change": -0.4, "error": 0.1}  # fmt: skip
 
@@ -299,7 +337,7 @@ def _ranks(values):
 
 def test_generators_of_gpus_are_left_alone(tiny_model, monkeypatch):
     """torch.manual_seed reaches them too, and no fork of the CPU's state brings them back."""
+    model = tiny_model()
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's generator was seeded"))
     fit_rotation(*hidden_signal(60), dims=[4], max_steps=2)
-    model = tiny_model()
     MIPICLoss(model, MultipleNegativesRankingLoss(model), [WIDTH, 8], pic_weight=1.0, lift_init="random")

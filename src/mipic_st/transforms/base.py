@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from mipic_st.encoder.structure import unwrap
 from mipic_st.encoder.surgery import put_in
 from mipic_st.numerics import no_autocast
-from mipic_st.transforms.fitting import as_tensor
+from mipic_st.transforms.fitting import as_tensor, powers_of_rows
 from mipic_st.validation import checked_dims, require
 
 if TYPE_CHECKING:
@@ -196,10 +196,12 @@ def apply_matrix(name: str, vectors: Vectors, matrix: Tensor, dim: int | None, o
     if dim is not None:
         (dim,) = checked_dims("dim", [dim], matrix.shape[1])
     matrix = matrix[:, :dim].to(given.device)
+    # whatever the lengths, nothing overflows or vanishes: rows are brought near 1, which rounds nothing
+    wide = given.to(torch.promote_types(given.dtype, torch.float32))
+    powers = powers_of_rows(wide)
     with no_autocast(given):
-        mapped = given.to(matrix.dtype) @ matrix
-    if dim is not None:
-        mapped = F.normalize(mapped, dim=-1)
+        mapped = (wide * powers).to(matrix.dtype) @ matrix
+    mapped = mapped.to(wide.dtype) / powers if dim is None else F.normalize(mapped, dim=-1)
     mapped = mapped.to(given.dtype)
     return mapped if isinstance(vectors, Tensor) else mapped.numpy()
 

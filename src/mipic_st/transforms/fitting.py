@@ -33,16 +33,28 @@ def as_tensor(name: str, vectors: Any) -> Tensor:
     raise TypeError(f"{name} must hold floating numbers, got {vectors.dtype}; quantised vectors cannot be turned.")
 
 
-def checked_vectors(name: str, vectors: Any) -> Tensor:
-    """(N, D), finite, no zeros; float32 on the device they are on."""
+def powers_of_rows(vectors: Tensor) -> Tensor:
+    """Powers of two, (..., 1), that bring the largest value of each row near 1; to multiply by them rounds nothing."""
+    most = 126 if vectors.dtype == torch.float32 else 1022
+    exponents = torch.frexp(vectors.abs().amax(dim=-1, keepdim=True)).exponent.clamp(-most, most)
+    return torch.exp2(-exponents.to(vectors.dtype))
+
+
+def checked_vectors(name: str, vectors: Any, *, directions: bool = False) -> Tensor:
+    """(N, D), finite, no zeros; float32 on the device they are on. Where directions count alone, of any length."""
     tensor = as_tensor(name, vectors)
     if tensor.ndim != 2 or not len(tensor) or tensor.shape[1] < 2:
         raise ValueError(f"{name} must have the shape (N, D) with D of 2 or more, got {tuple(tensor.shape)}.")
-    tensor = tensor.detach().float()
-    lengths = torch.cat([block.square().sum(dim=1) for block in tensor.split(BLOCK)])
-    if bad := (~lengths.isfinite()).nonzero().flatten().tolist():
+    tensor = tensor.detach()
+    largest = torch.cat([block.abs().amax(dim=1).double() for block in tensor.split(BLOCK)])
+    if directions and not bool(((largest > 1e-6) & (largest < 1e12)).all()):
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        tensor = wide * powers_of_rows(wide)
+    tensor = tensor.float()
+    finite = torch.cat([block.isfinite().all(dim=1) for block in tensor.split(BLOCK)])
+    if bad := (~finite).nonzero().flatten().tolist():
         raise ValueError(f"{name} holds NaN or infinite values in {len(bad)} of {len(tensor)} rows, first in {bad[0]}.")
-    if bad := (lengths == 0).nonzero().flatten().tolist():
+    if bad := (largest == 0).nonzero().flatten().tolist():
         raise ValueError(
             f"{name} holds {len(bad)} zero vectors, the first in row {bad[0]}: they have no direction, leave them out."
         )

@@ -210,9 +210,9 @@ def fit_rotation(
         >>> rotation = fit_rotation(anchor_vectors, positive_vectors, dims=[128, 64, 32, 16, 8])  # doctest: +SKIP
         >>> small = rotation(vectors, dim=16)                                                  # doctest: +SKIP
     """
-    anchors = checked_vectors("anchors", anchors)
+    anchors = checked_vectors("anchors", anchors, directions=True)
     if positives is not None:
-        positives = checked_vectors("positives", positives)
+        positives = checked_vectors("positives", positives, directions=True)
         if positives.shape != anchors.shape:
             raise ValueError(
                 f"anchors and positives must have one vector for each other, got {tuple(anchors.shape)} and "
