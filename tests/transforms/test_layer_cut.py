@@ -164,6 +164,9 @@ def test_fits_that_make_no_sense_are_refused(tiny_model, arguments, message):
         ({"texts": []}, ValueError, "texts has no texts"),
         ({"dims": [64]}, ValueError, "exceed the model's width of 32"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer >= 1, got 0"),
+        ({"ridge": -1}, ValueError, "ridge must be >= 0"),
+        ({"held_out": 0.9}, ValueError, "held_out must be"),
+        ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
         ({"vector_weight": -1}, ValueError, "vector_weight must be >= 0 and finite, got -1"),
         ({"max_steps": -1}, ValueError, "max_steps must be an integer >= 0, got -1"),
         ({"sts": (["a"], ["b"], [1.0])}, ValueError, "sts must hold as many first texts"),
@@ -171,8 +174,10 @@ def test_fits_that_make_no_sense_are_refused(tiny_model, arguments, message):
     ],
     ids=str,
 )
-def test_bad_arguments_of_cuts_are_named(tiny_model, change, error, message):
-    """Argument, value and fix in the message."""
+def test_bad_arguments_of_cuts_are_named(tiny_model, monkeypatch, change, error, message):
+    """Argument, value and fix in the message, before anything is encoded."""
+    for name in ("encode_layers", "encode_tokens"):
+        monkeypatch.setattr(f"mipic_st.transforms.layer_cut.{name}", lambda *_, **__: pytest.fail("texts were encoded"))
     arguments = {"texts": TEXTS, "layers": [1], "dims": [8]} | change
     with pytest.raises(error, match=message):
         fit_layer_cuts(tiny_model(), arguments.pop("texts"), **arguments)

@@ -233,6 +233,33 @@ def test_options_that_fit_no_column_are_named(tiny_model, options, message):
         rotate_model(tiny_model(), data, DIMS, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
+        ({"held_out": 0.9}, ValueError, "held_out must be"),
+        ({"max_steps": 0}, ValueError, "max_steps must be an integer >= 1"),
+        ({"learning_rate": 0}, ValueError, "learning_rate must be > 0"),
+        ({"fit_batch_size": 1}, ValueError, "batch_size must be an integer >= 2"),
+        ({"negatives": 0}, ValueError, "negatives must be an integer >= 1"),
+        ({"similarity_temperature": 0}, ValueError, "similarity_temperature must be > 0"),
+        ({"contrastive_dims": [16]}, ValueError, r"contrastive_dims must be among dims \[4, 8\]"),
+        ({"dims": [WIDTH]}, ValueError, f"must hold a dimension below the vectors' width of {WIDTH}"),
+        ({"dims": [WIDTH + 1]}, ValueError, "exceed the model's width"),
+        ({"data": TEXTS[:5]}, ValueError, "5 distinct texts cannot say which 8 values to keep"),
+        ({"steps": 5}, TypeError, r"rotate_model has no arguments \['steps'\], and neither has fit_rotation"),
+    ],
+    ids=str,
+)
+def test_nothing_is_encoded_before_all_arguments_are_fine(tiny_model, monkeypatch, options, error, message):
+    """What is wrong is said at once, not after an hour of encoding."""
+    model = tiny_model()
+    monkeypatch.setattr(model, "encode", lambda *_, **__: pytest.fail("texts were encoded"))
+    given = {"data": TEXTS, "dims": DIMS} | options
+    with pytest.raises(error, match=message):
+        rotate_model(model, given.pop("data"), given.pop("dims"), **given)
+
+
 def test_the_log_says_what_was_used(tiny_model, caplog):
     """Columns go by their order, whatever they are called, so a user can see which ones were taken."""
     from datasets import Dataset

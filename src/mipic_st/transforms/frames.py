@@ -19,6 +19,7 @@ from mipic_st.numerics import masked, prefix_cosines, spearman
 from mipic_st.transforms.fitting import BLOCK, minimise, row_orders
 from mipic_st.transforms.objectives import RotationObjective
 from mipic_st.transforms.pairs import Pairs
+from mipic_st.validation import checked_count, checked_number
 
 # Rows whose cosines with each other are ranked for the report.
 _RANKED = 512
@@ -50,6 +51,33 @@ class _Frame(nn.Module):
                 parametrizations.orthogonal(self, "columns", orthogonal_map="cayley", use_trivialization=True)
             else:
                 parametrize.register_parametrization(self, "columns", _Orthonormal())
+
+
+def checked_settings(
+    width: int,
+    *,
+    dims: Sequence[int],
+    contrastive_dims: Sequence[int] | None,
+    batch_size: int,
+    negatives: int,
+    max_steps: int,
+    learning_rate: float,
+    held_out: float,
+    seed: int,
+    show_progress_bar: bool | None,
+    **terms: float,
+) -> tuple[RotationObjective, dict[str, Any], float]:
+    """Arguments of ``fit_rotation``: the objective, the options of a candidate's fit, the held-out share."""
+    options = {
+        "batch_size": checked_count("batch_size", batch_size, least=2),
+        "negatives": checked_count("negatives", negatives),
+        "max_steps": checked_count("max_steps", max_steps),
+        "learning_rate": checked_number("learning_rate", learning_rate, 0, exclusive=True),
+        "generator": torch.Generator().manual_seed(checked_count("seed", seed, least=0)),
+        "show_progress_bar": show_progress_bar,
+    }
+    held_out = checked_number("held_out", held_out, 0, 0.5, exclusive=True)
+    return RotationObjective.below(width, dims, contrastive_dims, **terms), options, held_out
 
 
 @dataclass(frozen=True, eq=False)

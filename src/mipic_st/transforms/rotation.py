@@ -33,10 +33,10 @@ from mipic_st.numerics import compare_vectors, no_autocast, unit_length
 from mipic_st.transforms.base import Transform, Vectors, apply_matrix
 from mipic_st.transforms.columns import as_dataset, text_columns
 from mipic_st.transforms.fitting import checked_vectors
-from mipic_st.transforms.frames import Candidate, completed, held_out_report, off_orthogonal
+from mipic_st.transforms.frames import Candidate, checked_settings, completed, held_out_report, off_orthogonal
 from mipic_st.transforms.objectives import RotationObjective
 from mipic_st.transforms.pairs import Pairs
-from mipic_st.validation import checked_count, checked_dims, checked_number, per_column
+from mipic_st.validation import checked_count, checked_dims, per_column
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -219,43 +219,31 @@ def fit_rotation(
                 f"{tuple(positives.shape)}."
             )
         positives = positives.to(anchors.device)
-    objective = RotationObjective.below(
+    objective, options, held_out = checked_settings(
         anchors.shape[1],
-        dims,
-        contrastive_dims,
+        dims=dims,
+        contrastive_dims=contrastive_dims,
         similarity_weight=similarity_weight,
         contrastive_temperature=contrastive_temperature,
         similarity_temperature=similarity_temperature,
+        batch_size=batch_size,
+        negatives=negatives,
+        max_steps=max_steps,
+        learning_rate=learning_rate,
+        held_out=held_out,
+        seed=seed,
+        show_progress_bar=show_progress_bar,
     )
-    batch_size = checked_count("batch_size", batch_size, least=2)
-    negatives = checked_count("negatives", negatives)
-    max_steps = checked_count("max_steps", max_steps)
-    learning_rate = checked_number("learning_rate", learning_rate, 0, exclusive=True)
-    held_out = checked_number("held_out", held_out, 0, 0.5, exclusive=True)
-    generator = torch.Generator().manual_seed(checked_count("seed", seed, least=0))
-
     pairs = Pairs.of(anchors, positives)
-    if pairs.texts < max(objective.dims):
-        raise ValueError(
-            f"{pairs.texts} distinct texts cannot say which {max(objective.dims)} values to keep: give more, or leave "
-            f"dims from {pairs.texts} on out of dims."
-        )
+    _require_texts(pairs.texts, objective)
     candidate = Candidate("rotation", objective)
     # the fit needs gradients, also where the caller switched them off for its encoder
     with no_autocast(anchors), torch.inference_mode(False), torch.enable_grad():
-        training, test = (part.with_positives() for part in pairs.split(held_out, generator))
+        training, test = (part.with_positives() for part in pairs.split(held_out, options["generator"]))
         if positives is None:
-            max_steps = min(max_steps, math.ceil(_TEXT_PASSES * len(training) / batch_size))
-        frame = candidate.fit(
-            training,
-            test,
-            batch_size=batch_size,
-            negatives=negatives,
-            generator=generator,
-            max_steps=max_steps,
-            learning_rate=learning_rate,
-            show_progress_bar=show_progress_bar,
-        )
+            passes = math.ceil(_TEXT_PASSES * len(training) / options["batch_size"])
+            options["max_steps"] = min(options["max_steps"], passes)
+        frame = candidate.fit(training, test, **options)
         matrix = completed(frame, training)
         rotation = Rotation(matrix.cpu(), tuple(objective.dims), held_out_report(test, matrix, objective.dims))
     if rotation.worse_dims:
@@ -266,6 +254,14 @@ def fit_rotation(
             rotation,
         )
     return rotation
+
+
+def _require_texts(count: int, objective: RotationObjective) -> None:
+    if count < max(objective.dims):
+        raise ValueError(
+            f"{count} distinct texts cannot say which {max(objective.dims)} values to keep: give more, or leave dims "
+            f"from {count} on out of dims."
+        )
 
 
 # --- on models --------------------------------------------------------------------------------------------------------
@@ -330,8 +326,14 @@ def rotate_model(
     if "fit_batch_size" in fit_options:
         fit_options["batch_size"] = fit_options.pop("fit_batch_size")
     batch_size = checked_count("batch_size", batch_size)
+    defaults = dict(fit_rotation.__kwdefaults__ or {})
+    if wrong := sorted(set(fit_options) - set(defaults)):
+        raise TypeError(f"rotate_model has no arguments {wrong}, and neither has fit_rotation.")
+    # before anything is encoded
+    objective, *_ = checked_settings(full_width(model), **(defaults | fit_options | {"dims": dims}))
     data = as_dataset(data)
     columns = text_columns(data)
+    _require_texts(len({text for texts in columns.values() for text in texts}), objective)
     names = " and ".join(map(repr, columns)) if any(columns) else "a list"
     used = f"{len(next(iter(columns.values())))} {'pairs' if len(columns) == 2 else 'texts'} of {names}"
     logger.info("The rotation is fitted on %s.", used)
