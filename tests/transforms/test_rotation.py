@@ -232,7 +232,7 @@ def test_autocast_does_not_reach_the_fit():
     ("change", "error", "message"),
     [
         ({"anchors": [[1.0, 2.0]]}, TypeError, "anchors must be a NumPy array or a tensor"),
-        ({"anchors": np.ones((50, 32), dtype=np.int8)}, TypeError, "quantised vectors cannot be turned"),
+        ({"anchors": np.ones((50, 32), dtype=np.int8)}, TypeError, "quantised vectors cannot be mapped"),
         ({"anchors": np.ones(32, dtype=np.float32)}, ValueError, r"anchors must have the shape \(N, D\)"),
         ({"anchors": np.full((50, 32), np.nan)}, ValueError, "anchors holds NaN or infinite values in 50 of 50 rows"),
         ({"positives": np.zeros((50, 32))}, ValueError, "positives holds 50 zero vectors, the first in row 0"),

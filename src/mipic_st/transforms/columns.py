@@ -55,7 +55,7 @@ def text_columns(data: Any) -> dict[str, list[str]]:
     columns = {name: list(data[name]) for name in names}
     plain = {name.strip().lower(): name for name in reversed(data.column_names)}
     score = next((plain[name] for name in SCORE_NAMES if name in plain), None)
-    # beside three texts it is a margin, and several numbers a row are a teacher's
+    # with three texts it is a margin, and several numbers a row are vectors of a larger model
     if score is not None and len(texts_of) == 2 and np.ndim(data[0][score]) == 0:
         _require_yes_last(score, getattr((data.features or {}).get(score), "names", None))
         rows = _belonging(data[score], score)

@@ -23,18 +23,8 @@ def fit_cut(states: np.ndarray | Tensor, targets: np.ndarray | Tensor, *, ridge:
 
     .. math:: W = (Z^T Z + \lambda I)^{-1} Z^T F, \quad \lambda = \text{ridge} \cdot \text{tr}(Z^T Z) / H
 
-    Its first d columns are the fit for the first d values, so one map serves all dims.
-
-    Args:
-        states: Z, (N, H): pooled states of the layer, as long as they are.
-        targets: F, (N, D): full-depth vectors, of unit length.
-        ridge: Ridge in units of the mean eigenvalue of Z^T Z, >= 0.
-
-    Returns:
-        W, (H, D), float32.
-
-    Raises:
-        ValueError: If the numbers of rows differ or are below H, a value is not finite, or ``ridge`` is out of range.
+    Z, (N, H): pooled states of the layer, as long as they are; F, (N, D): full-depth vectors of unit length. The first
+    d columns of W, (H, D), are the fit for the first d values, so one map serves all dims.
 
     Example:
         >>> states = torch.randn(50, 4)
@@ -78,28 +68,8 @@ def refine_cut(
     """Go on from least squares with what the dims are served for: the similarities of the full depth.
 
     Least squares takes each value for itself; here the cosines at every dim learn to follow those of the targets. The
-    best step on the held-out rows is kept, least squares itself among them. What is minimised:
-    :class:`mipic_st.transforms.objectives.CutObjective`.
-
-    Args:
-        weight: The map to start from, (H, D), of :func:`fit_cut`.
-        states: Z, (N, H).
-        targets: F, (N, D), of unit length.
-        dims: Truncation dimensions that are served.
-        held_out: States and targets that no step sees.
-        vector_weight: lambda of the objective.
-        max_steps: Steps.
-        batch_size: Texts per step; memory grows with its square.
-        learning_rate: Adam's first learning rate, for states scaled to a mean square of 1; decayed along a cosine.
-        seed: Seeds the batches; the global generators are left alone.
-        show_progress_bar: Show a bar over steps. Default: as the log level says.
-
-    Returns:
-        W, (H, D), float32, on the CPU.
-
-    Raises:
-        TypeError: If states or targets are no arrays of floating numbers.
-        ValueError: If shapes do not fit each other, or an argument is out of its range.
+    best step on the held-out states and targets is kept, least squares itself among them. What is minimised:
+    :class:`mipic_st.transforms.objectives.CutObjective`. The rate is for states scaled to a mean square of 1.
 
     Source:
         Batch, steps, rate and temperature were chosen on STS13 and SICK validation with layer 3 of all-MiniLM-L6-v2.

@@ -30,7 +30,7 @@ def as_tensor(name: str, vectors: Any) -> Tensor:
     if isinstance(vectors, np.ndarray) and np.issubdtype(vectors.dtype, np.floating):
         # torch takes no reversed rows and no foreign byte order, and warns of a file that is mapped for reading
         return torch.as_tensor(np.require(vectors, vectors.dtype.newbyteorder("="), ["C", "W"]))
-    raise TypeError(f"{name} must hold floating numbers, got {vectors.dtype}; quantised vectors cannot be turned.")
+    raise TypeError(f"{name} must hold floating numbers, got {vectors.dtype}; quantised vectors cannot be mapped.")
 
 
 def powers_of_rows(vectors: Tensor) -> Tensor:

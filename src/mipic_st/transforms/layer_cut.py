@@ -185,8 +185,8 @@ def fit_layer_cuts(
         sts: Scored pairs for the report: a Dataset with ``sentence1``, ``sentence2``, ``score``, or three lists.
         ridge: Ridge of the maps' least squares, see :func:`mipic_st.transforms.cut_fits.fit_cut`; word weights have
             their own.
-        vector_weight: What the steps after least squares weigh the distance to the full-depth vectors with, >= 0,
-            beside the similarities among the cut's own. A high one keeps the vectors of the cut comparable with those
+        vector_weight: How much the distance to the full-depth vectors counts in the steps after least squares, >= 0;
+            the similarities among the cut's own count 1. A high one keeps the vectors of the cut comparable with those
             of the full model at small dims (queries by the one, documents by the other); with 0 the cut is best by
             itself, and not comparable.
         max_steps: Steps per layer in which the map then learns to keep the similarities at ``dims``, see

@@ -88,17 +88,10 @@ class RotationObjective:
         negatives: Tensor | None = None,
         same: Tensor | None = None,
     ) -> Tensor:
-        """The sum over dims.
+        """The sum over dims, for pairs of unit length and a frame, (D, m).
 
-        Args:
-            anchors: A, (B, D), unit length.
-            positives: P, (B, D), unit length.
-            frame: The first m columns of the rotation R, (D, m).
-            negatives: (M, D), unit length: more negatives for InfoNCE than the other positives of the batch.
-            same: (B, B + M), true where a positive or negative is the anchor's own text, or its own positive again.
-
-        Returns:
-            Scalar.
+        ``negatives``, (M, D), are more of them for InfoNCE; ``same``, (B, B + M), is true where a positive or negative
+        is the anchor's own text, or its own positive again.
         """
         rotated, others = anchors @ frame, positives @ frame
         total = frame.new_zeros(())
@@ -162,16 +155,7 @@ class CutObjective:
         checked_number("temperature", self.temperature, 0, exclusive=True)
 
     def __call__(self, states: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """The sum over dims.
-
-        Args:
-            states: Z, (B, H).
-            targets: F, (B, D), unit length.
-            weight: W, (H, D).
-
-        Returns:
-            Scalar.
-        """
+        """The sum over dims, for states Z (B, H), targets F (B, D) of unit length and a map W (H, D)."""
         vectors = states @ weight
         itself = torch.eye(len(states), dtype=torch.bool, device=states.device)
         wanted = masked(targets @ targets.T, itself).div(self.temperature).log_softmax(dim=1)

@@ -202,7 +202,7 @@ def fit_rotation(
             the largest dim, or another argument is out of its range.
 
     Source:
-        The objective is the one of the module's docstring. Defaults were chosen on STS13 and SICK validation with
+        Defaults were chosen on STS13 and SICK validation with
         all-MiniLM-L6-v2: weights of the similarity term from 4 to 20 and temperatures from 0.05 to 0.1 are within 0.3
         of each other, a weight of 1 loses half a point at 64 dims.
 
@@ -294,10 +294,10 @@ def rotate_model(
         model: Any SentenceTransformer, also one of StaticEmbedding or with a Router.
         data: A ``datasets.Dataset``, a data frame, a dict of columns, a stream (its first 100,000 rows), or a list of
             texts. Of the text columns the first two are taken as pairs, in the order in which the trainer takes them;
-            further ones (negatives) are not used. Of two text columns with
-            scores or labels beside them (``score``, ``label`` and the other names of :mod:`mipic_st.data`), only pairs
-            that say yes are used: 1 of labels 0 and 1, or scores from 80% of the range on (from 0 to the highest of 1,
-            5 or 10 that covers them). One text column, or a list, is texts only.
+            further ones (negatives) are not used. Of two text columns with scores or labels (``score``, ``label`` and
+            the other names of :mod:`mipic_st.data`), only pairs that say yes are used: 1 of labels 0 and 1, or scores
+            from 80% of the range on (from 0 to the highest of 1, 5 or 10 that covers them). One text column, or a list,
+            is texts only.
         dims: The truncation dimensions to serve. The full width may be among them.
         prompts: As in the trainer's arguments: one prompt for all columns, or one per column name. Default: what
             ``encode`` does by default.
@@ -315,7 +315,7 @@ def rotate_model(
         TypeError: If data or an option is of the wrong kind.
         ValueError: If data has no usable column or too few texts, dims do not fit the model, or ``prompts`` or
             ``router_mapping`` name a column that data does not have.
-        RuntimeError: If full-width cosines changed; the model is then as it was.
+        RuntimeError: If full-width cosines changed. Whatever is raised, the model is then as it was.
 
     Example:
         >>> rotation = rotate_model(model, train_dataset, [384, 128, 64, 32, 16, 8])  # doctest: +SKIP

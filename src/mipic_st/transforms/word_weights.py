@@ -27,15 +27,7 @@ _RARE = 0.01
 
 
 def weighted_means(states: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
-    """Mean token states of texts that stand one after another.
-
-    Args:
-        states: (T, H).
-        weights: How much each token counts, (T,).
-        lengths: Tokens of each text, (N,); their sum is T.
-
-    Returns:
-        (N, H).
+    """Mean token states, (N, H), of texts that stand one after another: (T, H), with weights (T,) and lengths (N,).
 
     Example:
         >>> weighted_means(torch.tensor([[1.0], [5.0], [7.0]]), torch.tensor([3.0, 1.0, 1.0]), torch.tensor([2, 1]))
@@ -106,31 +98,11 @@ def fit_word_weights(
 
     .. math:: w_t = \frac{a}{a + p_t} \exp(u \cdot e_t), \quad z = \sum_t w_t h_t \Big/ \sum_t w_t
 
-    with the share p of the token among all, a = 0.01, and its static embedding e. So only the few numbers of u are
-    learned, and tokens that no text holds get a weight, too. u and a map W are learned together on
+    with the states h (T, H) of all texts, one after another, the share p of the token among all, a = 0.01, and its
+    static embedding e, a row of ``features`` (V, E). So only the few numbers of u are learned, and tokens that no text
+    holds get a weight, too. u and a map W to ``targets``, the texts' full-depth vectors (N, D), are learned together on
     :class:`mipic_st.transforms.objectives.CutObjective`; the weights alone are returned, since W is better fitted to
-    all texts afterwards.
-
-    Args:
-        states: h, (T, H): token states of all texts, one after another.
-        tokens: Their token numbers, (T,).
-        lengths: Tokens of each text, (N,).
-        features: e, (V, E): the input embeddings of the model.
-        targets: Full-depth vectors of the texts, (N, D), of unit length.
-        dims: Truncation dimensions that are served.
-        vector_weight: lambda of the objective.
-        max_steps: Steps.
-        batch_size: Texts per step, and texts that no step sees; of these a tenth at most.
-        learning_rate: Adam's first learning rate; decayed along a cosine.
-        seed: Seeds the held-out texts and the batches.
-        show_progress_bar: Show a bar over steps. Default: as the log level says.
-
-    Returns:
-        :class:`WordWeights`; ``gained`` says whether they are better than the plain mean on the held-out texts.
-
-    Raises:
-        ValueError: If lengths, tokens and states do not belong together, a text is empty, a value is nan or inf, or an
-            argument is out of its range.
+    all texts afterwards. A tenth of the texts, one batch at most, is held out.
 
     Source:
         The first factor: Arora et al., A Simple but Tough-to-Beat Baseline for Sentence Embeddings, ICLR 2017. Its a
