@@ -323,15 +323,15 @@ def test_further_maps_go_before_the_mean_too(model, monkeypatch):
     """A rotation of a cut, and a further layer cut of it, also run in half precision, as the Dense of the cut does."""
     cuts = with_weights(model)
     cut = export_truncated(model, 2, 16, cuts=cuts)
-    turned = copy.deepcopy(cut)
+    rotated = copy.deepcopy(cut)
     # of a random model no more is wanted than some rotation; whether it gains differs between machines
     monkeypatch.setattr(Rotation, "gained", True)
-    rotation = rotate_model(turned, TEXTS, [4, 2], max_steps=60, learning_rate=0.05, fit_batch_size=32)
+    rotation = rotate_model(rotated, TEXTS, [4, 2], max_steps=60, learning_rate=0.05, fit_batch_size=32)
     assert not torch.allclose(rotation.matrix, torch.eye(16), atol=0.1)
-    assert [type(module).__name__ for module in turned] == [type(module).__name__ for module in cut]
+    assert [type(module).__name__ for module in rotated] == [type(module).__name__ for module in cut]
     expected = unit(by_hand(model, cuts, TEXTS[:9], 2, 16) @ rotation.matrix.double().numpy())
-    np.testing.assert_allclose(turned.encode(TEXTS[:9]), expected, atol=1e-4)
-    np.testing.assert_allclose(turned.half().encode(TEXTS[:9]), expected, atol=2e-2)
+    np.testing.assert_allclose(rotated.encode(TEXTS[:9]), expected, atol=1e-4)
+    np.testing.assert_allclose(rotated.half().encode(TEXTS[:9]), expected, atol=2e-2)
 
     further = fit_layer_cuts(cut, TEXTS, layers=[1], dims=[8], max_steps=5)
     assert not further.word_weights
