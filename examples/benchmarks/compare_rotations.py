@@ -43,7 +43,7 @@ from mipic_st.data import load_sts_file, load_training_file
 from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
 from mipic_st.encoder.surgery import identity_dense
 from mipic_st.numerics import unit_length
-from mipic_st.transforms.rotation import rotation_objective
+from mipic_st.transforms.objectives import RotationObjective
 
 sys.path.append(str(Path(__file__).parents[1]))  # what the example scripts share
 from common import load_model, sentences_of
@@ -105,14 +105,8 @@ def householder(anchors: np.ndarray, positives: np.ndarray, dims: list[int], cou
         rows = torch.randperm(len(first), generator=generator)[:4096]
         contrastive = [dim for dim in dims if dim <= 32]
         batch, others = rows.tensor_split([512])
-        loss = rotation_objective(
-            first[batch],
-            second[batch],
-            product()[:, : max(dims)],
-            sorted(dims),
-            contrastive_dims=contrastive,
-            negatives=second[others],
-        )
+        objective = RotationObjective(sorted(dims), contrastive)
+        loss = objective(first[batch], second[batch], product()[:, : max(dims)], negatives=second[others])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -19,9 +19,10 @@ from mipic_st.deploy.onnx import export_onnx
 from mipic_st.deploy.tei import save_for_tei
 from mipic_st.deploy.truncated import export_truncated
 from mipic_st.encoder.encoding import encode_layers, encode_tokens
+from mipic_st.encoder.surgery import no_word_weights, word_weights_module
 from mipic_st.transforms.layer_cut import LayerCuts, fit_layer_cuts
 from mipic_st.transforms.rotation import Rotation, rotate_model
-from mipic_st.transforms.word_weights import fit_word_weights, no_word_weights, weighted_means, word_weights_module
+from mipic_st.transforms.word_weights import WordWeights, fit_word_weights, weighted_means
 
 TEXTS = list(dict.fromkeys(sentences(220, seed=3, shortest=3)))[:200]
 
@@ -75,7 +76,9 @@ def noisy():
 def test_noise_gets_less_weight_than_topics(noisy):
     """By their embeddings, so also tokens that no text holds; the mean over the texts' tokens is 1."""
     given, noise = noisy
-    weights = fit_word_weights(*given, [2, 6], learning_rate=0.01)
+    learned = fit_word_weights(*given, [2, 6], learning_rate=0.01)
+    assert learned.gained
+    weights = learned.weights
     assert weights.shape == (40,)
     assert weights[noise].max() < 0.7 * weights[~noise].min()
     assert weights[given[1]].mean().item() == pytest.approx(1, abs=1e-5)
@@ -83,12 +86,16 @@ def test_noise_gets_less_weight_than_topics(noisy):
     assert weights.max() == weights[given[1]].max()
 
 
-def test_weights_that_do_not_help_are_not_taken(noisy):
-    """Where the plain mean is the target, all are 1."""
+def test_weights_that_do_not_help_say_so(noisy):
+    """Where the plain mean is the target, nothing is gained."""
     (states, tokens, lengths, embeddings, _), _ = noisy
     plain = weighted_means(states.float(), torch.ones(len(tokens)), lengths)
     targets = torch.nn.functional.normalize(plain, dim=1)
-    assert (fit_word_weights(states, tokens, lengths, embeddings, targets, [6], max_steps=5) == 1).all()
+    learned = fit_word_weights(states, tokens, lengths, embeddings, targets, [6], max_steps=5)
+    assert not learned.gained
+    np.testing.assert_allclose(
+        learned(states.float(), tokens, lengths), weighted_means(states.float(), learned.weights[tokens], lengths)
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,9 +113,9 @@ def test_weights_that_do_not_help_are_not_taken(noisy):
 def test_every_argument_counts(noisy, changed):
     """Weights are repeatable, and another setting gives others."""
     options = {"dims": [2, 6], "max_steps": 30, "learning_rate": 0.01}
-    usual = fit_word_weights(*noisy[0], **options)
-    assert torch.equal(usual, fit_word_weights(*noisy[0], **options))
-    assert not torch.equal(usual, fit_word_weights(*noisy[0], **(options | changed)))
+    usual = fit_word_weights(*noisy[0], **options).weights
+    assert torch.equal(usual, fit_word_weights(*noisy[0], **options).weights)
+    assert not torch.equal(usual, fit_word_weights(*noisy[0], **(options | changed)).weights)
 
 
 def test_bar_and_bad_lengths(noisy, capsys):
@@ -216,7 +223,8 @@ def test_the_default_learns_them_and_the_report_is_the_cut_model_s(model, monkey
 
     def learned(states, tokens, lengths, features, targets, dims, **options):
         known.append((states, tokens, lengths, features, targets, dims, options))
-        return torch.rand(len(features), generator=generator) + 0.2
+        weights = torch.rand(len(features), generator=generator) + 0.2
+        return WordWeights(weights, tuple(dims), [{"plain": 1.0, "weighted": 0.5}])
 
     monkeypatch.setattr(layer_cuts, "fit_word_weights", learned)
     sts = (TEXTS[:40], TEXTS[40:80], np.random.default_rng(0).random(40).tolist())
@@ -315,15 +323,15 @@ def test_further_maps_go_before_the_mean_too(model, monkeypatch):
     """A rotation of a cut, and a further layer cut of it, also run in half precision, as the Dense of the cut does."""
     cuts = with_weights(model)
     cut = export_truncated(model, 2, 16, cuts=cuts)
-    turned = copy.deepcopy(cut)
+    rotated = copy.deepcopy(cut)
     # of a random model no more is wanted than some rotation; whether it gains differs between machines
     monkeypatch.setattr(Rotation, "gained", True)
-    rotation = rotate_model(turned, TEXTS, [4, 2], max_steps=60, learning_rate=0.05, fit_batch_size=32)
+    rotation = rotate_model(rotated, TEXTS, [4, 2], max_steps=60, learning_rate=0.05, fit_batch_size=32)
     assert not torch.allclose(rotation.matrix, torch.eye(16), atol=0.1)
-    assert [type(module).__name__ for module in turned] == [type(module).__name__ for module in cut]
+    assert [type(module).__name__ for module in rotated] == [type(module).__name__ for module in cut]
     expected = unit(by_hand(model, cuts, TEXTS[:9], 2, 16) @ rotation.matrix.double().numpy())
-    np.testing.assert_allclose(turned.encode(TEXTS[:9]), expected, atol=1e-4)
-    np.testing.assert_allclose(turned.half().encode(TEXTS[:9]), expected, atol=2e-2)
+    np.testing.assert_allclose(rotated.encode(TEXTS[:9]), expected, atol=1e-4)
+    np.testing.assert_allclose(rotated.half().encode(TEXTS[:9]), expected, atol=2e-2)
 
     further = fit_layer_cuts(cut, TEXTS, layers=[1], dims=[8], max_steps=5)
     assert not further.word_weights
@@ -333,37 +341,6 @@ def test_further_maps_go_before_the_mean_too(model, monkeypatch):
     expected = by_hand(model, LayerCuts(twice, (8,), [], {1: cuts.word_weights[2]}), TEXTS[:9], 1, 8)
     np.testing.assert_allclose(lower.encode(TEXTS[:9]), expected, atol=1e-4)
     np.testing.assert_allclose(lower.half().encode(TEXTS[:9]), expected, atol=2e-2)
-
-
-@pytest.mark.parametrize("change", ["activation", "residual", "pooling", "names"])
-def test_what_does_not_commute_with_the_mean_gets_a_dense_behind_it(model, change):
-    """A map is put in front only where it is the same there."""
-    from mipic_st.encoder.surgery import linear_end, with_map
-
-    modules = list(export_truncated(model, 2, WIDTH, cuts=with_weights(model), normalize=False))
-    assert linear_end(modules) is modules[1]
-    if change == "activation":
-        modules[1].activation_function = torch.nn.Tanh()
-    elif change == "residual":
-        modules[1].use_residual = True
-    elif change == "pooling":
-        modules[-1] = Pooling(WIDTH, "max")
-    else:
-        modules[1].module_output_name = "others"
-    assert linear_end(modules) is None
-    assert len(with_map(modules, torch.eye(WIDTH, 8))) == len(modules) + 1
-
-
-def test_a_bias_in_front_of_the_mean_is_turned_with_the_weight(model):
-    """Weights of a mean add up to 1, so a bias before it is one behind it."""
-    from mipic_st.encoder.surgery import with_map
-
-    modules = list(export_truncated(model, 2, 16, cuts=with_weights(model), normalize=False))
-    modules[1].linear.bias = torch.nn.Parameter(torch.randn(16, generator=torch.Generator().manual_seed(0)))
-    matrix = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
-    own = SentenceTransformer(modules=modules, device="cpu").eval().encode(TEXTS[:9])
-    mapped = SentenceTransformer(modules=with_map(modules, matrix), device="cpu").eval().encode(TEXTS[:9])
-    np.testing.assert_allclose(mapped, own @ matrix.numpy(), atol=1e-4)
 
 
 def test_default_prompts_do_not_disturb_the_export(model):

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from torch import nn
 
 from mipic_st.deploy.written import difference, require_same_when_loaded
 from mipic_st.encoder.adapters import merged_encoders
 from mipic_st.encoder.card import restate_config
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_layers
-from mipic_st.encoder.modules import with_normalize, with_weighted_mean, without_normalize
+from mipic_st.encoder.modules import with_normalize, without_normalize
 from mipic_st.encoder.structure import (
     evaluation_mode,
     full_width,
@@ -28,11 +27,10 @@ from mipic_st.encoder.structure import (
     transformer_of,
     unwrap,
 )
-from mipic_st.encoder.surgery import cut_layers, with_map
+from mipic_st.encoder.surgery import cut_layers, identity_dense, with_map, word_weights_module
 from mipic_st.evaluation.store import EmbeddingStore
 from mipic_st.numerics import unit_length
-from mipic_st.transforms.layer_cut import LayerCuts, fit_layer_cuts, probe_vectors, same_vectors
-from mipic_st.transforms.word_weights import no_word_weights, word_weights_module
+from mipic_st.transforms.layer_cut import LayerCuts, fit_layer_cuts
 from mipic_st.validation import checked_count, checked_dims, checked_flag, checked_layers
 
 logger = logging.getLogger(__name__)
@@ -97,20 +95,17 @@ def export_truncated(
         (layer,) = checked_layers("layer", [layer], model_depth(model))
         auto_model = transformer_of(model).auto_model
         memo[id(auto_model)] = cut_layers(memo.get(id(auto_model), auto_model), layer)
-    weight, word_weights = _fitted(model, layer, dim, texts, cuts)
+    cuts = _fitted(model, layer, dim, texts, cuts)
     # deepcopy finds the cut backbone in the memo and so never copies the full one
     modules: list[Any] = [copy.deepcopy(module, memo) for module in model.children()]
-    if weight is not None:
-        pooled = modules[: len(modules) - len(tail_of(model))]
-        modules = (
-            with_map(pooled, weight) if word_weights is None else with_weighted_mean(pooled[0], weight, word_weights)
-        )
+    if cuts is not None and layer is not None:
+        modules = with_map(modules[: len(modules) - len(tail_of(model))], cuts.to_modules(model, layer, dim))
     elif dim is not None:
         if normalize:
             modules = without_normalize(modules)
         if dim < (width := full_width(model)):
-            modules = with_map(modules, torch.eye(width, dim))
-    if normalize and (weight is not None or dim is not None):
+            modules = with_map(modules, [identity_dense(torch.eye(width, dim))])
+    if normalize and (cuts is not None or dim is not None):
         modules = with_normalize(modules)
     exported = SentenceTransformer(
         modules=modules,
@@ -122,7 +117,7 @@ def export_truncated(
     exported.eval()
     exported.module_kwargs = _module_kwargs(model, modules)
     with evaluation_mode(model):
-        _check(model, exported, layer, dim, weight, word_weights, normalize)
+        _check(model, exported, layer, dim, cuts, normalize)
     restate_config(exported, layer, dim)
     _require_saved(exported, layer)
     return exported
@@ -160,10 +155,10 @@ def _fitted(
     dim: int | None,
     texts: Sequence[str] | None,
     cuts: LayerCuts | None,
-) -> tuple[torch.Tensor | None, nn.Module | None]:
-    """The tail of a layer cut, (H, d), and the module that weighs its tokens; None for what there is not."""
+) -> LayerCuts | None:
+    """The cuts that have the tail for the layer, if there is to be a fitted one."""
     if texts is None and cuts is None:
-        return None, None
+        return None
     given = "texts" if cuts is None else "cuts"
     if texts is not None and cuts is not None:
         raise ValueError("texts and cuts are both given; cuts are fitted already, leave texts out.")
@@ -178,22 +173,8 @@ def _fitted(
             "depth %.3f.",
             *(cell[key] for key in ("layer", "dim", "similarity_plain", "similarity_fitted", "similarity_full")),
         )
-    if layer not in cuts.maps:
-        raise ValueError(
-            f"cuts hold layers {sorted(cuts.maps)}, not {layer}; fit_layer_cuts(model, texts, layers=...)."
-        )
-    if cuts.probes is not None and not same_vectors(cuts.probes, probe_vectors(model)):
-        raise ValueError(
-            "cuts were fitted when the model gave other vectors: it was rotated or trained since, or is another one; "
-            "call fit_layer_cuts again."
-        )
-    weights = cuts.word_weights.get(layer)
-    if weights is not None and (reason := no_word_weights(model)):
-        raise ValueError(
-            f"cuts have word weights for layer {layer}, but {reason}; fit them on this model, or with "
-            "word_weights=False."
-        )
-    return cuts.maps[layer][:, :dim], None if weights is None else word_weights_module(model, weights)
+    cuts.require_fitted_on(model)
+    return cuts
 
 
 def _check(
@@ -201,18 +182,18 @@ def _check(
     exported: SentenceTransformer,
     layer: int | None,
     dim: int | None,
-    weight: torch.Tensor | None,
-    word_weights: nn.Module | None,
+    cuts: LayerCuts | None,
     normalize: bool,
 ) -> None:
     """The cut model must give what the (layer, dim) cell of the grid gives, or the fitted map of its states."""
     texts = list(PROBE_TEXTS)
     width = full_width(model)
     amplified = 1.0
-    if weight is not None:
+    if cuts is not None:
         assert layer is not None
-        before = {} if word_weights is None else {layer: word_weights}
-        states, columns = encode_layers(model, texts, [layer], tail=False, before=before)[:, 0], weight.numpy()
+        before = {place: word_weights_module(model, weights) for place, weights in cuts.word_weights.items()}
+        states = encode_layers(model, texts, [layer], tail=False, before=before)[:, 0]
+        columns = cuts.maps[layer][:, :dim].numpy()
         expected = states @ columns
         # what rounding in the states can become in the vectors
         amplified = float((np.abs(states) @ np.abs(columns)).max() / np.linalg.norm(expected, axis=1).min()) / 100
@@ -220,7 +201,7 @@ def _check(
         store = EmbeddingStore(model, None if layer is None else [layer])
         expected = store.view(dim or width, layer=layer, normalize=normalize).encode(texts, show_progress_bar=False)
     got = np.asarray(exported.encode(texts, show_progress_bar=False), dtype=np.float32)
-    if normalize and (dim is not None or weight is not None):
+    if normalize and (dim is not None or cuts is not None):
         expected = unit_length(expected)
     if found := difference(expected, got, half=in_half_precision(model), allowed=1e-3 * max(1.0, amplified)):
         more = "behind the encoder" if layer is None else "between layers"

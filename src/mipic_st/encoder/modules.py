@@ -8,9 +8,7 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordWeights
-from torch import Tensor, nn
-
-from mipic_st.encoder.surgery import identity_dense
+from torch import nn
 
 _KINDS = (Transformer, Pooling, Dense, Normalize, WordWeights)
 
@@ -54,16 +52,3 @@ def without_normalize(modules: Sequence[Any]) -> list[Any]:
     while kept and isinstance(kept[-1], Normalize):
         kept.pop()
     return kept
-
-
-def with_weighted_mean(transformer: Any, weight: Tensor, word_weights: nn.Module) -> list[Any]:
-    """A linear map of token states, (H, d), and their weighted mean behind a Transformer.
-
-    The map goes before the mean, with which it commutes: WordWeights gives float32, which a Dense behind it would not
-    take once the model is in half precision.
-    """
-    dense = identity_dense(weight, transformer)
-    dense.module_input_name = dense.module_output_name = "token_embeddings"
-    if hasattr(transformer, "unpad_inputs"):  # WordWeights needs the attention mask, also with flash attention
-        transformer.unpad_inputs = False
-    return [transformer, dense, word_weights, Pooling(weight.shape[1], "mean")]

@@ -1,4 +1,4 @@
-"""Changes of a model: a fitted linear map put in (and taken out again), layers cut off."""
+"""Changes of a model: the modules of a fitted map put in (and taken out again), layers cut off."""
 
 from __future__ import annotations
 
@@ -8,100 +8,206 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, WordWeights
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordWeights
 from torch import Tensor, nn
 
-from mipic_st.encoder.tail import is_linear
+from mipic_st.encoder.structure import transformer_of
+from mipic_st.encoder.tail import features_of, is_linear
+
+Undo = Callable[[], None]
 
 
-def _linear(weight: Tensor, bias: Tensor | None = None, **names: Any) -> Dense:
-    """A Dense without activation, of given values; torch would draw random ones first."""
-    with torch.random.fork_rng(devices=[]):
+# --- modules of fitted maps -------------------------------------------------------------------------------------------
+
+
+def identity_dense(weight: Tensor, like: nn.Module | None = None, features: str = "sentence_embedding") -> Dense:
+    """A bias-free Dense without activation for a map of rows, (in, out); in a model's precision, on its device."""
+    # a clone: files hold whole storages only, and a slice has a larger one
+    weight = weight.T.clone(memory_format=torch.contiguous_format)
+    if like is not None:
+        *_, reference = like.parameters()
+        weight = weight.to(reference.device, reference.dtype)
+    with torch.random.fork_rng(devices=[]):  # a Dense draws random values first
         return Dense(
-            in_features=weight.shape[1],
-            out_features=weight.shape[0],
-            bias=bias is not None,
+            weight.shape[1],
+            weight.shape[0],
+            bias=False,
             activation_function=nn.Identity(),
             init_weight=weight,
-            init_bias=bias,
-            **names,
+            module_input_name=features,
         )
 
 
-def identity_dense(weight: Tensor, like: nn.Module) -> Dense:
-    """A bias-free identity Dense for a map of rows."""
-    *_, reference = like.parameters()
-    # a clone: files hold whole storages only, and a slice has a larger one
-    return _linear(weight.T.clone(memory_format=torch.contiguous_format).to(reference.device, reference.dtype))
+def word_weights_module(model: SentenceTransformer, weights: Tensor) -> WordWeights:
+    """The module that multiplies token states with their weights, (V,); tokens behind their end count 1."""
+    # numbers may have gaps
+    names = {number: token for token, number in transformer_of(model).tokenizer.get_vocab().items()}
+    vocabulary = [names.get(number, f"[no token {number}]") for number in range(max(names) + 1)]
+    # four digits: the module's file spells every weight out
+    values = [float(f"{value:.4g}") for value in weights[: len(vocabulary)].tolist()]
+    values += [1.0] * (len(vocabulary) - len(values))
+    with torch.random.fork_rng(devices=[]):  # its embedding draws random numbers first
+        module = WordWeights(vocabulary, dict(zip(vocabulary, values, strict=True)))
+    return module.to(model.device).eval()
 
 
-def linear_end(modules: Sequence[nn.Module]) -> Dense | None:
-    """The Dense into whose weight a further linear map of the vectors can be multiplied."""
+def no_word_weights(model: SentenceTransformer) -> str:
+    """Why sentence-transformers' own module cannot weigh the tokens in a model's pooling; empty if it can."""
+    transformer, behind = transformer_of(model), list(model.children())[1:]
+    if not behind or not isinstance(behind[0], Pooling) or any(isinstance(module, Pooling) for module in behind[1:]):
+        return f"the model has {[type(module).__name__ for module in behind]} behind its Transformer"
+    if behind[0].pooling_mode != "mean":
+        return f"the model pools by {behind[0].pooling_mode!r}, not by the mean"
+    if not behind[0].include_prompt:
+        return "the model's pooling leaves the prompt out (include_prompt=False), which WordWeights cannot"
+    try:
+        transformer.auto_model.get_input_embeddings().weight  # noqa: B018
+        transformer.tokenizer.get_vocab()
+    except (AttributeError, NotImplementedError):
+        return f"{type(transformer.auto_model).__name__} or its tokenizer knows no tokens"
+    if missing := {"input_ids", "attention_mask"} - set(model.preprocess(["a text"])):
+        return (
+            f"the encoder is not given {' and '.join(sorted(missing))}, which WordWeights reads (with flash attention, "
+            "set unpad_inputs of the model's Transformer to False)"
+        )
+    return ""
+
+
+def input_embeddings(model: SentenceTransformer) -> Tensor:
+    """Static embeddings of the vocabulary, (V, E), of a model whose first module is a Transformer; on the CPU."""
+    return transformer_of(model).auto_model.get_input_embeddings().weight.detach().cpu()
+
+
+# --- into a model and out again ---------------------------------------------------------------------------------------
+
+
+def put_in(model: nn.Sequential, modules: Sequence[nn.Module], *, at_the_end: bool = False) -> Undo:
+    """Put the modules of a fitted map into a model, in place.
+
+    Modules that work on token states go in front of the pooling, others behind everything but a Normalize at the end
+    (with ``at_the_end``, behind that too). A linear map is multiplied into the linear Dense that makes the vectors,
+    where there is one. All modules get the model's device and, but for WordWeights, its precision.
+
+    Returns:
+        A function that takes them out again: modules, their names and weights are then what they were.
+    """
+    children = list(model.named_children())
+    on_tokens = isinstance(modules[0], WordWeights) or features_of(modules[0])[1] == "token_embeddings"
+    poolings = [number for number, (_, module) in enumerate(children) if isinstance(module, Pooling)]
+    if on_tokens and not poolings:
+        raise TypeError(f"the map works on token states, but {[type(module).__name__ for module in model]} pool none.")
+    place = poolings[0] if on_tokens else len(children)
+    while not (on_tokens or at_the_end) and place and isinstance(children[place - 1][1], Normalize):
+        place -= 1
+    kept, rest = children[:place], [module for _, module in children[place:]]
+    dense = linear_end([module for _, module in kept])
+    if dense is not None and len(modules) == 1 and is_linear(modules[0]):
+        undo = _multiply(dense, modules[0])
+        if isinstance(kept[-1][1], Pooling):
+            kept[-1] = kept[-1][0], _resized(kept[-1][1], dense.out_features)
+        _set_children(model, [*kept, *children[place:]])
+    else:
+        *_, like = model.parameters()
+        for module in modules:
+            module.to(like.device, None if isinstance(module, WordWeights) else like.dtype)
+        undo = _make_room(kept[0][1], modules, rest) if on_tokens else lambda: None
+        # names may have gaps, and none may be taken twice
+        first = max(len(kept), *(int(name) + 1 for name, _ in kept if name.isdecimal()), 0)
+        _set_children(
+            model, [*kept, *((str(number), module) for number, module in enumerate([*modules, *rest], first))]
+        )
+
+    def take_out() -> None:
+        _set_children(model, children)
+        undo()
+
+    return take_out
+
+
+def with_map(modules: Sequence[nn.Module], new: Sequence[nn.Module]) -> list[nn.Module]:
+    """A model's modules with those of a fitted map behind them, or where else :func:`put_in` puts them."""
+    model = nn.Sequential(*modules)
+    put_in(model, new, at_the_end=True)
+    return list(model)
+
+
+def _make_room(encoder: Any, modules: Sequence[nn.Module], rest: list[nn.Module]) -> Undo:
+    """Fit the encoder in front and the pooling behind to modules that work on token states."""
+    widths = [module.out_features for module in modules if isinstance(module, Dense)]
+    rest[0] = _resized(rest[0], widths[-1]) if widths else rest[0]
+    unpadded = getattr(encoder, "unpad_inputs", None)
+    if any(isinstance(module, WordWeights) for module in modules) and unpadded is not None:
+        encoder.unpad_inputs = False  # they need the attention mask, also with flash attention
+        return lambda: setattr(encoder, "unpad_inputs", unpadded)
+    return lambda: None
+
+
+def _set_children(model: nn.Sequential, children: Sequence[tuple[str, nn.Module]]) -> None:
+    for name, _ in list(model.named_children()):
+        delattr(model, name)
+    for name, module in children:
+        model.add_module(name, module)
+
+
+def _resized(pooling: Any, width: int) -> Any:
+    """The pooling for token states of another width."""
+    if pooling.embedding_dimension == width:
+        return pooling
+    return Pooling(width, pooling.pooling_mode, include_prompt=pooling.include_prompt)
+
+
+def linear_end(modules: Sequence[nn.Module]) -> Any:
+    """The Dense into whose weight a further linear map of the vectors can be multiplied, or None."""
     if is_linear(modules[-1]):
-        return modules[-1]  # type: ignore[return-value]
+        return modules[-1]
     if [type(module) for module in modules[-3:]] == [Dense, WordWeights, Pooling]:
-        dense: Any = modules[-3]
-        if modules[-1].pooling_mode == "mean" and is_linear(dense, "token_embeddings"):
+        dense, pooling = modules[-3], modules[-1]
+        if pooling.pooling_mode == "mean" and is_linear(dense, "token_embeddings"):
             return dense
     return None
 
 
-def with_map(modules: Sequence[nn.Module], weight: Tensor) -> list[nn.Module]:
-    """A model's modules and a linear map of its vectors: multiplied into a Dense where there is one, or behind them."""
-    dense: Any = linear_end(modules)
-    if dense is None:
-        like = next(module for module in reversed(modules) if next(module.parameters(), None) is not None)
-        return [*modules, identity_dense(weight, like)]
-
-    def times(values: Tensor) -> Tensor:
-        return (weight.T.double() @ values.detach().cpu().double()).to(values)
-
-    old = dense.linear
-    merged = _linear(
-        times(old.weight),
-        None if old.bias is None else times(old.bias),
-        module_input_name=dense.module_input_name,
-        module_output_name=dense.module_output_name,
-    )
-    result = [merged if module is dense else module for module in modules]
-    if isinstance(result[-1], Pooling):
-        result[-1] = Pooling(weight.shape[1], "mean")
-    return result
-
-
-def put_in_map(inner: SentenceTransformer, matrix: Tensor) -> Callable[[], None]:
-    """Put the rotation behind everything but the trailing Normalize; the function that takes it out is returned."""
-    children = list(inner.named_children())
-    kept = children.copy()
-    while kept and isinstance(kept[-1][1], Normalize):
-        kept.pop()
-    trailing = children[len(kept) :]
-    dense: Any = linear_end([module for _, module in kept])
-    if dense is not None:
-        before = {name: value.detach().clone() for name, value in dense.linear.state_dict().items()}
-        with torch.no_grad():
-            for parameter in dense.linear.parameters():
-                parameter.copy_(matrix.T.double() @ parameter.cpu().double())
-
-        def restore() -> None:
-            dense.linear.load_state_dict(before)
-
-        return restore
-    dense = identity_dense(matrix, inner)
-    for name, _ in trailing:
-        delattr(inner, name)
-    # names may have gaps, and none may be taken twice
-    first = max(len(kept), *(int(name) + 1 for name, _ in kept if name.isdecimal()), 0)
-    for number, module in enumerate([dense, *(module for _, module in trailing)], first):
-        inner.add_module(str(number), module)
+def _multiply(dense: Any, new: Any) -> Undo:
+    """Multiply a linear map into a Dense; its parameters stay the same objects where their shapes do."""
+    old, width = dense.linear, dense.out_features
+    weight = new.linear.weight.detach().cpu().double()
+    before = {name: value.detach().clone() for name, value in old.state_dict().items()}
+    after = {name: weight @ value.cpu().double() for name, value in before.items()}
+    if new.linear.bias is not None:
+        after["bias"] = after.get("bias", 0) + new.linear.bias.detach().cpu().double()
+    if {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}:
+        old.load_state_dict(after)
+        return lambda: old.load_state_dict(before)
+    with torch.random.fork_rng(devices=[]):
+        dense.linear = nn.Linear(old.in_features, len(weight), bias="bias" in after).to(old.weight)
+    dense.linear.load_state_dict(after)
+    dense.out_features, dense.bias = len(weight), "bias" in after
 
     def undo() -> None:
-        for name, _ in list(inner.named_children()):
-            delattr(inner, name)
-        for name, module in children:
-            inner.add_module(name, module)
+        dense.linear, dense.out_features, dense.bias = old, width, old.bias is not None
 
     return undo
+
+
+def keep_description(model: SentenceTransformer) -> Undo:
+    """Note what the configs and the card of a model say; the function that brings it back is returned."""
+    configs = [module.auto_model.config for module in model.modules() if isinstance(module, Transformer)]
+    owners = [vars(owner) for owner in (model.model_card_data, *configs)]
+    before = [
+        {name: list(value) if isinstance(value, list) else value for name, value in each.items()} for each in owners
+    ]
+    text = getattr(model, "_model_card_text", None)  # private: there is no other way to a loaded card
+
+    def undo() -> None:
+        for owner, values in zip(owners, before, strict=True):
+            owner.clear()
+            owner.update(values)
+        model._model_card_text = text
+
+    return undo
+
+
+# --- fewer layers -------------------------------------------------------------------------------------------------
 
 
 def cut_layers(auto_model: Any, layer: int) -> Any:

@@ -41,6 +41,7 @@ def is_linear(module: nn.Module, features: str = "sentence_embedding") -> bool:
         and features_of(module) == (features, features)
         and isinstance(module.activation_function, nn.Identity)
         and not getattr(module, "use_residual", False)
+        and type(module.linear) is nn.Linear  # not one that an adapter or a parametrization stands around
     )
 
 

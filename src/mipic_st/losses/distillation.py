@@ -10,7 +10,7 @@ Symbols: B sentences per column, C columns (anchors first), D the student's widt
 
 with the anchors A, the sentences of all other columns P, t for the teacher's vectors and d for the student's first d
 values. No part of MIPIC; in-batch similarities as what is distilled are those of ``DistillKLDivLoss`` and of
-:func:`mipic_st.transforms.rotation.rotation_objective`.
+:class:`mipic_st.transforms.objectives.RotationObjective`.
 """
 
 from __future__ import annotations

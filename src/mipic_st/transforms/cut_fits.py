@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mipic_st.numerics import masked, no_autocast, prefix_cosines, similarity_kl
+from mipic_st.numerics import no_autocast
 from mipic_st.transforms.fitting import BLOCK, checked_vectors, minimise, row_orders
+from mipic_st.transforms.objectives import CutObjective
 from mipic_st.validation import checked_count, checked_dims, checked_number
 
 
@@ -23,18 +23,8 @@ def fit_cut(states: np.ndarray | Tensor, targets: np.ndarray | Tensor, *, ridge:
 
     .. math:: W = (Z^T Z + \lambda I)^{-1} Z^T F, \quad \lambda = \text{ridge} \cdot \text{tr}(Z^T Z) / H
 
-    Its first d columns are the fit for the first d values, so one map serves all dims.
-
-    Args:
-        states: Z, (N, H): pooled states of the layer, as long as they are.
-        targets: F, (N, D): full-depth vectors, of unit length.
-        ridge: Ridge in units of the mean eigenvalue of Z^T Z, >= 0.
-
-    Returns:
-        W, (H, D), float32.
-
-    Raises:
-        ValueError: If the numbers of rows differ or are below H, a value is not finite, or ``ridge`` is out of range.
+    Z, (N, H): pooled states of the layer, as long as they are; F, (N, D): full-depth vectors of unit length. The first
+    d columns of W, (H, D), are the fit for the first d values, so one map serves all dims.
 
     Example:
         >>> states = torch.randn(50, 4)
@@ -51,16 +41,7 @@ def fit_cut(states: np.ndarray | Tensor, targets: np.ndarray | Tensor, *, ridge:
 
 
 def ridge_map(z: Tensor, f: Tensor, ridge: float = 1e-3) -> Tensor:
-    """W of :func:`fit_cut`, also for fewer texts than values.
-
-    Args:
-        z: Z, (N, H).
-        f: F, (N, D).
-        ridge: Share of the mean squared value that is added to the diagonal.
-
-    Returns:
-        (H, D), float32, on the CPU.
-    """
+    """W of :func:`fit_cut` on tensors, also for fewer texts than values."""
     gram = torch.zeros(z.shape[1], z.shape[1], dtype=torch.double, device=z.device)
     product = torch.zeros(z.shape[1], f.shape[1], dtype=torch.double, device=z.device)
     for left, right in zip(z.split(BLOCK), f.to(z.device).split(BLOCK), strict=True):
@@ -68,50 +49,6 @@ def ridge_map(z: Tensor, f: Tensor, ridge: float = 1e-3) -> Tensor:
         product += left.double().T @ right.double()
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.double, device=z.device)
     return torch.linalg.solve(gram, product).float().cpu()
-
-
-def cut_objective(
-    states: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    dims: Sequence[int],
-    *,
-    vector_weight: float = 1.0,
-    temperature: float = 0.1,
-) -> Tensor:
-    r"""What :func:`refine_cut` minimises, on one batch: similarities and vectors at the dims that are served.
-
-    .. math:: \sum_d KL(\text{softmax}(F F^T / \tau) \,\|\, \text{softmax}(Y_d Y_d^T / \tau))
-        + \frac{\lambda}{B} \sum_{d, D} \|Y_d - F_d\|^2
-
-    Y_d and F_d are the first d columns of Z W and of F, rows at unit length; no text is compared with itself.
-
-    Args:
-        states: Z, (B, H).
-        targets: F, (B, D), unit length.
-        weight: W, (H, D).
-        dims: Truncation dimensions d, each up to D.
-        vector_weight: lambda, weight of the vectors' distances. These are taken at the full width D, too.
-        temperature: tau.
-
-    Returns:
-        Scalar.
-
-    Example:
-        >>> states = torch.eye(4)
-        >>> cut_objective(states, states, torch.eye(4), [4]).item()
-        0.0
-    """
-    vectors = states @ weight
-    itself = torch.eye(len(states), dtype=torch.bool, device=states.device)
-    teacher = masked(targets @ targets.T, itself).div(temperature).log_softmax(dim=1)
-    total = weight.new_zeros(())
-    for dim in dims:
-        total = total + similarity_kl(masked(prefix_cosines(vectors, vectors, dim), itself), teacher, temperature)
-    for dim in {*dims, targets.shape[1]}:
-        found, wanted = (F.normalize(part[:, :dim], dim=1, eps=1e-6) for part in (vectors, targets))
-        total = total + vector_weight * (found - wanted).square().sum(dim=1).mean()
-    return total
 
 
 def refine_cut(
@@ -131,27 +68,8 @@ def refine_cut(
     """Go on from least squares with what the dims are served for: the similarities of the full depth.
 
     Least squares takes each value for itself; here the cosines at every dim learn to follow those of the targets. The
-    best step on the held-out rows is kept, least squares itself among them. The objective is :func:`cut_objective`.
-
-    Args:
-        weight: The map to start from, (H, D), of :func:`fit_cut`.
-        states: Z, (N, H).
-        targets: F, (N, D), of unit length.
-        dims: Truncation dimensions that are served.
-        held_out: States and targets that no step sees.
-        vector_weight: lambda, see :func:`cut_objective`.
-        max_steps: Steps.
-        batch_size: Texts per step; memory grows with its square.
-        learning_rate: Adam's first learning rate, for states scaled to a mean square of 1; decayed along a cosine.
-        seed: Seeds the batches; the global generators are left alone.
-        show_progress_bar: Show a bar over steps. Default: as the log level says.
-
-    Returns:
-        W, (H, D), float32, on the CPU.
-
-    Raises:
-        TypeError: If states or targets are no arrays of floating numbers.
-        ValueError: If shapes do not fit each other, or an argument is out of its range.
+    best step on the held-out states and targets is kept, least squares itself among them. What is minimised:
+    :class:`mipic_st.transforms.objectives.CutObjective`. The rate is for states scaled to a mean square of 1.
 
     Source:
         Batch, steps, rate and temperature were chosen on STS13 and SICK validation with layer 3 of all-MiniLM-L6-v2.
@@ -164,8 +82,7 @@ def refine_cut(
                 f"a weight of {tuple(weight.shape)} maps states (N, {weight.shape[0]}) to targets (N, "
                 f"{weight.shape[1]}), got {tuple(rows[0].shape)} and {tuple(rows[1].shape)}."
             )
-    dims = checked_dims("dims", dims, weight.shape[1])
-    vector_weight = checked_number("vector_weight", vector_weight, 0)
+    objective = CutObjective(checked_dims("dims", dims, weight.shape[1]), vector_weight)
     max_steps = checked_count("max_steps", max_steps)
     batch_size = min(checked_count("batch_size", batch_size, least=2), len(z))
     learning_rate = checked_number("learning_rate", learning_rate, 0, exclusive=True)
@@ -174,16 +91,12 @@ def refine_cut(
         # one learning rate for all models: their states differ in length
         scale = z.square().mean().sqrt()
         z = z / scale
-        seen = [test[0][:batch_size] / scale, test[1][:batch_size]]
+        seen = test[0][:batch_size] / scale, test[1][:batch_size]
         free = (weight.to(z.device) * scale).requires_grad_()
-
-        def objective(states: Tensor, targets: Tensor) -> Tensor:
-            return cut_objective(states, targets, free, dims, vector_weight=vector_weight)
-
         best = minimise(
             [free],
-            lambda order: objective(z[rows := order[:batch_size].to(z.device)], f[rows]),
-            lambda: objective(*seen),
+            lambda order: objective(z[rows := order[:batch_size].to(z.device)], f[rows], free),
+            lambda: objective(*seen, free),
             lambda: free,
             row_orders(len(z), batch_size, generator),
             max_steps=max_steps,

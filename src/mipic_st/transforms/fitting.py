@@ -1,25 +1,19 @@
-"""What the fits of linear tails have in common: vectors that are checked, cosines of prefixes, steps on held-out rows.
+"""What all fits have in common: vectors that are checked, rows that are held out, batches, steps, a progress bar.
 
-A tail is a linear map behind the pooling, fitted on vectors that are encoded once, without a gradient through the
-encoder: the rotation (:mod:`mipic_st.transforms.rotation`) or the tail of a layer cut
-(:mod:`mipic_st.transforms.layer_cut`). Both end up as an ordinary ``Dense(bias=False, Identity)`` of
-sentence-transformers, so a saved model loads without this package.
+Maps are fitted on vectors that are encoded once, without a gradient through the encoder.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mipic_st.validation import missing_extra
-
-if TYPE_CHECKING:
-    import pandas as pd
+Rows = TypeVar("Rows", np.ndarray, Tensor)
 
 # Rows that are held out at most, and rows per block of long sums.
 BLOCK = 2048
@@ -36,23 +30,41 @@ def as_tensor(name: str, vectors: Any) -> Tensor:
     if isinstance(vectors, np.ndarray) and np.issubdtype(vectors.dtype, np.floating):
         # torch takes no reversed rows and no foreign byte order, and warns of a file that is mapped for reading
         return torch.as_tensor(np.require(vectors, vectors.dtype.newbyteorder("="), ["C", "W"]))
-    raise TypeError(f"{name} must hold floating numbers, got {vectors.dtype}; quantised vectors cannot be turned.")
+    raise TypeError(f"{name} must hold floating numbers, got {vectors.dtype}; quantised vectors cannot be mapped.")
 
 
-def checked_vectors(name: str, vectors: Any) -> Tensor:
-    """(N, D), finite, no zeros; float32 on the device they are on."""
+def powers_of_rows(vectors: Tensor) -> Tensor:
+    """Powers of two, (..., 1), that bring the largest value of each row near 1; to multiply by them rounds nothing."""
+    most = 126 if vectors.dtype == torch.float32 else 1022
+    exponents = torch.frexp(vectors.abs().amax(dim=-1, keepdim=True)).exponent.clamp(-most, most)
+    return torch.exp2(-exponents.to(vectors.dtype))
+
+
+def checked_vectors(name: str, vectors: Any, *, directions: bool = False) -> Tensor:
+    """(N, D), finite, no zeros; float32 on the device they are on. Where directions count alone, of any length."""
     tensor = as_tensor(name, vectors)
     if tensor.ndim != 2 or not len(tensor) or tensor.shape[1] < 2:
         raise ValueError(f"{name} must have the shape (N, D) with D of 2 or more, got {tuple(tensor.shape)}.")
-    tensor = tensor.detach().float()
-    lengths = torch.cat([block.square().sum(dim=1) for block in tensor.split(BLOCK)])
-    if bad := (~lengths.isfinite()).nonzero().flatten().tolist():
+    tensor = tensor.detach()
+    largest = torch.cat([block.abs().amax(dim=1).double() for block in tensor.split(BLOCK)])
+    if directions and not bool(((largest > 1e-6) & (largest < 1e12)).all()):
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        tensor = wide * powers_of_rows(wide)
+    tensor = tensor.float()
+    finite = torch.cat([block.isfinite().all(dim=1) for block in tensor.split(BLOCK)])
+    if bad := (~finite).nonzero().flatten().tolist():
         raise ValueError(f"{name} holds NaN or infinite values in {len(bad)} of {len(tensor)} rows, first in {bad[0]}.")
-    if bad := (lengths == 0).nonzero().flatten().tolist():
+    if bad := (largest == 0).nonzero().flatten().tolist():
         raise ValueError(
             f"{name} holds {len(bad)} zero vectors, the first in row {bad[0]}: they have no direction, leave them out."
         )
     return tensor
+
+
+def split_rows(order: Rows, share: float, most: int = BLOCK) -> tuple[Rows, Rows]:
+    """Rows that are held out, at least two and at most ``most``, and the others, of rows in a drawn order."""
+    count = min(most, max(2, round(share * len(order))))
+    return order[:count], order[count:]
 
 
 def row_orders(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -75,21 +87,9 @@ def minimise(
     description: str,
     show_progress_bar: bool | None,
 ) -> Tensor:
-    """Adam along a cosine, with the best step on held-out rows kept, the start among them.
+    """Adam along a cosine; of every tenth step and the last, the best map on held-out rows is returned.
 
-    Args:
-        parameters: What is learnt.
-        objective: Rows of a step to the scalar that is minimised.
-        held_out: The same on rows that no step sees.
-        current: The map as it stands.
-        orders: Rows for one step after the other, see :func:`row_orders`.
-        max_steps: Steps.
-        learning_rate: The first one.
-        description: Title of the progress bar.
-        show_progress_bar: Show it. Default: as the log level says.
-
-    Returns:
-        The best map of those that were looked at: every tenth one, and the last.
+    ``objective`` has the rows of a step, ``held_out`` those that no step sees; ``current`` is the map as it stands.
     """
     from tqdm.auto import trange
 
@@ -120,12 +120,3 @@ def wants_bar(show_progress_bar: bool | None) -> bool:
     if show_progress_bar is None:
         return logging.getLogger("mipic_st").getEffectiveLevel() in (logging.INFO, logging.DEBUG)
     return show_progress_bar
-
-
-def table_of(rows: list[dict[str, float]]) -> pd.DataFrame:
-    """A report as a table, one row per dict."""
-    try:
-        import pandas as pd
-    except ImportError as error:
-        raise ImportError(missing_extra("the table needs pandas", "eval")) from error
-    return pd.DataFrame(rows)

@@ -1,22 +1,25 @@
 """Word weights: how much each token counts in the mean of an early layer's token states.
 
-:func:`fit_word_weights` learns them on arrays; a model has them as sentence-transformers' own ``WordWeights``, so a
-saved folder loads without this package. :mod:`mipic_st.transforms.layer_cut` does both for a layer cut.
+:func:`fit_word_weights` learns them on arrays; a model has them as a module of sentence-transformers.
+:mod:`mipic_st.transforms.layer_cut` does both for a layer cut.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
-from torch import Tensor
+from torch import Tensor, nn
 
-from mipic_st.encoder.structure import transformer_of
+from mipic_st.encoder.surgery import word_weights_module
 from mipic_st.numerics import no_autocast
-from mipic_st.transforms.cut_fits import cut_objective, ridge_map
-from mipic_st.transforms.fitting import BLOCK, minimise, row_orders
+from mipic_st.transforms.base import Transform
+from mipic_st.transforms.cut_fits import ridge_map
+from mipic_st.transforms.fitting import BLOCK, minimise, row_orders, split_rows
+from mipic_st.transforms.objectives import CutObjective
 from mipic_st.validation import checked_count, checked_dims, checked_number
 
 # Share of all tokens above which a token counts as frequent.
@@ -24,15 +27,7 @@ _RARE = 0.01
 
 
 def weighted_means(states: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
-    """Mean token states of texts that stand one after another.
-
-    Args:
-        states: (T, H).
-        weights: How much each token counts, (T,).
-        lengths: Tokens of each text, (N,); their sum is T.
-
-    Returns:
-        (N, H).
+    """Mean token states, (N, H), of texts that stand one after another: (T, H), with weights (T,) and lengths (N,).
 
     Example:
         >>> weighted_means(torch.tensor([[1.0], [5.0], [7.0]]), torch.tensor([3.0, 1.0, 1.0]), torch.tensor([2, 1]))
@@ -42,6 +37,43 @@ def weighted_means(states: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
     texts = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     sums = states.new_zeros(len(lengths), states.shape[1]).index_add(0, texts, states * weights[:, None])
     return sums / weights.new_zeros(len(lengths)).index_add(0, texts, weights)[:, None]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WordWeights(Transform):
+    """How much each token counts in the mean of a text's token states.
+
+    Attributes:
+        weights: By token number, (V,), float32; their mean over the tokens of the fit is 1.
+        dims: The truncation dimensions that they were fitted for.
+        report: One row, the objective on held-out texts behind the least-squares map of the means: ``plain`` for plain
+            means, ``weighted`` for weighted ones.
+    """
+
+    kind: ClassVar[str] = "word weights"
+    weights: Tensor
+    dims: tuple[int, ...]
+    report: list[dict[str, float]] = field(default_factory=list)
+
+    def __call__(self, states: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Weighted means, (N, H), of token states, see :func:`weighted_means`; tokens are their numbers, (T,)."""
+        return weighted_means(states, self.weights[tokens], lengths)
+
+    def to_modules(self, model: SentenceTransformer) -> Sequence[nn.Module]:
+        """The weights as sentence-transformers' own ``WordWeights``, for the place in front of the pooling.
+
+        Args:
+            model: Gives the tokenizer.
+
+        Returns:
+            One module.
+        """
+        return [word_weights_module(model, self.weights)]
+
+    @property
+    def gained(self) -> bool:
+        """Whether they are better than the plain mean on held-out texts."""
+        return any(row["weighted"] < row["plain"] for row in self.report)
 
 
 def fit_word_weights(
@@ -58,7 +90,7 @@ def fit_word_weights(
     learning_rate: float = 1e-3,
     seed: int = 0,
     show_progress_bar: bool | None = None,
-) -> Tensor:
+) -> WordWeights:
     r"""How much each token of the vocabulary counts in the mean of an early layer.
 
     At full depth the layers see to it that "the" and a full stop move the mean little; an early layer has not come to
@@ -66,40 +98,18 @@ def fit_word_weights(
 
     .. math:: w_t = \frac{a}{a + p_t} \exp(u \cdot e_t), \quad z = \sum_t w_t h_t \Big/ \sum_t w_t
 
-    with the share p of the token among all, a = 0.01, and its static embedding e. So only the few numbers of u are
-    learned, and tokens that no text holds get a weight, too. u and a map W are learned together on
-    :func:`mipic_st.transforms.cut_fits.cut_objective`; the weights alone are returned, since W is better fitted to all
-    texts afterwards.
-
-    Args:
-        states: h, (T, H): token states of all texts, one after another.
-        tokens: Their token numbers, (T,).
-        lengths: Tokens of each text, (N,).
-        features: e, (V, E): the input embeddings of the model.
-        targets: Full-depth vectors of the texts, (N, D), of unit length.
-        dims: Truncation dimensions that are served.
-        vector_weight: lambda, see :func:`mipic_st.transforms.cut_fits.cut_objective`.
-        max_steps: Steps.
-        batch_size: Texts per step, and texts that no step sees; of these a tenth at most.
-        learning_rate: Adam's first learning rate; decayed along a cosine.
-        seed: Seeds the held-out texts and the batches.
-        show_progress_bar: Show a bar over steps. Default: as the log level says.
-
-    Returns:
-        (V,), float32; their mean over the texts' tokens is 1. All are 1 if least squares is no better for them on the
-        held-out texts.
-
-    Raises:
-        ValueError: If lengths, tokens and states do not belong together, a text is empty, a value is nan or inf, or an
-            argument is out of its range.
+    with the states h (T, H) of all texts, one after another, the share p of the token among all, a = 0.01, and its
+    static embedding e, a row of ``features`` (V, E). So only the few numbers of u are learned, and tokens that no text
+    holds get a weight, too. u and a map W to ``targets``, the texts' full-depth vectors (N, D), are learned together on
+    :class:`mipic_st.transforms.objectives.CutObjective`; the weights alone are returned, since W is better fitted to
+    all texts afterwards. A tenth of the texts, one batch at most, is held out.
 
     Source:
         The first factor: Arora et al., A Simple but Tough-to-Beat Baseline for Sentence Embeddings, ICLR 2017. Its a
         was chosen on STS13 and SICK validation with layer 3 of all-MiniLM-L6-v2; steps and rate are those of
         :func:`mipic_st.transforms.cut_fits.refine_cut`.
     """
-    dims = checked_dims("dims", dims, targets.shape[1])
-    vector_weight = checked_number("vector_weight", vector_weight, 0)
+    objective = CutObjective(checked_dims("dims", dims, targets.shape[1]), vector_weight)
     max_steps, batch_size = checked_count("max_steps", max_steps, least=0), checked_count("batch_size", batch_size)
     learning_rate = checked_number("learning_rate", learning_rate, 0, exclusive=True)
     if not int(lengths.sum()) == len(tokens) == len(states) or len(lengths) != len(targets):
@@ -120,8 +130,7 @@ def fit_word_weights(
     if not all(bool(part.isfinite().all()) for whole in (states, targets) for part in whole.split(BLOCK)):
         raise ValueError("states and targets must be finite, they hold nan or inf.")
     generator = torch.Generator().manual_seed(seed)
-    held_out = min(batch_size, max(2, len(lengths) // 10))
-    test, seen = torch.randperm(len(lengths), generator=generator).tensor_split([held_out])
+    test, seen = split_rows(torch.randperm(len(lengths), generator=generator), 0.1, most=batch_size)
     starts = lengths.cumsum(0) - lengths
     known, places, counts = tokens.unique(return_inverse=True, return_counts=True)
     rare = (_RARE / (_RARE + counts / counts.sum())).log()
@@ -145,7 +154,7 @@ def fit_word_weights(
         return ridge_map(seen_means(logs), targets[seen])
 
     def loss(rows: Tensor, logs: Tensor, weight: Tensor) -> Tensor:
-        return cut_objective(means(rows, logs), targets[rows], weight, dims, vector_weight=vector_weight)
+        return objective(means(rows, logs), targets[rows], weight)
 
     with no_autocast(targets), torch.inference_mode(False), torch.enable_grad():
         start = seen_means(rare)
@@ -165,76 +174,13 @@ def fit_word_weights(
         )
     with torch.no_grad():
         logs, plain = rare + embeddings @ best, torch.zeros_like(rare)
-        if not loss(test, logs, least_squares(logs)) < loss(test, plain, least_squares(plain)):
-            return torch.ones(len(features))
+        report = {
+            name: float(loss(test, values, least_squares(values)))
+            for name, values in (("plain", plain), ("weighted", logs))
+        }
         # a token that no text holds gets no weight outside of those that were seen
         weights = torch.cat([(part.float() - center) / spread @ best for part in features.split(BLOCK)])
         weights[known] = logs
         weights = weights.clamp(logs.min(), logs.max()).exp()
-        return weights / (weights[known] * counts).sum() * counts.sum()
-
-
-# --- on models --------------------------------------------------------------------------------------------------------
-
-
-def input_embeddings(model: SentenceTransformer) -> Tensor:
-    """Static embeddings of the model's vocabulary, (V, E), as they are.
-
-    Args:
-        model: A model whose first module is a Transformer.
-
-    Returns:
-        The weight, on the CPU, without a gradient.
-    """
-    return transformer_of(model).auto_model.get_input_embeddings().weight.detach().cpu()
-
-
-def no_word_weights(model: SentenceTransformer) -> str:
-    """Why tokens cannot be weighed in a model's pooling by sentence-transformers' own module.
-
-    Args:
-        model: A model whose first module is a Transformer.
-
-    Returns:
-        The reason; empty if they can.
-    """
-    transformer, behind = transformer_of(model), list(model.children())[1:]
-    if not behind or not isinstance(behind[0], Pooling) or any(isinstance(module, Pooling) for module in behind[1:]):
-        return f"the model has {[type(module).__name__ for module in behind]} behind its Transformer"
-    if behind[0].pooling_mode != "mean":
-        return f"the model pools by {behind[0].pooling_mode!r}, not by the mean"
-    if not behind[0].include_prompt:
-        return "the model's pooling leaves the prompt out (include_prompt=False), which WordWeights cannot"
-    try:
-        transformer.auto_model.get_input_embeddings().weight  # noqa: B018
-        transformer.tokenizer.get_vocab()
-    except (AttributeError, NotImplementedError):
-        return f"{type(transformer.auto_model).__name__} or its tokenizer knows no tokens"
-    if missing := {"input_ids", "attention_mask"} - set(model.preprocess(["a text"])):
-        return (
-            f"the encoder is not given {' and '.join(sorted(missing))}, which WordWeights reads (with flash attention, "
-            "set unpad_inputs of the model's Transformer to False)"
-        )
-    return ""
-
-
-def word_weights_module(model: SentenceTransformer, weights: Tensor) -> WordWeights:
-    """The module that multiplies token states with their weights, for the place in front of the pooling.
-
-    Args:
-        model: Gives the tokenizer.
-        weights: By token number, see :func:`fit_word_weights`; 1 for numbers behind its end.
-
-    Returns:
-        sentence-transformers' own module, in float32 on the model's device.
-    """
-    tokenizer = transformer_of(model).tokenizer
-    # numbers may have gaps
-    names = {number: token for token, number in tokenizer.get_vocab().items()}
-    vocabulary = [names.get(number, f"[no token {number}]") for number in range(max(names) + 1)]
-    # four digits: the module's file spells every weight out
-    values = [float(f"{value:.4g}") for value in weights[: len(vocabulary)].tolist()]
-    values += [1.0] * (len(vocabulary) - len(values))
-    with torch.random.fork_rng(devices=[]):  # its embedding draws random numbers first
-        module = WordWeights(vocabulary, dict(zip(vocabulary, values, strict=True)))
-    return module.to(model.device).eval()
+        weights = weights / (weights[known] * counts).sum() * counts.sum()
+    return WordWeights(weights, tuple(objective.dims), [report])

@@ -1,0 +1,132 @@
+"""Which columns of a data set are the texts of a fit, and which of its rows belong together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from mipic_st.data import SCORE_NAMES, found_classes
+from mipic_st.validation import checked_texts, require
+
+logger = logging.getLogger(__name__)
+
+
+# Rows that are taken of a stream.
+_STREAMED = 100_000
+
+
+def as_dataset(data: Any) -> Any:
+    """Tables of all kinds as a Dataset: dicts of columns, data frames, first rows of streams; lists as they are."""
+    splits = getattr(data, "column_names", data)
+    if isinstance(splits, Mapping) and any(hasattr(data[name], "column_names") for name in splits):
+        raise TypeError(f"data holds several data sets, {sorted(map(str, splits))}: give one of them.")
+    is_frame = hasattr(data, "columns") and hasattr(data, "to_dict")
+    is_stream = hasattr(data, "column_names") and not hasattr(data, "__len__")
+    if not (isinstance(data, Mapping) or is_frame or is_stream):
+        return data
+    kind = require("datasets", "tables of texts need datasets", "train").Dataset
+    try:
+        if is_frame:
+            return kind.from_pandas(data, preserve_index=False)
+        if not is_stream:
+            return kind.from_dict(dict(data))
+    except (TypeError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise ValueError(f"data is no table of columns of equal lengths and kinds: {error}") from error
+    rows = list(islice(data, _STREAMED + 1))
+    if len(rows) > _STREAMED:
+        logger.warning("data is a stream of more than %d rows, of which the first are used.", _STREAMED)
+    return kind.from_list(rows[:_STREAMED])
+
+
+def text_columns(data: Any) -> dict[str, list[str]]:
+    """One or two columns of texts, by name; of scored pairs those that belong together."""
+    if not hasattr(data, "column_names"):
+        return {"": checked_texts("data", data, "a datasets.Dataset or a list of texts")}
+    if not len(data):
+        raise ValueError("data has no rows.")
+    texts_of = _columns_of_texts(data)
+    names = texts_of[:2]
+    if not names:
+        raise ValueError(f"data has no column of texts among {data.column_names}.")
+    columns = {name: list(data[name]) for name in names}
+    plain = {name.strip().lower(): name for name in reversed(data.column_names)}
+    score = next((plain[name] for name in SCORE_NAMES if name in plain), None)
+    # with three texts it is a margin, and several numbers a row are vectors of a larger model
+    if score is not None and len(texts_of) == 2 and np.ndim(data[0][score]) == 0:
+        _require_yes_last(score, getattr((data.features or {}).get(score), "names", None))
+        rows = _belonging(data[score], score)
+        columns = {name: [texts[row] for row in rows] for name, texts in columns.items()}
+    for name, texts in columns.items():
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise TypeError(f"column {name!r} of data must hold texts only, it holds {wrong[0]!r}.")
+    return columns
+
+
+def _columns_of_texts(data: Any) -> list[str]:
+    """Names of the columns whose kind is text, also if the first row has none."""
+    kinds, first = getattr(data, "features", None) or {}, data[0]
+    return [
+        name
+        for name in data.column_names
+        if name.strip().lower() not in SCORE_NAMES
+        and (isinstance(first[name], str) or getattr(kinds.get(name), "dtype", "") in ("string", "large_string"))
+    ]
+
+
+def _require_yes_last(column: str, classes: Sequence[str] | None) -> None:
+    """Refuse two named classes of which the second does not clearly say yes (GLUE RTE: entailment, not_entailment)."""
+    noes = ("0", "not", "no", "un", "dis", "false", "neg", "contra")
+    if classes and len(classes) == 2 and not classes[0].lower().startswith(noes):
+        raise ValueError(
+            f"column {column!r} of data holds the classes {list(classes)}, and that {classes[1]!r} says that the texts "
+            "belong together is not clear: keep the rows whose texts do, and remove the column."
+        )
+
+
+def _belonging(given: Any, name: str) -> list[int]:
+    """Rows whose two texts belong together."""
+    try:
+        scores = np.asarray(given, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"column {name!r} of data holds no numbers ({error}), so which texts belong together is not known: keep "
+            "the rows whose texts do, and remove the column."
+        ) from error
+    if not np.isfinite(scores).all():
+        raise ValueError(f"column {name!r} of data holds values that are no finite numbers; leave these rows out.")
+    top = next((most for most in (1, 5, 10) if scores.max() <= most), float(scores.max()))
+    if classes := found_classes(name, scores.tolist()):
+        raise ValueError(
+            f"column {name!r} of data holds {classes}, and which of them says that the texts belong together is not "
+            "known: keep these rows and remove the column."
+        )
+    rows = np.flatnonzero(scores >= 0.8 * top).tolist()
+    if not rows:
+        raise ValueError(
+            f"no row of data has a {name} of {0.8 * top:g} or more, so no texts belong together: give other pairs, or "
+            "a list of texts."
+        )
+    logger.info("%d of %d pairs have a %s of %g or more and are used.", len(rows), len(scores), name, 0.8 * top)
+    return rows
+
+
+def scored_pairs(sts: Any) -> tuple[list[str], list[str], list[float]]:
+    """First texts, second texts and scores, one each."""
+    if hasattr(sts, "column_names"):
+        if missing := {"sentence1", "sentence2", "score"} - set(sts.column_names):
+            raise ValueError(f"sts lacks the columns {sorted(missing)}; it has {sts.column_names}.")
+        sts = (sts["sentence1"], sts["sentence2"], sts["score"])
+    first, second, scores = (list(column) for column in sts)
+    if not len(first) == len(second) == len(scores) or len(first) < 2:
+        raise ValueError(
+            f"sts must hold as many first texts as second texts and scores, 2 or more: got {len(first)}, {len(second)} "
+            f"and {len(scores)}."
+        )
+    scores = [float(score) for score in scores]
+    if not np.isfinite(scores).all():
+        raise ValueError("sts holds scores that are no finite numbers; leave these rows out.")
+    return first, second, scores
