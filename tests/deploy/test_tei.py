@@ -34,7 +34,9 @@ def unit(vectors):
 def test_tei_form_is_read_by_sentence_transformers_too(tiny_model, tmp_path, tail, pooling):
     """Module paths, pooling keys and Dense keys are the older ones, and the vectors are the same to the last bit."""
     model = with_pooling(tiny_model(tail=tail, normalize=tail is None), pooling)
+    state = torch.get_rng_state()
     save_for_tei(model, tmp_path / "tei")
+    assert torch.equal(torch.get_rng_state(), state)
     modules = json.loads((tmp_path / "tei" / "modules.json").read_text())
     assert [entry["type"] for entry in modules] == [
         f"sentence_transformers.models.{type(module).__name__}" for module in model.children()

@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
+import torch
 from sentence_transformers import SentenceTransformer
 
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts
@@ -35,7 +36,8 @@ def require_same_when_loaded(model: SentenceTransformer, folder: str | PathLike[
     trust = any(type(module).__module__.startswith("transformers_modules.") for module in model.modules())
     trust |= any(not type(module).__module__.startswith("sentence_transformers.") for module in model.children())
     try:
-        loaded = SentenceTransformer(str(folder), device="cpu", trust_remote_code=trust)
+        with torch.random.fork_rng(devices=[]):  # random weights, which the saved ones replace
+            loaded = SentenceTransformer(str(folder), device="cpu", trust_remote_code=trust)
     except Exception as error:  # of a module's own code it may be of any kind
         raise RuntimeError(f"the model cannot be loaded again once it is saved: {error}") from error
     with evaluation_mode(model):
