@@ -37,7 +37,7 @@ from mipic_st.demo import synthetic_pairs
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--teacher", help="name on the hub or local folder (default: the packaged all-MiniLM-L6-v2)")
-    parser.add_argument("--teacher-weight", type=float, default=4.0)
+    parser.add_argument("--distill-weight", type=float, default=4.0)
     args = parser.parse_args()
 
     # 1. Pairs, and a student: best one that is rotated, so that its first values are worth keeping already
@@ -55,7 +55,7 @@ def main() -> None:
 
     # 3. The pairs, the tokens and the teacher, at every dim
     base = MultipleNegativesRankingLoss(student)
-    loss = MIPICLoss(student, base, dims, teacher_weight=args.teacher_weight)
+    loss = MIPICLoss(student, base, dims, distill_weight=args.distill_weight)
 
     # 4. Train, and score at each dim before and after
     with tempfile.TemporaryDirectory() as scratch:

@@ -267,7 +267,7 @@ def all_terms(*arguments, **settings) -> MIPICLoss:
     """MIPICLoss with its three terms on and gradients on both sides, unless the settings say otherwise."""
     return MIPICLoss(
         *arguments,
-        **{"attention_weight": 1.0, "pic_weight": 0.5, "lift_init": "identity", "detach_teacher": False, **settings},
+        **{"attention_weight": 1.0, "pic_weight": 0.5, "lift_init": "identity", "detach_full_width": False, **settings},
     )
 
 

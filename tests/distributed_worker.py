@@ -114,12 +114,12 @@ def run_taught(model_folder, folder, processes):
     """A teacher, nothing gathered: each process has a batch, or one process two and the mean of their gradients."""
     model = SentenceTransformer(str(model_folder), device="cpu")
     taught = add_teacher_vectors(pairs(40), SentenceTransformer(str(model_folder), device="cpu"))
-    loss = make_loss(model, teacher_weight=20.0)
+    loss = make_loss(model, distill_weight=20.0)
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2 // processes, "max_steps": 4}
     sgd = {"optim": "sgd", "learning_rate": 0.2, "lr_scheduler_type": "constant"}
     trainer = make_trainer(model, loss, folder, train=taught, **settings, **sgd)
     trainer.train()
-    assert len(logs(trainer, "teacher")) == 4
+    assert len(logs(trainer, "distillation")) == 4
     return loss
 
 

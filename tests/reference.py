@@ -78,7 +78,7 @@ def sia_values(
     gammas,
     min_k=8,
     temperature=0.05,
-    direction="student_teacher",
+    direction="prefix_full",
     teacher_attention=None,
 ):
     """Eq. 6 and Eq. 12 of one layer: attention (B, n), CKA (B, n), validity of the latter (B, n)."""
@@ -102,7 +102,7 @@ def sia_values(
                 valid[b].append(False)
                 continue
             student = log_softmax(scores(tokens, query[b], np.asarray(lifts[i])), temperature)
-            pair = (student, teacher) if direction == "student_teacher" else (teacher, student)
+            pair = (student, teacher) if direction == "prefix_full" else (teacher, student)
             attention[b].append(kl(*pair))
 
             chosen = most_important(importance, topk_size(len(real), gammas[i], min_k))
@@ -191,19 +191,19 @@ def sia_tensors(
     gammas,
     min_k=8,
     temperature=0.05,
-    direction="student_teacher",
-    detach_teacher=True,
+    direction="prefix_full",
+    detach_full_width=True,
 ):
     """``sia_values`` for float64 tensors that carry gradients.
 
-    With ``detach_teacher`` the query, the teacher's distribution and the full-width features are constants.
+    With ``detach_full_width`` the query, the teacher's distribution and the full-width features are constants.
     """
     zero = hidden.sum() * 0.0
     attention, distance, valid = [], [], []
     for b in range(len(hidden)):
         tokens = hidden[b][mask[b].bool()]
-        q = query[b].detach() if detach_teacher else query[b]
-        teacher_tokens = tokens.detach() if detach_teacher else tokens
+        q = query[b].detach() if detach_full_width else query[b]
+        teacher_tokens = tokens.detach() if detach_full_width else tokens
         width = tokens.shape[1]
         for i, dim in enumerate(dims):
             if len(tokens) == 0:
@@ -215,7 +215,7 @@ def sia_tensors(
             student_scores = torch.stack([(q * (token[:dim] @ lifts[i])).sum() / math.sqrt(width) for token in tokens])
             log_teacher = torch.log_softmax(teacher_scores / temperature, dim=0)
             log_student = torch.log_softmax(student_scores / temperature, dim=0)
-            log_p, log_q = (log_student, log_teacher) if direction == "student_teacher" else (log_teacher, log_student)
+            log_p, log_q = (log_student, log_teacher) if direction == "prefix_full" else (log_teacher, log_student)
             attention.append((log_p.exp() * (log_p - log_q)).sum())
 
             chosen = most_important(teacher_scores.tolist(), topk_size(len(tokens), gammas[i], min_k))
@@ -258,8 +258,8 @@ def straightforward_layer(
     gammas,
     min_k=8,
     temperature=0.05,
-    direction="student_teacher",
-    detach_teacher=True,
+    direction="prefix_full",
+    detach_full_width=True,
 ):
     """Both SIA terms of one layer in float64: (attention, CKA), each averaged over sentences and summed over prefixes.
 
@@ -267,7 +267,7 @@ def straightforward_layer(
     """
     hidden, query = hidden.double(), query.double()
     teacher_hidden = hidden
-    if detach_teacher:
+    if detach_full_width:
         query, teacher_hidden = query.detach(), hidden.detach()
     batch, _, width = hidden.shape
     attention = hidden.new_zeros(())
@@ -285,7 +285,7 @@ def straightforward_layer(
             student_scores = lifted[b][real] @ query[b] / math.sqrt(width)
             log_teacher = torch.log_softmax(teacher_scores / temperature, dim=-1)
             log_student = torch.log_softmax(student_scores / temperature, dim=-1)
-            if direction == "student_teacher":
+            if direction == "prefix_full":
                 divergences.append((log_student.exp() * (log_student - log_teacher)).sum())
             else:
                 divergences.append((log_teacher.exp() * (log_teacher - log_student)).sum())

@@ -202,7 +202,7 @@ def mipic_settings() -> dict[str, dict[str, Any]]:
     """Name -> arguments that differ from MIPICLoss's defaults: itself, its ablation and the user's variants."""
     made: dict[str, dict[str, Any]] = {"mipic": {}, **ABLATION}
     if args.teacher:
-        made["mipic-teacher"] = {"teacher_weight": 4.0}
+        made["mipic-teacher"] = {"distill_weight": 4.0}
     if args.variants:
         made |= tomllib.loads(Path(args.variants).read_text(encoding="utf-8"))
     return made
@@ -228,9 +228,9 @@ def all_settings(loss: str) -> dict[str, Any]:
 
 def taught(settings: dict[str, Any]) -> bool:
     """Whether a run of MIPICLoss needs a teacher."""
-    if settings.get("teacher_weight") and not args.teacher:
-        raise SystemExit("teacher_weight needs --teacher, a model of sentence-transformers.")
-    return bool(settings.get("teacher_weight"))
+    if settings.get("distill_weight") and not args.teacher:
+        raise SystemExit("distill_weight needs --teacher, a model of sentence-transformers.")
+    return bool(settings.get("distill_weight"))
 
 
 @cache
@@ -582,7 +582,7 @@ def train(
     trainer.train()
     model.max_seq_length = own_length
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    terms = ("loss", "matryoshka", "sia_attention", "sia_cka", "pic", "teacher")
+    terms = ("loss", "matryoshka", "sia_attention", "sia_cka", "pic", "distillation")
     runtime = next(entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry)
     return {
         "train_seconds": runtime - curve.paused,

@@ -82,7 +82,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 # What is no public name: the modules that may hold it.
 PLACES = {"EmbeddingStore": ("mipic_st.evaluation.store", "mipic_st.embedding_store")}
 # Settings whose value is a name: its spellings, of which the first that is accepted counts.
-VALUES = {"teacher_student": ("teacher_student",)}
+VALUES = {"teacher_student": ("full_prefix", "teacher_student")}
 # Beginnings of the names of the loss's own parameters, and what stands for them here.
 PARAMETERS = [(r"^mipic_projections\.", "")]
 

@@ -134,10 +134,10 @@ def test_large_batches_take_the_cached_loss(script, tiny_model, tmp_path):
 def test_a_variant_with_a_teacher_needs_one(script, tmp_path):
     """Without --teacher there are no vectors for its term."""
     file = tmp_path / "variants.toml"
-    file.write_text("[mine]\nteacher_weight = 2.0\n", encoding="utf-8")
+    file.write_text("[mine]\ndistill_weight = 2.0\n", encoding="utf-8")
     script.args.variants = str(file)
     script.mipic_settings.cache_clear()
-    with pytest.raises(SystemExit, match="teacher_weight needs --teacher"):
+    with pytest.raises(SystemExit, match="distill_weight needs --teacher"):
         script.all_settings("mine")
     script.args.teacher = "models/larger"
     assert script.all_settings("mine")["teacher"] == "larger"
@@ -155,7 +155,7 @@ def test_a_teacher_makes_a_row(script, tiny_model, tmp_path):
         cached.cache_clear()
     assert script.row_of("rotation+mipic-teacher").loss == "mipic-teacher"
     settings = script.all_settings("mipic-teacher")
-    assert (settings["teacher"], settings["teacher_weight"], settings["alpha"]) == ("larger", 4.0, 0.8)
+    assert (settings["teacher"], settings["distill_weight"], settings["alpha"]) == ("larger", 4.0, 0.8)
     assert "teacher" not in script.all_settings("mipic")
     pairs = Dataset.from_dict({"anchor": ["a", "b c"], "positive": ["d", "e"]})
     data = script.Data(pairs, {}, {}, None)
@@ -171,7 +171,7 @@ def test_a_teacher_makes_a_row(script, tiny_model, tmp_path):
     script.args.teacher = str(other)
     assert (script.with_teacher(tmp_path, data).train["label"][:] != made.train["label"][:]).any(), "of one name only"
     loss = script.make_loss("mipic-teacher", tiny_model(), pairs)
-    assert loss.teacher_weight == 4.0
+    assert loss.distill_weight == 4.0
     scored = Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]})
     with pytest.raises(SystemExit, match="are for pairs, and the training data are scored"):
         script.make_loss("mipic-teacher", tiny_model(), scored)

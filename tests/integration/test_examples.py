@@ -778,9 +778,9 @@ def test_compare_rotations_on_fewer_pairs_without_cuts(tmp_path):
 @needs_model
 def test_larger_teacher_is_for_pairs_and_has_a_weight(run_here, tmp_path):
     """The term is logged with its weight and gone without; scored pairs are refused."""
-    logged = {weight: run_here("larger_teacher.py", "--smoke", "--teacher-weight", weight) for weight in ("0", "4")}
-    assert "'teacher':" not in logged["0"]
-    assert "'teacher':" in logged["4"]
+    logged = {weight: run_here("larger_teacher.py", "--smoke", "--distill-weight", weight) for weight in ("0", "4")}
+    assert "'distillation':" not in logged["0"]
+    assert "'distillation':" in logged["4"]
     scored = tmp_path / "scored.csv"
     scored.write_text("sentence1,sentence2,score\na dog eats,the dog eats,0.9\na cat,the house,0.1\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"scored ones are for sts_regression\.py"):

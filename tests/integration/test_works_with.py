@@ -45,7 +45,7 @@ LINES = [
      ["test_modes.py::test_torch_compile_without_a_recompilation_storm"]),
     ("PEFT / LoRA", "projections and adapters train, the base stays frozen", ["test_modes.py::test_lora"]),
     ("Router (asymmetric models)", "routes of one shape", ["test_modes.py::test_router"]),
-    ("A larger teacher (`teacher_weight`)",
+    ("A larger teacher (`distill_weight`)",
      "any base loss without labels of its own; static embeddings too; several processes, each within its own batch",
      ["test_distillation.py::test_term_of_the_loss", "test_distillation.py::test_cached_loss_is_the_same",
       "test_distillation.py::test_static_embeddings_can_have_a_teacher", "test_distillation.py::test_in_the_trainer",

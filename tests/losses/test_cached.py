@@ -183,7 +183,7 @@ def test_dropout_is_replayed(tiny_model):
     model = tiny_model(training=True)
     features = column_features(model, 2, rows=9)
     base = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4)
-    options = {**EVERY_TERM, "pic_weight": 0, "detach_teacher": False}
+    options = {**EVERY_TERM, "pic_weight": 0, "detach_full_width": False}
     loss = MIPICLoss(model, base, DIMS, **options).double()
 
     def value():

@@ -40,7 +40,7 @@ def teacher_vectors(rows=6, columns=2, width=10, seed=5):
 
 def alone(model, base, **settings):
     """MIPICLoss with nothing but the base loss and the teacher."""
-    return MIPICLoss(model, base, DIMS, **{"attention_weight": 0, "cka_weight": 0, "teacher_weight": 3.0, **settings})
+    return MIPICLoss(model, base, DIMS, **{"attention_weight": 0, "cka_weight": 0, "distill_weight": 3.0, **settings})
 
 
 def assert_same(found, wanted):
@@ -90,14 +90,14 @@ def test_term_of_the_loss(tiny_model, case):
     # dims are drawn in training mode only, where dropout would make each pass another
     model = tiny_model(training=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     features, teacher = column_features(model, columns), teacher_vectors(columns=columns)
-    terms = alone(model, make(model), alpha=0.7, teacher_temperature=0.2, n_dims_per_step=1)(features, teacher)
+    terms = alone(model, make(model), alpha=0.7, distill_temperature=0.2, n_dims_per_step=1)(features, teacher)
     vectors = [model(dict(column))["sentence_embedding"].detach().double().numpy() for column in features]
     constant = list(teacher.transpose(0, 1).double().numpy())
     wanted = sum(reference(vectors, constant, dim, 0.2) for dim in DIMS)
-    assert set(terms) == {"matryoshka", "teacher"}
-    assert terms["teacher"].item() == pytest.approx(0.3 * 3 * wanted, rel=1e-4)
-    averaged = alone(model, make(model), alpha=0.7, teacher_temperature=0.2, aggregation="mean")(features, teacher)
-    assert averaged["teacher"].item() == pytest.approx(terms["teacher"].item() / len(DIMS), rel=1e-5)
+    assert set(terms) == {"matryoshka", "distillation"}
+    assert terms["distillation"].item() == pytest.approx(0.3 * 3 * wanted, rel=1e-4)
+    averaged = alone(model, make(model), alpha=0.7, distill_temperature=0.2, aggregation="mean")(features, teacher)
+    assert averaged["distillation"].item() == pytest.approx(terms["distillation"].item() / len(DIMS), rel=1e-5)
     plain = MIPICLoss(model, make(model), DIMS, alpha=1)(features, None)
     assert averaged["matryoshka"].item() == pytest.approx(0.7 * plain["matryoshka"].item(), rel=1e-6)
 
@@ -119,7 +119,7 @@ def test_gradients_are_those_of_a_taught_base_loss(tiny_model, architecture):
     """With a weight of 4 and alpha of 0.8, base loss and teacher count alike: 0.8 times the taught MatryoshkaLoss."""
     model = tiny_model(architecture)
     features, teacher = column_features(model), teacher_vectors()
-    total(alone(model, losses.MultipleNegativesRankingLoss(model), teacher_weight=4.0)(features, teacher)).backward()
+    total(alone(model, losses.MultipleNegativesRankingLoss(model), distill_weight=4.0)(features, teacher)).backward()
     found = gradients(model)
     model.zero_grad()
     (0.8 * losses.MatryoshkaLoss(model, TaughtRanking(model), DIMS)(features, teacher)).backward()
@@ -136,13 +136,13 @@ def test_cached_loss_is_the_same(tiny_model, settings):
         losses.MultipleNegativesRankingLoss(model),
         losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=4),
     ):
-        loss = all_terms(model, base, DIMS, teacher_weight=2.0, **settings)
+        loss = all_terms(model, base, DIMS, distill_weight=2.0, **settings)
         model.zero_grad()
         terms = loss(features, teacher)
         total(terms).backward()
         results.append(({name: term.item() for name, term in terms.items()}, gradients(loss)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
-    assert "teacher" in results[0][0]
+    assert "distillation" in results[0][0]
     assert_same(results[1][1], results[0][1])
 
 
@@ -152,7 +152,7 @@ def test_static_embeddings_can_have_a_teacher():
     module = StaticEmbedding(make_tokenizer()._tokenizer, embedding_dim=WIDTH)
     model = SentenceTransformer(modules=[module], device="cpu")
     terms = alone(model, losses.MultipleNegativesRankingLoss(model))(column_features(model), teacher_vectors())
-    assert terms["teacher"] > 0
+    assert terms["distillation"] > 0
     total(terms).backward()
     assert module.embedding.weight.grad.abs().sum() > 0
 
@@ -162,7 +162,7 @@ def test_without_it_labels_belong_to_the_base_loss(tiny_model):
     model = tiny_model()
     features, scores = column_features(model), torch.linspace(0, 1, 6)
     wanted = losses.MatryoshkaLoss(model, losses.CoSENTLoss(model), DIMS)(features, scores)
-    for settings in ({"teacher_weight": 0.0, "alpha": 0.8}, {"teacher_weight": 5.0, "alpha": 1}):
+    for settings in ({"distill_weight": 0.0, "alpha": 0.8}, {"distill_weight": 5.0, "alpha": 1}):
         terms = alone(model, losses.CoSENTLoss(model), **settings)(features, scores)
         assert list(terms) == ["matryoshka"]
         assert torch.equal(terms["matryoshka"], wanted)
@@ -194,7 +194,7 @@ def test_base_losses_that_cannot_have_a_teacher(tiny_model):
         alone(model, losses.MSELoss(model))(column_features(model), teacher_vectors())
     assert "MSELoss gets none" in caught.value.__notes__[0]
     # without any further term too, where it would train at full width only
-    for settings in ({}, {"teacher_weight": 0}, {"alpha": 1}):
+    for settings in ({}, {"distill_weight": 0}, {"alpha": 1}):
         loss = alone(model, losses.MultipleNegativesRankingLoss(tiny_model()), **settings)
         with pytest.raises(RuntimeError, match="did not call the model that MIPICLoss holds"):
             loss(column_features(model), teacher_vectors())
@@ -213,11 +213,11 @@ def test_settings_are_kept(tiny_model):
     """In the config for the model card, from a preset, and for another model of the same shape."""
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
-    loss = MIPICLoss.from_preset(model, base, "released", DIMS, teacher_weight=2.5, teacher_temperature=0.3)
+    loss = MIPICLoss.from_preset(model, base, "released", DIMS, distill_weight=2.5, distill_temperature=0.3)
     config = loss.get_config_dict()
-    assert (config["teacher_weight"], config["teacher_temperature"]) == (2.5, 0.3)
+    assert (config["distill_weight"], config["distill_temperature"]) == (2.5, 0.3)
     loss.model = tiny_model()
-    assert (loss.teacher_weight, loss.teacher_temperature) == (2.5, 0.3)
+    assert (loss.distill_weight, loss.distill_temperature) == (2.5, 0.3)
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def test_in_the_trainer(tiny_model, tmp_path):
     anchors, positives = sentences(64, seed=8), sentences(64, seed=9)
     data = add_teacher_vectors(datasets.Dataset.from_dict({"a": anchors, "b": positives}), teacher)
     assert teacher.training
-    loss = alone(model, losses.MultipleNegativesRankingLoss(model), teacher_weight=20.0)
+    loss = alone(model, losses.MultipleNegativesRankingLoss(model), distill_weight=20.0)
     trainer = make_trainer(
         model,
         loss,
@@ -376,12 +376,12 @@ def test_in_the_trainer(tiny_model, tmp_path):
     start = trainer.evaluate()
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < start["eval_loss"]
-    logged = [entry["teacher"] for entry in trainer.state.log_history if "teacher" in entry]
+    logged = [entry["distillation"] for entry in trainer.state.log_history if "distillation" in entry]
     assert len(logged) == 3
     assert logged[-1] < logged[0]
     model.save_pretrained(tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "teacher_weight" in card
+    assert "distill_weight" in card
     assert max(map(len, card.splitlines())) < 2000, "vectors of samples do not belong into the card"
     with pytest.raises(ValueError, match="evaluation dataset needs them too"):
         trainer.evaluate(data.remove_columns("label"))

@@ -398,7 +398,7 @@ def test_evaluation_builds_no_graph(tiny_model):
         ({"attention_temperature": 0.2}, ["sia_attention"]),
         ({"chain_temperature": 0.5}, ["pic"]),
         ({"aggregation": "mean"}, ["sia_attention", "sia_cka", "pic"]),
-        ({"kl_direction": "teacher_student"}, ["sia_attention"]),
+        ({"kl_direction": "full_prefix"}, ["sia_attention"]),
         ({"lift_init": "orthogonal"}, ["sia_attention"]),
         ({"lift_init": "random"}, ["sia_attention"]),
         ({"token_importance": "attention"}, ["sia_attention", "sia_cka"]),
@@ -424,7 +424,7 @@ def test_detached_teacher_gets_no_gradient(tiny_model):
     base = losses.MultipleNegativesRankingLoss(model)
     name = "0.model.encoder.layer.2.output.LayerNorm.bias"
     for detach in (True, False):
-        loss = all_terms(model, base, [32, 8], pic_weight=0, alpha=0.5, detach_teacher=detach, min_k=3)
+        loss = all_terms(model, base, [32, 8], pic_weight=0, alpha=0.5, detach_full_width=detach, min_k=3)
         terms = loss(column_features(model), None)
         model.zero_grad()
         (terms["sia_attention"] + terms["sia_cka"]).backward()
@@ -450,7 +450,7 @@ def test_default_terms(tiny_model):
         pic_weight=0,
         lift_init="frozen",
         sia_layers=[DEPTH],
-        detach_teacher=True,
+        detach_full_width=True,
     )
     assert run(explicit, model)[0] == terms
 
@@ -565,7 +565,7 @@ def test_published_backbones_get_the_published_tables(tiny_model, monkeypatch, r
     assert loss.pic_chain == recipe.pic_chain
     assert loss.gammas == (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     assert loss.attention_temperature == loss.chain_temperature == 0.05
-    assert (loss.aggregation, loss.detach_teacher, loss.lift_init) == ("sum", False, "random")
+    assert (loss.aggregation, loss.detach_full_width, loss.lift_init) == ("sum", False, "random")
 
 
 def test_presets_can_be_overridden_and_are_checked(tiny_model):
@@ -591,7 +591,7 @@ def test_the_released_run_is_a_preset(tiny_model, monkeypatch):
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
     loss = MIPICLoss.from_preset(model, base, "released", DIMS)
-    assert (loss.alpha, loss.attention_weight, loss.chain_temperature, loss.detach_teacher) == (0.6, 0, 0.07, False)
+    assert (loss.alpha, loss.attention_weight, loss.chain_temperature, loss.detach_full_width) == (0.6, 0, 0.07, False)
     assert loss.pic_chain == ((4, 1), (16, 2), (32, 3))
     backbone = Backbone(12, 768, Pooling(768))
     monkeypatch.setattr(loss_module, "backbone_of", lambda _: backbone)
@@ -599,14 +599,14 @@ def test_the_released_run_is_a_preset(tiny_model, monkeypatch):
     assert MIPICLoss.from_preset(model, base, "released").pic_chain == ((16, 4), (128, 8), (768, 12))
 
 
-@pytest.mark.parametrize("detach_teacher", [True, False])
-def test_frozen_lifts_are_identity_lifts_without_parameters(tiny_model, detach_teacher):
+@pytest.mark.parametrize("detach_full_width", [True, False])
+def test_frozen_lifts_are_identity_lifts_without_parameters(tiny_model, detach_full_width):
     """Value and gradients of the model are those of the first step with trained identity lifts."""
     grads = []
     for lift_init in ("identity", "frozen"):
         model = tiny_model()
         base = losses.MultipleNegativesRankingLoss(model)
-        loss = MIPICLoss(model, base, DIMS, pic_weight=0, lift_init=lift_init, detach_teacher=detach_teacher)
+        loss = MIPICLoss(model, base, DIMS, pic_weight=0, lift_init=lift_init, detach_full_width=detach_full_width)
         terms = loss(column_features(model), None)
         total(terms).backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -662,8 +662,8 @@ BAD = [
     ({"attention_weight": -1}, ValueError, "attention_weight must be >= 0"),
     ({"cka_weight": float("inf")}, ValueError, "cka_weight must be >= 0 and finite"),
     ({"pic_weight": None}, TypeError, "pic_weight must be a number"),
-    ({"teacher_weight": -0.5}, ValueError, "teacher_weight must be >= 0"),
-    ({"teacher_temperature": 0}, ValueError, "teacher_temperature must be > 0"),
+    ({"distill_weight": -0.5}, ValueError, "distill_weight must be >= 0"),
+    ({"distill_temperature": 0}, ValueError, "distill_temperature must be > 0"),
     ({"attention_temperature": 0}, ValueError, "attention_temperature must be > 0"),
     ({"chain_temperature": -1}, ValueError, "chain_temperature must be > 0"),
     ({"min_k": 0}, ValueError, "min_k must be an integer >= 1"),
@@ -684,7 +684,7 @@ BAD = [
     ({"gammas": [0.5, 0.4, 0.6]}, ValueError, "gammas must ascend"),
     ({"sia_layers": "12"}, TypeError, "sia_layers must be a sequence"),
     ({"sia_layers": [1.0]}, ValueError, r"from 1 to the model's depth of 3, got \[1.0\]"),
-    ({"detach_teacher": "no"}, TypeError, "detach_teacher must be True or False, got 'no'"),
+    ({"detach_full_width": "no"}, TypeError, "detach_full_width must be True or False, got 'no'"),
     ({"gather_across_devices": 1}, TypeError, "gather_across_devices must be True or False, got 1"),
     ({"aggregation": "max"}, ValueError, "aggregation must be one of"),
     ({"kl_direction": "both"}, ValueError, "kl_direction must be one of"),
@@ -730,7 +730,7 @@ def test_numpy_and_tensor_arguments_are_numbers(tiny_model):
     arrays = all_terms(
         model, base, np.array([32, 8, 4]), torch.tensor([1.0, 2.0, 0.5]), alpha=np.float32(0.5),
         sia_layers=np.array([1, 3]), gammas=np.array([0.25, 0.5]), pic_chain=np.array([(8, 1), (32, 3)]),
-        min_k=np.int64(2), seed=np.int64(0), n_dims_per_step=np.int64(-1), detach_teacher=np.bool_(False),
+        min_k=np.int64(2), seed=np.int64(0), n_dims_per_step=np.int64(-1), detach_full_width=np.bool_(False),
     )  # fmt: skip
     tensors = all_terms(
         model, base, [torch.tensor(32), np.int32(8), 4], torch.tensor([1.0, 2.0, 0.5]), alpha=torch.tensor(0.5),

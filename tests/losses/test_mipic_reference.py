@@ -32,7 +32,7 @@ def pool(rows, pooling):
 SETTINGS = [
     {},
     {"attention_weight": 2.0, "cka_weight": 0.5, "pic_weight": 3.0, "alpha": 0.25},
-    {"sia_layers": [1, 3], "aggregation": "mean", "kl_direction": "teacher_student"},
+    {"sia_layers": [1, 3], "aggregation": "mean", "kl_direction": "full_prefix"},
     {"sia_layers": [2], "token_importance": "attention", "gammas": [0.3, 0.5, 1.0], "min_k": 2},
     {"lift_init": "random", "attention_temperature": 0.5, "chain_temperature": 0.2, "seed": 4, "min_k": 4},
     {"pic_chain": [(3, 1), (12, 1), (20, 3)]},

@@ -88,7 +88,7 @@ def reference_terms(model: SentenceTransformer, loss: MIPICLoss, columns: list[d
                         config["min_k"],
                         config["attention_temperature"],
                         config["kl_direction"],
-                        config["detach_teacher"],
+                        config["detach_full_width"],
                     )
                 )
         attention.append(torch.cat([part[0] for part in per_sentence]).mean(dim=0))
@@ -118,12 +118,12 @@ def reference_terms(model: SentenceTransformer, loss: MIPICLoss, columns: list[d
     }
 
 
-@pytest.mark.parametrize("detach_teacher", [True, False])
+@pytest.mark.parametrize("detach_full_width", [True, False])
 @pytest.mark.parametrize("name", TAILS)
-def test_terms_and_gradients_equal_the_reference(tiny_model, name, detach_teacher):
+def test_terms_and_gradients_equal_the_reference(tiny_model, name, detach_full_width):
     """Each term's value, and its gradient by parameter name, those of the tail's weights among them."""
     model = tiny_model(tail=name)
-    settings = {"sia_layers": [1, 3], "min_k": 2, "detach_teacher": detach_teacher}
+    settings = {"sia_layers": [1, 3], "min_k": 2, "detach_full_width": detach_full_width}
     loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), tail_dims(name), **settings).double()
     columns = column_features(model, columns=2, rows=3)
     expected = reference_terms(model, loss, columns)

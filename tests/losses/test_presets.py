@@ -93,7 +93,7 @@ def test_published_settings():
     settings = presets.PAPER_SETTINGS
     assert settings["attention_temperature"] == settings["chain_temperature"] == 0.05
     assert settings["aggregation"] == "sum"
-    assert settings["kl_direction"] == "student_teacher"
+    assert settings["kl_direction"] == "prefix_full"
     assert settings["min_k"] == 8
     assert settings["attention_weight"] == settings["cka_weight"] == settings["pic_weight"] == 1
     assert settings["token_importance"] == "similarity"

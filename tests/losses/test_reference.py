@@ -50,7 +50,7 @@ def test_info_nce_by_hand():
     assert reference.info_nce_value(predicted, target[::-1], 0.5) == pytest.approx(2 + math.log(1 + math.exp(-2)))
 
 
-@pytest.mark.parametrize("direction", ["student_teacher", "teacher_student"])
+@pytest.mark.parametrize("direction", ["prefix_full", "full_prefix"])
 def test_versions_agree(direction):
     """NumPy, torch by sentence and the whole-layer version give the same numbers, detached or not."""
     generator = torch.Generator().manual_seed(0)
@@ -70,8 +70,8 @@ def test_versions_agree(direction):
         direction=direction,
     )
     assert valid.sum(axis=0).tolist() == [3, 3, 3]
-    for detach_teacher in (True, False):
-        arguments = (hidden, query, mask, dims, lifts, gammas, 3, 0.05, direction, detach_teacher)
+    for detach_full_width in (True, False):
+        arguments = (hidden, query, mask, dims, lifts, gammas, 3, 0.05, direction, detach_full_width)
         by_sentence = reference.sia_tensors(*arguments)
         np.testing.assert_allclose(by_sentence[0].numpy(), attention, rtol=1e-10, atol=1e-10)
         np.testing.assert_allclose(by_sentence[1].numpy(), distance, rtol=1e-10, atol=1e-10)

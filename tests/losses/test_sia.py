@@ -14,7 +14,7 @@ from mipic_st.losses import sia
 SHAPES = [(48, (8, 16, 32)), (8, (4,)), (21, (1, 2, 3, 5, 8, 13)), (10, (1, 9))]
 GAMMAS = {1: (0.4,), 2: (0.3, 1.0), 3: (0.2, 0.45, 0.7), 6: (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)}
 LENGTHS = (30, 17, 9, 8, 3, 2, 1, 0)
-DIRECTIONS = ["student_teacher", "teacher_student"]
+DIRECTIONS = ["prefix_full", "full_prefix"]
 
 
 class Case:
@@ -115,14 +115,14 @@ def test_float32_values_equal_reference(width, dims, temperature):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("detach_teacher", [True, False])
+@pytest.mark.parametrize("detach_full_width", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 @pytest.mark.parametrize(("width", "dims"), SHAPES)
-def test_gradients_equal_reference(width, dims, dtype, tolerance, detach_teacher, direction):
+def test_gradients_equal_reference(width, dims, dtype, tolerance, detach_full_width, direction):
     """Gradients of hidden, query and every lift equal those of the reference, teacher detached or not."""
     case = Case(width, dims, seed=2, dtype=dtype)
     leaves, expected_leaves = case.leaves(), case.leaves(torch.float64)
-    terms = case.terms(leaves, min_k=3, temperature=0.5, kl_direction=direction, detach_teacher=detach_teacher)
+    terms = case.terms(leaves, min_k=3, temperature=0.5, kl_direction=direction, detach_full_width=detach_full_width)
     expected = reference.sia_tensors(
         expected_leaves["hidden"],
         expected_leaves["query"],
@@ -133,7 +133,7 @@ def test_gradients_equal_reference(width, dims, dtype, tolerance, detach_teacher
         3,
         0.5,
         direction,
-        detach_teacher,
+        detach_full_width,
     )
     weight = weights(terms.attention.shape)
     for term, (got, wanted) in enumerate([(terms.attention, expected[0]), (terms.cka, expected[1])]):
@@ -147,7 +147,7 @@ def test_gradients_equal_reference(width, dims, dtype, tolerance, detach_teacher
 def test_equals_straightforward_layer(direction):
     """Averaged over the sentences and summed over the prefixes, a layer equals the straightforward implementation."""
     case = Case(64, (8, 16, 32), lengths=(40, 33, 21, 12, 5), seed=3)
-    got = case.terms(temperature=0.05, kl_direction=direction, detach_teacher=False)
+    got = case.terms(temperature=0.05, kl_direction=direction, detach_full_width=False)
     arguments = (case.hidden, case.query, case.mask, case.dims, case.lifts, case.gammas, 8, 0.05, direction, False)
     attention, distance = reference.straightforward_layer(*arguments)
     torch.testing.assert_close(got.attention.mean(dim=0).sum(), attention)
@@ -162,7 +162,7 @@ def test_gradcheck_of_all_inputs(direction):
 
     def function(*tensors):
         given = dict(zip(leaves, tensors, strict=True))
-        terms = case.terms(given, min_k=3, temperature=0.7, kl_direction=direction, detach_teacher=False)
+        terms = case.terms(given, min_k=3, temperature=0.7, kl_direction=direction, detach_full_width=False)
         return terms.attention, terms.cka
 
     assert torch.autograd.gradcheck(function, tuple(leaves.values()))
@@ -184,8 +184,8 @@ def test_detached_teacher_gives_no_gradient_to_query():
     """A detached teacher detaches the query, for the students too, and leaves the values as they are."""
     case = Case(48, (8, 16, 32))
     leaves = case.leaves()
-    detached = case.terms(leaves, detach_teacher=True)
-    attached = case.terms(leaves, detach_teacher=False)
+    detached = case.terms(leaves, detach_full_width=True)
+    attached = case.terms(leaves, detach_full_width=False)
     torch.testing.assert_close(detached.attention, attached.attention, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(detached.cka, attached.cka, rtol=1e-12, atol=1e-12)
     assert gradients(detached.attention.sum(), leaves)["query"].abs().max() == 0
@@ -196,7 +196,7 @@ def test_detached_teacher_gives_no_gradient_behind_largest_prefix():
     """With a detached teacher, entries behind the largest prefix are full-width only and get no gradient."""
     case = Case(48, (8, 16, 32))
     leaves = case.leaves()
-    terms = case.terms(leaves, detach_teacher=True)
+    terms = case.terms(leaves, detach_full_width=True)
     gradient = gradients(terms.attention.sum() + terms.cka.sum(), leaves)["hidden"]
     assert gradient[..., 32:].abs().max() == 0
     assert gradient[..., 16:32].abs().max() > 0
@@ -222,7 +222,7 @@ def test_without_cka_values_are_zero_and_invalid():
 def test_defaults_are_the_papers():
     """Without options: smallest set 8, tau 0.05, KL(prefix || full)."""
     case = Case(48, (8, 16, 32))
-    expected = case.expected(min_k=8, temperature=0.05, direction="student_teacher")
+    expected = case.expected(min_k=8, temperature=0.05, direction="prefix_full")
     np.testing.assert_allclose(case.terms().attention.detach().numpy(), expected[0], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(case.terms().cka.detach().numpy(), expected[1], rtol=1e-9, atol=1e-9)
 
@@ -291,7 +291,7 @@ def test_padding_changes_nothing(padding, filler):
     results = []
     for which in (case, other):
         leaves = which.leaves()
-        terms = which.terms(leaves, min_k=3, temperature=0.5, detach_teacher=False)
+        terms = which.terms(leaves, min_k=3, temperature=0.5, detach_full_width=False)
         weight = weights(terms.attention.shape).float()
         scalar = (terms.attention * weight).sum() + (terms.cka * weight).sum()
         results.append((terms, gradients(scalar, leaves)))
@@ -362,17 +362,17 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("detach_teacher", [True, False])
+@pytest.mark.parametrize("detach_full_width", [True, False])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("kind", DEGENERATE)
-def test_degenerate_sentences_stay_finite(kind, batch, direction, detach_teacher):
+def test_degenerate_sentences_stay_finite(kind, batch, direction, detach_full_width):
     """Values and gradients are finite, CKA is valid exactly where the reference can compute it, and zero elsewhere."""
     case = Case(48, (8, 16, 32), lengths=[13] * batch, seed=6, dtype=torch.float32)
     case.hidden, length = DEGENERATE[kind](case.hidden)
     case.mask = torch.arange(13).expand(batch, 13) < length
     leaves = case.leaves()
-    terms = case.terms(leaves, min_k=3, kl_direction=direction, detach_teacher=detach_teacher)
+    terms = case.terms(leaves, min_k=3, kl_direction=direction, detach_full_width=detach_full_width)
     expected = case.expected(min_k=3, direction=direction)
     np.testing.assert_array_equal(terms.cka_valid.numpy(), expected[2])
     np.testing.assert_allclose(terms.cka.detach().numpy(), expected[1], rtol=1e-5, atol=1e-5)
@@ -387,7 +387,7 @@ def test_short_sentences_have_no_gradient(length):
     """A sentence of one token or none has nothing to align: both terms are zero, and so are their gradients."""
     case = Case(48, (8, 16, 32), lengths=[length, 12], seed=7)
     leaves = case.leaves()
-    terms = case.terms(leaves, detach_teacher=False)
+    terms = case.terms(leaves, detach_full_width=False)
     assert terms.attention[0].count_nonzero() == 0
     assert terms.cka[0].count_nonzero() == 0
     assert not terms.cka_valid[0].any()
@@ -428,7 +428,7 @@ def test_autocast_changes_nothing(dtype):
     for enabled in (False, True):
         leaves = case.leaves()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            terms = case.terms(leaves, temperature=0.5, detach_teacher=False)
+            terms = case.terms(leaves, temperature=0.5, detach_full_width=False)
             scalar = terms.attention.sum() + terms.cka.sum()
         results.append([*terms, *gradients(scalar, leaves).values()])
     assert results[1][0].dtype == torch.float32
@@ -491,7 +491,7 @@ def test_large_scores_stay_finite(scale, direction):
     case = Case(48, (8, 16, 32), seed=15, dtype=torch.float32)
     case.hidden *= scale
     leaves = case.leaves()
-    terms = case.terms(leaves, kl_direction=direction, detach_teacher=False)
+    terms = case.terms(leaves, kl_direction=direction, detach_full_width=False)
     expected = case.expected(direction=direction)
     assert expected[0].max() > 1e3
     np.testing.assert_allclose(terms.attention.detach().numpy(), expected[0], rtol=1e-4, atol=1e-4)
@@ -669,7 +669,7 @@ def test_attention_kl_equals_reference(direction):
             expected = 0.0
             if real.any():
                 pair = [reference.log_softmax(student[b, i, real].tolist(), 0.3), teacher[b, real].tolist()]
-                expected = reference.kl(*(pair if direction == "student_teacher" else pair[::-1]))
+                expected = reference.kl(*(pair if direction == "prefix_full" else pair[::-1]))
             assert got[b, i].item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -757,15 +757,15 @@ def test_centred_gram_gradcheck():
 # ------------------------------------------------------------------------------------------------ topk_cka_loss
 
 
-@pytest.mark.parametrize("detach_teacher", [True, False])
+@pytest.mark.parametrize("detach_full_width", [True, False])
 @pytest.mark.parametrize("min_k", [1, 8, 100])
 @pytest.mark.parametrize(("width", "dims"), SHAPES)
-def test_topk_cka_loss_equals_reference(width, dims, min_k, detach_teacher):
+def test_topk_cka_loss_equals_reference(width, dims, min_k, detach_full_width):
     """1 - CKA over the most important tokens of each sentence, for any importance that is given."""
     case = Case(width, dims, seed=25)
     importance = torch.rand(case.mask.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
     values, valid = sia.topk_cka_loss(
-        case.hidden, importance, case.mask, dims, case.gammas, min_k=min_k, detach_teacher=detach_teacher
+        case.hidden, importance, case.mask, dims, case.gammas, min_k=min_k, detach_full_width=detach_full_width
     )
     _, expected, expected_valid = case.expected(min_k=min_k, teacher_attention=importance.numpy())
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-9, atol=1e-9)
@@ -839,18 +839,18 @@ def test_topk_cka_loss_gradcheck():
 MANY = (90, 61, 40, 12, 2, 1, 0)
 
 
-@pytest.mark.parametrize("detach_teacher", [True, False])
+@pytest.mark.parametrize("detach_full_width", [True, False])
 @pytest.mark.parametrize("min_k", [1, 8, 50])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_more_tokens_than_dims(dtype, tolerance, min_k, detach_teacher):
+def test_more_tokens_than_dims(dtype, tolerance, min_k, detach_full_width):
     """Long sentences beside short ones, where CKA comes from products of features: values and gradients as ever."""
     case = Case(12, (2, 5, 9), lengths=MANY, seed=31, dtype=dtype)
     leaves, expected_leaves = case.leaves(), case.leaves(torch.float64)
-    terms = case.terms(leaves, min_k=min_k, detach_teacher=detach_teacher)
+    terms = case.terms(leaves, min_k=min_k, detach_full_width=detach_full_width)
     lifts = [expected_leaves[f"lift {dim}"] for dim in case.dims]
     _, expected, *_ = reference.sia_tensors(
         *(expected_leaves[name] for name in ("hidden", "query")),
-        *(case.mask, case.dims, lifts, case.gammas, min_k, 0.05, "student_teacher", detach_teacher),
+        *(case.mask, case.dims, lifts, case.gammas, min_k, 0.05, "prefix_full", detach_full_width),
     )
     np.testing.assert_allclose(terms.cka.detach().numpy(), expected.detach().numpy(), rtol=0, atol=tolerance / 10)
     np.testing.assert_array_equal(terms.cka_valid.numpy(), case.expected(min_k=min_k)[2])
@@ -907,12 +907,12 @@ def kept_for_backward(case, **options):
     return sum(size for place, size in kept.items() if place != leaves["hidden"].untyped_storage().data_ptr())
 
 
-@pytest.mark.parametrize("detach_teacher", [True, False])
+@pytest.mark.parametrize("detach_full_width", [True, False])
 @pytest.mark.parametrize("width", [16, 200])
-def test_kept_memory_is_linear_in_length(width, detach_teacher):
+def test_kept_memory_is_linear_in_length(width, detach_full_width):
     """Twice the tokens, at most twice the memory; and less than the states themselves have at any length."""
     kept = [
-        kept_for_backward(Case(width, (4, 8, 12), lengths=[length] * 4), detach_teacher=detach_teacher)
+        kept_for_backward(Case(width, (4, 8, 12), lengths=[length] * 4), detach_full_width=detach_full_width)
         for length in (60, 120, 240)
     ]
     assert kept[1] <= 2.1 * kept[0]
@@ -921,13 +921,13 @@ def test_kept_memory_is_linear_in_length(width, detach_teacher):
         assert kept[2] < 0.3 * 4 * 240 * width
 
 
-@pytest.mark.parametrize("detach_teacher", [True, False])
-def test_long_sentences_never_need_a_square_of_their_length(detach_teacher):
+@pytest.mark.parametrize("detach_full_width", [True, False])
+def test_long_sentences_never_need_a_square_of_their_length(detach_full_width):
     """Forward or backward, no tensor is as large as one Gram matrix of the tokens of each sentence would be."""
     case = Case(8, (2, 4, 6), lengths=[300, 200], seed=33)
     leaves = case.leaves()
     with Sizes() as sizes:
-        terms = case.terms(leaves, detach_teacher=detach_teacher)
+        terms = case.terms(leaves, detach_full_width=detach_full_width)
         (terms.attention.sum() + terms.cka.sum()).backward()
     assert 2 * 300 * 8 <= sizes.largest <= 2 * 300 * 8 * 3 < 2 * 210**2
 

@@ -68,7 +68,7 @@ def add_teacher_vectors(
     batch_size: int = 32,
     show_progress_bar: bool | None = None,
 ) -> Dataset:
-    """Encode every text of a training set with a teacher, for ``MIPICLoss(..., teacher_weight=...)``.
+    """Encode every text of a training set with a teacher, for ``MIPICLoss(..., distill_weight=...)``.
 
     Each distinct text of a column is encoded once. The vectors become the column ``label``, which the trainer hands to
     the loss. They belong to the columns by their order and to the texts as they are now, so let this be the last step:
@@ -101,7 +101,7 @@ def add_teacher_vectors(
     Example:
         >>> teacher = SentenceTransformer("sentence-transformers/all-mpnet-base-v2")  # doctest: +SKIP
         >>> train_dataset = add_teacher_vectors(train_dataset, teacher)  # doctest: +SKIP
-        >>> loss = MIPICLoss(model, base_loss, dims, teacher_weight=4.0)  # doctest: +SKIP
+        >>> loss = MIPICLoss(model, base_loss, dims, distill_weight=4.0)  # doctest: +SKIP
     """
     names = _checked_columns(dataset)
     if not isinstance(teacher, SentenceTransformer):

@@ -83,7 +83,7 @@ class MIPICLoss(nn.Module):
 
     .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC}) \qquad \text{(Eq. 18)}
 
-    One more term is no part of MIPIC, and off by default: with ``teacher_weight``, the similarities within a batch
+    One more term is no part of MIPIC, and off by default: with ``distill_weight``, the similarities within a batch
     follow at every dim those that a larger, frozen model sees (:mod:`mipic_st.losses.distillation`). It joins the
     alignment terms in Eq. 18, and its vectors come with the data, see Teacher.
 
@@ -103,13 +103,13 @@ class MIPICLoss(nn.Module):
         alpha: Weight of the base term in Eq. 18, in [0, 1].
         attention_weight: Weight of SIA's attention term (Eq. 6), >= 0. Zero switches it off. Small by default: with a
             weight of 1 a model with random upper layers got worse at full width, by 1.6 points with
-            ``detach_teacher`` and by 7 without.
+            ``detach_full_width`` and by 7 without.
         cka_weight: Weight of SIA's CKA term (Eq. 11), >= 0. Zero switches it off.
         pic_weight: Weight of PIC (Eq. 17), >= 0. Zero, the default, switches it off: its heads are parameters, and it
             added nothing on any start that was measured.
-        teacher_weight: Weight of the teacher's term, >= 0. Zero, the default, switches it off. With 4 and ``alpha=0.8``
+        distill_weight: Weight of the teacher's term, >= 0. Zero, the default, switches it off. With 4 and ``alpha=0.8``
             it counts as much as the base loss, which is what was measured. ``matryoshka_weights`` are the base loss's.
-        teacher_temperature: tau of the similarities that follow the teacher's, > 0.
+        distill_temperature: tau of the similarities that follow the teacher's, > 0.
         sia_layers: Layers that carry SIA, 1 to the model's depth. Default: the last one.
         pic_chain: Ordered (dim, layer) pairs for PIC (the paper's checkpoints), both ascending, at least two. Default:
             the published pairs for the backbones of the paper; for others one per dim on evenly spaced layers, an even
@@ -122,10 +122,10 @@ class MIPICLoss(nn.Module):
         chain_temperature: tau of PIC's InfoNCE (Eq. 16), > 0.
         aggregation: ``"sum"`` adds layers, prefixes and links as Eq. 13, 14 and 17 do, and the teacher's dims;
             ``"mean"`` averages them.
-        kl_direction: ``"student_teacher"`` for KL(prefix || full), the paper's Eq. 6; ``"teacher_student"`` for the
+        kl_direction: ``"prefix_full"`` for KL(prefix || full), the paper's Eq. 6; ``"full_prefix"`` for the
             reverse, as in the released notebooks.
-        detach_teacher: Whether all of SIA's full-width side (query, distribution, Gram matrix) is a constant. Without,
-            the full width can meet the prefix half-way by becoming simpler itself.
+        detach_full_width: Whether all of SIA's full-width side (query, distribution, Gram matrix) is a constant.
+            Without, the full width can meet the prefix half-way by becoming simpler itself.
         lift_init: The lifts P (Eq. 5): ``"frozen"`` is ordinary truncation, and no parameter. The others are trained:
             ``"identity"`` starts at ordinary truncation, ``"orthogonal"`` and ``"random"`` do not.
         token_importance: ``"similarity"`` ranks tokens by the full-width query (Eq. 4). ``"attention"`` takes the
@@ -170,13 +170,13 @@ class MIPICLoss(nn.Module):
     Returns:
         dict[str, Tensor]: Scalars, already weighted, whose sum is the loss. Names are ``matryoshka``
         (``matryoshka_<key>`` for each key of a dict-valued base loss), ``sia_attention``, ``sia_cka``, ``pic`` and
-        ``teacher``; inactive terms are absent. The trainer logs each.
+        ``distillation``; inactive terms are absent. The trainer logs each.
 
     Raises:
         ValueError: If an argument is out of its range, a dim exceeds the model's width, a layer its depth, or the
             model is not built of Transformer, Pooling and such a tail. The message names the argument and what is
             allowed. In the first ``forward``, if the model does not pool its last hidden state. In ``forward``, if
-            labels are no vectors of a teacher where ``teacher_weight`` asks for them.
+            labels are no vectors of a teacher where ``distill_weight`` asks for them.
         TypeError: If ``model`` or ``loss`` is none, or an argument no number, flag or sequence where it has to be one.
         FloatingPointError: In ``forward``, if a term is nan or inf, and in the backward pass, if the vector of an empty
             text makes the base loss's gradient overflow. The message names term, step and text. With fp16's gradient
@@ -224,17 +224,17 @@ class MIPICLoss(nn.Module):
         attention_weight: float = 0.1,
         cka_weight: float = 1.0,
         pic_weight: float = 0.0,
-        teacher_weight: float = 0.0,
+        distill_weight: float = 0.0,
         sia_layers: Sequence[int] | None = None,
         pic_chain: Sequence[tuple[int, int]] | None = None,
         gammas: Sequence[float] | None = None,
         min_k: int = 8,
         attention_temperature: float = 1.0,
         chain_temperature: float = 0.05,
-        teacher_temperature: float = 0.1,
+        distill_temperature: float = 0.1,
         aggregation: Aggregation = "sum",
-        kl_direction: sia.KLDirection = "student_teacher",
-        detach_teacher: bool = True,
+        kl_direction: sia.KLDirection = "prefix_full",
+        detach_full_width: bool = True,
         lift_init: sia.LiftInit | Literal["frozen"] = "frozen",
         token_importance: TokenImportance = "similarity",
         gather_across_devices: bool = False,
@@ -270,14 +270,14 @@ class MIPICLoss(nn.Module):
         self.attention_weight = checked_number("attention_weight", attention_weight, 0)
         self.cka_weight = checked_number("cka_weight", cka_weight, 0)
         self.pic_weight = checked_number("pic_weight", pic_weight, 0)
-        self.teacher_weight = checked_number("teacher_weight", teacher_weight, 0)
+        self.distill_weight = checked_number("distill_weight", distill_weight, 0)
         self.min_k = checked_count("min_k", min_k)
         self.attention_temperature = checked_number("attention_temperature", attention_temperature, 0, exclusive=True)
         self.chain_temperature = checked_number("chain_temperature", chain_temperature, 0, exclusive=True)
-        self.teacher_temperature = checked_number("teacher_temperature", teacher_temperature, 0, exclusive=True)
+        self.distill_temperature = checked_number("distill_temperature", distill_temperature, 0, exclusive=True)
         self.aggregation = checked_choice("aggregation", aggregation, ("sum", "mean"))
-        self.kl_direction = checked_choice("kl_direction", kl_direction, ("student_teacher", "teacher_student"))
-        self.detach_teacher = checked_flag("detach_teacher", detach_teacher)
+        self.kl_direction = checked_choice("kl_direction", kl_direction, ("prefix_full", "full_prefix"))
+        self.detach_full_width = checked_flag("detach_full_width", detach_full_width)
         self.lift_init = checked_choice("lift_init", lift_init, ("identity", "orthogonal", "random", "frozen"))
         self.token_importance = checked_choice("token_importance", token_importance, ("similarity", "attention"))
         self.gather_across_devices = checked_flag("gather_across_devices", gather_across_devices)
@@ -479,7 +479,7 @@ class MIPICLoss(nn.Module):
 
         Raises:
             TypeError: If ``sentence_features`` is no list of dicts.
-            ValueError: If all texts of a column are empty, or ``teacher_weight`` asks for a teacher's vectors and
+            ValueError: If all texts of a column are empty, or ``distill_weight`` asks for a teacher's vectors and
                 labels are none.
         """
         # A single dict would be taken for a list of its keys.
@@ -499,15 +499,15 @@ class MIPICLoss(nn.Module):
         if self._batches < 2:
             check_not_sharded(self.model, self.mipic_projections)
         compute = self._forward_cached if self._uses_cache else self._forward
-        if not self.teacher_weight or self.alpha == 1:
+        if not self.distill_weight or self.alpha == 1:
             return compute(features, labels, None)
         teacher = self._checked_teacher(features, labels)
         try:
             return compute(features, None, teacher)
         except (AttributeError, TypeError, ValueError) as error:
             error.add_note(
-                f"With teacher_weight, labels are the teacher's vectors, and {type(self.loss).__name__} gets none. If "
-                "it needs labels, it cannot have a teacher: set teacher_weight=0."
+                f"With distill_weight, labels are the teacher's vectors, and {type(self.loss).__name__} gets none. If "
+                "it needs labels, it cannot have a teacher: set distill_weight=0."
             )
             raise
 
@@ -594,7 +594,7 @@ class MIPICLoss(nn.Module):
             self._first_shown = first_shown(self.model)
         importance = "no"
         if self.sia_layers and self.token_importance == "attention":
-            importance = "detached" if self.detach_teacher else "with_gradient"
+            importance = "detached" if self.detach_full_width else "with_gradient"
         return record_states(self.model, self._backbone.depth, importance, self._first_shown)
 
     def _check_finite(
@@ -926,7 +926,7 @@ class MIPICLoss(nn.Module):
             min_k=self.min_k,
             temperature=self.attention_temperature,
             kl_direction=self.kl_direction,
-            detach_teacher=self.detach_teacher,
+            detach_full_width=self.detach_full_width,
             teacher_attention=teacher_attention,
             with_cka=bool(self.cka_weight),
         )
@@ -961,11 +961,11 @@ class MIPICLoss(nn.Module):
     def _checked_teacher(self, features: list[dict[str, Tensor]], labels: Any) -> Tensor:
         """The teacher's vectors, (B, columns, T)."""
         if len(features) < 2:
-            raise ValueError("teacher_weight compares two columns of texts or more, and there is one. Give pairs.")
+            raise ValueError("distill_weight compares two columns of texts or more, and there is one. Give pairs.")
         if not isinstance(labels, Tensor) or labels.ndim != 3 or labels.shape[1] != len(features):
             got = f"a tensor of shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(
-                f"teacher_weight={self.teacher_weight:g} needs the teacher's vectors of these {len(features)} columns "
+                f"distill_weight={self.distill_weight:g} needs the teacher's vectors of these {len(features)} columns "
                 f"as labels, (B, {len(features)}, T), got {got}. mipic_st.add_teacher_vectors puts them into a "
                 "dataset; an evaluation dataset needs them too."
             )
@@ -979,19 +979,19 @@ class MIPICLoss(nn.Module):
             teacher: (B, columns, T).
 
         Returns:
-            ``teacher``.
+            ``distillation``.
         """
         count, columns = teacher.shape[:2]
         if len(vectors) != count * columns:
             raise RuntimeError(
                 f"{type(self.loss).__name__} ran the model on {len(vectors)} sentences, and labels are the teacher's "
                 f"vectors of {columns} columns of {count}. Give labels of the same rows; with a loss that runs the "
-                "model on other texts than those of its columns set teacher_weight=0."
+                "model on other texts than those of its columns set distill_weight=0."
             )
         student = vectors.unflatten(0, (columns, count))
         constant = teacher.to(vectors.device, torch.float32).transpose(0, 1)
-        divergences = similarity_divergence(student, constant, self.matryoshka_dims, self.teacher_temperature)
-        return {"teacher": (1 - self.alpha) * self.teacher_weight * self._aggregate(divergences)}
+        divergences = similarity_divergence(student, constant, self.matryoshka_dims, self.distill_temperature)
+        return {"distillation": (1 - self.alpha) * self.distill_weight * self._aggregate(divergences)}
 
     def _lifts(self, layer: int) -> list[Tensor] | None:
         """The lifts P of one layer in ascending order of their prefix, or None if the attention term is off.
@@ -1035,7 +1035,7 @@ class MIPICLoss(nn.Module):
             "attention_weight": self.attention_weight,
             "cka_weight": self.cka_weight,
             "pic_weight": self.pic_weight,
-            "teacher_weight": self.teacher_weight,
+            "distill_weight": self.distill_weight,
             "sia_layers": self.sia_layers,
             "pic_chain": self.pic_chain,
             "gammas": self.gammas,
@@ -1044,10 +1044,10 @@ class MIPICLoss(nn.Module):
             "min_k",
             "attention_temperature",
             "chain_temperature",
-            "teacher_temperature",
+            "distill_temperature",
             "aggregation",
             "kl_direction",
-            "detach_teacher",
+            "detach_full_width",
             "lift_init",
             "token_importance",
             "gather_across_devices",

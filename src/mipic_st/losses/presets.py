@@ -89,8 +89,8 @@ PAPER_SETTINGS: dict[str, Any] = {
     "attention_temperature": 0.05,
     "chain_temperature": 0.05,
     "aggregation": "sum",
-    "kl_direction": "student_teacher",
-    "detach_teacher": False,
+    "kl_direction": "prefix_full",
+    "detach_full_width": False,
     "lift_init": "random",
     "token_importance": "similarity",
 }

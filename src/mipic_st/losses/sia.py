@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from mipic_st.numerics import full_precision, no_autocast
 
 LiftInit = Literal["identity", "orthogonal", "random"]
-KLDirection = Literal["student_teacher", "teacher_student"]
+KLDirection = Literal["prefix_full", "full_prefix"]
 
 # Gammas are used as integers in units of 1/10000, so that ceil(gamma * n) is exact on every device.
 _GAMMA_UNIT = 10_000
@@ -140,7 +140,7 @@ def attention_kl(
     teacher_log_probs: Tensor,
     mask: Tensor,
     temperature: float,
-    direction: KLDirection = "student_teacher",
+    direction: KLDirection = "prefix_full",
 ) -> Tensor:
     """Divergence between the student's and the teacher's distribution over tokens (Eq. 6).
 
@@ -152,7 +152,7 @@ def attention_kl(
         teacher_log_probs: log a_D, (B, L), from :func:`masked_log_softmax`.
         mask: (B, L), true at real tokens.
         temperature: tau of the student's softmax, > 0.
-        direction: ``"student_teacher"`` for KL(a_i || a_D), ``"teacher_student"`` for KL(a_D || a_i).
+        direction: ``"prefix_full"`` for KL(a_i || a_D), ``"full_prefix"`` for KL(a_D || a_i).
 
     Returns:
         (B, n), in nats. Zero for a sentence with one real token or none.
@@ -166,7 +166,7 @@ def attention_kl(
     student = masked_log_softmax(student_scores / temperature, mask)
     teacher = teacher_log_probs[:, None, :]
     real = mask[:, None, :]
-    if direction == "student_teacher":
+    if direction == "prefix_full":
         terms = student.exp() * (student - teacher)
     else:
         terms = teacher.exp() * (teacher - student)
@@ -254,13 +254,13 @@ class _Plan(NamedTuple):
         bounds: Most tokens that the set of each prefix can have, ascending.
         segments: Empty where token Gram matrices are used: the sets are then leading rows. Otherwise the rows that
             each set may add to the one before, for products of features.
-        detach_teacher: Whether the full-width side is a constant.
+        detach_full_width: Whether the full-width side is a constant.
     """
 
     dims: tuple[int, ...]
     bounds: tuple[int, ...]
     segments: tuple[int, ...]
-    detach_teacher: bool
+    detach_full_width: bool
 
 
 def _gathered(hidden: Tensor, order: Tensor, member: Tensor) -> Tensor:
@@ -316,18 +316,18 @@ def _gram_gradient(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan, g
     for index, (student, teacher) in enumerate(_gram_sides(tokens, sizes, plan)):
         cross, own, whole = grad[:, index, :, None, None].unbind(1)
         bound = plan.bounds[index]
-        if not plan.detach_teacher:
+        if not plan.detach_full_width:
             full[:, :bound, :bound].addcmul_(student, cross).addcmul_(teacher, whole, value=2)
         students.append(teacher.mul_(cross).addcmul_(student, own, value=2))
     # The columns between two prefixes are in the wider one and in all beyond.
     result = torch.empty_like(tokens)
     last = plan.dims[-1]
-    if not plan.detach_teacher:
+    if not plan.detach_full_width:
         torch.bmm(full, tokens[..., last:], out=result[..., last:])
     for (start, stop), bound in reversed(list(zip(pairwise([0, *plan.dims]), plan.bounds, strict=True))):
         full[:, :bound, :bound] += students.pop()
         result[..., start:stop] = full @ tokens[..., start:stop]
-    return result.mul_(2)[..., : last if plan.detach_teacher else width]
+    return result.mul_(2)[..., : last if plan.detach_full_width else width]
 
 
 def _covariances(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -357,7 +357,7 @@ def _feature_squares(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan)
 
 def _feature_gradient(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan, grad: Tensor) -> Tensor:
     """Gradient of the tokens: (X - mean) M, summed over the sets that a token is in."""
-    width = plan.dims[-1] if plan.detach_teacher else tokens.shape[-1]
+    width = plan.dims[-1] if plan.detach_full_width else tokens.shape[-1]
     matrices, means = [], []
     for index, (covariance, mean, _) in enumerate(_covariances(tokens, member, sizes, plan)):
         cross, own, whole = grad[:, index, :, None, None].unbind(1)
@@ -365,7 +365,7 @@ def _feature_gradient(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan
         matrix = torch.zeros_like(covariance[..., :width])
         matrix[..., :dim] = 2 * cross * covariance[..., :dim]
         matrix[:, :dim, :dim].addcmul_(covariance[:, :dim, :dim], own, value=4)
-        if not plan.detach_teacher:
+        if not plan.detach_full_width:
             matrix[:, :dim].addcmul_(covariance[:, :dim], cross, value=2)
             matrix.addcmul_(covariance, whole, value=4)
         matrices.append(matrix)
@@ -432,7 +432,7 @@ def topk_cka_loss(
     dims: Sequence[int],
     gammas: Sequence[float],
     min_k: int = 8,
-    detach_teacher: bool = True,
+    detach_full_width: bool = True,
 ) -> tuple[Tensor, Tensor]:
     r"""``1 - CKA`` between each prefix and the full width, over the most important tokens (Eq. 7-12).
 
@@ -450,7 +450,7 @@ def topk_cka_loss(
         dims: n ascending prefix widths, below D.
         gammas: n shares, ascending.
         min_k: Smallest set.
-        detach_teacher: Whether the full-width side is a constant.
+        detach_full_width: Whether the full-width side is a constant.
 
     Returns:
         Values (B, n) and their validity (B, n). CKA of a constant is undefined, so a set of one token, or of equal
@@ -478,10 +478,10 @@ def topk_cka_loss(
         order = ranking[:, : bounds[-1]]
         member = torch.arange(bounds[-1], device=hidden.device) < sizes[:, -1:]
 
-    plan = _Plan(tuple(dims), tuple(bounds), tuple(segments), detach_teacher)
+    plan = _Plan(tuple(dims), tuple(bounds), tuple(segments), detach_full_width)
     squares, energy = _cka_squares(hidden, order, member, sizes, plan)
     cross, student, teacher = squares.unbind(dim=-1)
-    if detach_teacher:
+    if detach_full_width:
         teacher = teacher.detach()
     # A spread of tokens below rounding error, relative to their size, is no spread.
     threshold = (energy * (100 * torch.finfo(hidden.dtype).eps) ** 2).square()[:, None]
@@ -501,8 +501,8 @@ def sia_terms(
     *,
     min_k: int = 8,
     temperature: float = 0.05,
-    kl_direction: KLDirection = "student_teacher",
-    detach_teacher: bool = True,
+    kl_direction: KLDirection = "prefix_full",
+    detach_full_width: bool = True,
     teacher_attention: Tensor | None = None,
     with_cka: bool = True,
 ) -> SIATerms:
@@ -518,7 +518,7 @@ def sia_terms(
         min_k: Smallest set.
         temperature: tau of the attention softmax, > 0.
         kl_direction: See :func:`attention_kl`.
-        detach_teacher: Whether everything of the full width (q, a_D, X_D) is a constant, so that only the prefixes
+        detach_full_width: Whether everything of the full width (q, a_D, X_D) is a constant, so that only the prefixes
             and the lifts learn.
         teacher_attention: (B, L), importance of each token from the model's own attention maps. It replaces the
             teacher's softmax, without temperature since it is a distribution already. Default: full-width similarity.
@@ -530,7 +530,7 @@ def sia_terms(
     with no_autocast(hidden):
         hidden, query = full_precision(hidden, query)
         mask = mask.bool()
-        if detach_teacher:
+        if detach_full_width:
             query = query.detach()
         shape = (hidden.shape[0], len(dims))
 
@@ -541,7 +541,7 @@ def sia_terms(
             (teacher_scores,) = full_precision(teacher_attention)
             smallest = torch.finfo(teacher_scores.dtype).tiny
             teacher_log_probs = masked_log_softmax(teacher_scores.clamp(min=smallest).log(), mask)
-        if detach_teacher:
+        if detach_full_width:
             teacher_scores, teacher_log_probs = teacher_scores.detach(), teacher_log_probs.detach()
 
         attention = cka = hidden.new_zeros(shape)
@@ -550,5 +550,5 @@ def sia_terms(
             student_scores = token_scores(hidden, project_query(query, [lift.to(query) for lift in lifts]))
             attention = attention_kl(student_scores, teacher_log_probs, mask, temperature, kl_direction)
         if with_cka:
-            cka, valid = topk_cka_loss(hidden, teacher_scores, mask, dims, gammas, min_k, detach_teacher)
+            cka, valid = topk_cka_loss(hidden, teacher_scores, mask, dims, gammas, min_k, detach_full_width)
         return SIATerms(attention, cka, valid)
