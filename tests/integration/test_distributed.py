@@ -15,8 +15,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 
 from conftest import DEPTH, column_features, total
 from distributed_worker import EQUAL, WITHOUT_PROJECTIONS, run_by_hand, run_drift, run_equal, run_taught
-from mipic_st import MIPICLoss
-from mipic_st.losses import pic
+from mipic_st import MIPICCallback, MIPICLoss
+from mipic_st.losses import callback, pic
 from training_fixtures import make_loss, make_trainer, parameters
 
 HERE = Path(__file__).parents[1]
@@ -54,9 +54,7 @@ def ranks(start, tmp_path_factory):
 def test_two_processes_equal_one(start, ranks, tmp_path, name):
     """After several steps model and projections are, to 1e-5, those of one process with the whole batch."""
     make, options, _ = EQUAL[name]
-    initial = parameters(
-        make(SentenceTransformer(str(start), device="cpu"), **{k: v for k, v in options.items() if k != "callback"})
-    )
+    initial = parameters(make(SentenceTransformer(str(start), device="cpu"), **options))
     expected = parameters(run_equal(name, start, tmp_path, 1))
     got = ranks[0][name]
     assert got.keys() == expected.keys()
@@ -121,64 +119,39 @@ def test_without_projections_a_sharded_model_trains(start, ranks, name):
     assert moved > 1e-3
 
 
-def test_projections_beside_a_sharded_model_are_refused(ranks):
-    """By name and with what to do: for a model sharded before, one put in later, and one sharded in place."""
+def test_training_by_several_processes_without_the_callback_is_refused(ranks):
+    """Whoever averages the gradients in a loop of their own says so; without gradients nothing is asked."""
     for rank in ranks:
-        assert rank["refusals"].keys() == {"made", "given", "run", "moved"}
-        for words in rank["refusals"].values():
-            assert words.startswith("FSDP takes over the optimizer with the parameters of the model")
-            assert "lift_init='frozen' and pic_weight=0" in words
-
-
-def wrapped_by(name):
-    """A module that holds a model as the wrapper of that name does."""
-
-    def forward(self, *arguments, **options):
-        return self.module(*arguments, **options)
-
-    def init(self, module):
-        torch.nn.Module.__init__(self)
-        self.module = module
-
-    return type(name, (torch.nn.Module,), {"__init__": init, "forward": forward})
-
-
-@pytest.mark.parametrize(
-    ("wrapper", "framework"),
-    [("DeepSpeedEngine", "DeepSpeed"), ("FullyShardedDataParallel", "FSDP"), ("DistributedDataParallel", None)],
-)
-def test_wrappers_that_shard_are_known_by_name(tiny_model, wrapper, framework):
-    """With projections they are refused, without they train as the model alone does; other wrappers are let through."""
-    model = tiny_model()
-    features = column_features(model)
-    for options in ({}, *WITHOUT_PROJECTIONS.values()):
-        loss = make_loss(model, **options)
-        expected = total(loss(features, None))
-        if framework and not options:
-            with pytest.raises(ValueError, match=f"{framework} takes over the optimizer"):
-                loss.model = wrapped_by(wrapper)(model)
-        else:
-            loss.model = loss.loss.model = wrapped_by(wrapper)(model)
-            assert torch.equal(total(loss(features, None)), expected)
+        assert "nobody averages their gradients" in rank["refusal"]
+        assert "callbacks=[MIPICCallback(loss)]" in rank["refusal"]
+        assert "lift_init='frozen' and pic_weight=0" in rank["refusal"]
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MULTI_CPU"])
-def test_the_trainer_refuses_projections_at_its_construction(tiny_model, tmp_path, monkeypatch, kind):
-    """An accelerator that is going to shard is asked before anything was sharded; the message, not a KeyError later."""
+def test_projections_beside_what_shards_are_refused(tiny_model, tmp_path, monkeypatch, kind):
+    """The callback asks the trainer's accelerator; without projections there is nothing to refuse."""
     from accelerate.state import DistributedType, PartialState
 
-    make_trainer(tiny_model(), make_loss(tiny_model()), tmp_path)
-    loss, bare = make_loss(tiny_model()), make_loss(tiny_model(), **WITHOUT_PROJECTIONS["CKA alone"])
+    model = tiny_model()
+    loss, bare = make_loss(model), make_loss(model, **WITHOUT_PROJECTIONS["CKA alone"])
+    trainer = make_trainer(model, loss, tmp_path, callbacks=[MIPICCallback(loss)])
     # accelerate shards on GPUs only, so its answer is given by hand
     monkeypatch.setattr(PartialState(), "distributed_type", DistributedType[kind])
-    bare.to("cpu")
+    event = trainer.args, trainer.state, trainer.control
+    MIPICCallback(bare).on_init_end(*event)
     if kind == "MULTI_CPU":
-        loss.to("cpu")
+        MIPICCallback(loss).on_init_end(*event)
     else:
         with pytest.raises(ValueError, match="takes over the optimizer with the parameters of the model"):
-            loss.to("cpu")
-        with pytest.raises(ValueError, match="takes over the optimizer"):
-            make_loss(tiny_model())
+            MIPICCallback(loss).on_init_end(*event)
+
+
+def test_the_trainer_refuses_them_at_its_construction(tiny_model, tmp_path, monkeypatch):
+    """The message, before anything was sharded, and not a KeyError of the optimizer later."""
+    monkeypatch.setitem(callback._SHARDING, "NO", "FSDP")
+    model = tiny_model()
+    with pytest.raises(ValueError, match="FSDP takes over the optimizer"):
+        make_trainer(model, loss := make_loss(model), tmp_path, callbacks=[MIPICCallback(loss)])
 
 
 def test_gathered_targets_are_the_concatenated_batch():

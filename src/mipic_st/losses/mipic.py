@@ -22,7 +22,6 @@ from mipic_st.losses import pic, presets, sia
 from mipic_st.losses.cached import cached_terms, require_supported
 from mipic_st.losses.distillation import similarity_divergence
 from mipic_st.losses.matryoshka import truncated_passes
-from mipic_st.losses.optimizer_hooks import ProjectionKeeper, Projections, check_not_sharded
 from mipic_st.validation import (
     as_list,
     checked_chain,
@@ -97,9 +96,10 @@ class MIPICLoss(nn.Module):
         matryoshka_dims: Embedding dimensions for the base loss, e.g. [768, 256, 64, 16]. Those below the full width
             are the prefixes of SIA. Any order; the order has no effect.
         matryoshka_weights: One weight per dim for the base loss. Default: 1 for each.
-        n_dims_per_step: Number of dims that the base loss is applied to in each training step, drawn by a generator of
-            the loss's own, which checkpoints hold with :class:`~mipic_st.losses.callback.MIPICCallback` only. -1 is all
-            of them. Evaluation always uses all. The alignment terms always use all.
+        n_dims_per_step: Number of dims that the base loss is applied to in each training batch; -1 is all. They are
+            drawn from the seed, the trainer's step (known with :class:`~mipic_st.losses.callback.MIPICCallback`) and
+            the batch within it; without the callback from the number of the batch in this process, so that a resumed
+            run draws other dims than the interrupted one. Evaluation and the other terms always use all dims.
         alpha: Weight of the base term in Eq. 18, in [0, 1].
         attention_weight: Weight of SIA's attention term (Eq. 6), >= 0. Zero switches it off. Small by default: with a
             weight of 1 a model with random upper layers got worse at full width, by 1.6 points with
@@ -165,7 +165,9 @@ class MIPICLoss(nn.Module):
     Shapes:
         B sentences per column, L padded tokens, D full width, K dims: hidden states are (B, L, D). Parameters, if there
         are any: one (d, D) lift per SIA layer and prefix, and one two-layer head per PIC link, all under
-        ``mipic_projections``.
+        ``mipic_projections``. They need :class:`~mipic_st.losses.callback.MIPICCallback`: without it they are neither
+        saved with checkpoints nor clipped, which is logged, and training in several processes is refused. That a run
+        was resumed without them cannot be seen from here.
 
     Returns:
         dict[str, Tensor]: Scalars, already weighted, whose sum is the loss. Names are ``matryoshka``
@@ -282,17 +284,17 @@ class MIPICLoss(nn.Module):
         self.token_importance = checked_choice("token_importance", token_importance, ("similarity", "attention"))
         self.gather_across_devices = checked_flag("gather_across_devices", gather_across_devices)
         self.seed = checked_count("seed", seed, least=0)
-        self._dim_generator = random.Random(self.seed)
-        # Set by MIPICCallback: for error messages, and where fp16's gradient scaler skips bad batches by itself.
-        self.global_step: int | None = None
+        # Set by MIPICCallback; a loop of your own that looks after the projections sets managed.
+        self.managed = False
         self.skips_nonfinite = False
-        self._batches = 0
+        self.global_step: int | None = None
+        self._batches = self._batches_before_step = 0
 
         self.prefixes: tuple[int, ...] = ()
         self.sia_layers: tuple[int, ...] = ()
         self.pic_chain: tuple[tuple[int, int], ...] = ()
         self.gammas: tuple[float, ...] = ()
-        self.mipic_projections = Projections()
+        self.mipic_projections = nn.ModuleDict()
         wanted = self.attention_weight or self.cka_weight or self.pic_weight
         self._backbone: Backbone | None = backbone_of(model) if wanted and self.alpha < 1 else None
         self._behind = list(unwrap(model).children())[1:]
@@ -302,8 +304,6 @@ class MIPICLoss(nn.Module):
         self._first_shown: int | None = None
         if self._backbone is not None:
             self._set_up_alignment(self._backbone, sia_layers, pic_chain, gammas)
-        check_not_sharded(model, self.mipic_projections)
-        self.keeper = ProjectionKeeper(self.mipic_projections)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """The trainer puts wrapped models here, and with ``model_init`` a new one for each run."""
@@ -313,7 +313,6 @@ class MIPICLoss(nn.Module):
 
     def _follow(self, model: nn.Module) -> None:
         """Begin anew with another model, everything as at the start, so that no trial inherits from the last."""
-        check_not_sharded(model, self.mipic_projections)
         if unwrap(model) is unwrap(self.model):
             return
         settings: dict[str, Any] = {
@@ -330,25 +329,15 @@ class MIPICLoss(nn.Module):
                 f"This MIPICLoss was made for a model of (depth, width) {shapes[0]}, and model_init made one of "
                 f"{shapes[1]}. Make a trainer and a loss for each shape."
             )
-        if not self.mipic_projections.loaded:
-            self.mipic_projections.restart(fresh.mipic_projections)
-        self._backbone, self._dim_generator, self._batches = fresh._backbone, fresh._dim_generator, 0
+        # Before the first batch they are as they were made, or were loaded to start from.
+        for own, other in zip(self.parameters_of_its_own(), fresh.parameters_of_its_own(), strict=True):
+            if self._batches:
+                own.data.copy_(other.data)
+                own.grad = None
+        self._backbone, self._batches = fresh._backbone, 0
+        self.begin_step(None)
         self._behind = fresh._behind
         self._model_checked, self._first_shown = False, None
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move, as the trainer does at its construction: what it is going to shard is known from then on."""
-        check_not_sharded(self.model, self.mipic_projections)
-        return super().to(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: all but the keeper, which belongs to these very projections."""
-        return {name: value for name, value in self.__dict__.items() if name != "keeper"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give a copy a keeper of its own."""
-        super().__setstate__(state)
-        self.keeper = ProjectionKeeper(self.mipic_projections)
 
     def _set_up_alignment(
         self,
@@ -490,14 +479,12 @@ class MIPICLoss(nn.Module):
                 f"[model.preprocess(anchors), model.preprocess(positives)], got {type(sentence_features).__name__} of "
                 f"{type(features[0]).__name__}."
             )
-        self._batches += self.model.training
+        self._begin_batch()
         masks = [column.get("attention_mask") for column in features]
         if any(isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == 0 for mask in masks):
             # encoders fail on a column of length 0, each in its own words
             where = self._empty_texts(features)
             raise ValueError(f"MIPICLoss: a column has no token at all at {self._place()}. {where}")
-        if self._batches < 2:
-            check_not_sharded(self.model, self.mipic_projections)
         compute = self._forward_cached if self._uses_cache else self._forward
         if not self.distill_weight or self.alpha == 1:
             return compute(features, labels, None)
@@ -729,47 +716,42 @@ class MIPICLoss(nn.Module):
         """Whether the base loss is applied to some dims in each training step, not to all."""
         return 0 < self.n_dims_per_step < len(self.matryoshka_dims)
 
-    @property
-    def trained(self) -> bool:
-        """Whether there was a training batch yet."""
-        return self._batches > 0
+    def parameters_of_its_own(self) -> list[nn.Parameter]:
+        """The projections."""
+        return list(self.mipic_projections.parameters())
+
+    def begin_step(self, step: int | None) -> None:
+        """Note the trainer's step, which ``n_dims_per_step`` and messages go by; None outside of a training."""
+        self.global_step, self._batches_before_step = step, self._batches
+
+    def _begin_batch(self) -> None:
+        """Count it, and say or refuse it if nobody looks after the projections."""
+        self._batches += self.model.training
+        if self.managed or not self.model.training or not torch.is_grad_enabled() or not self.parameters_of_its_own():
+            return
+        fix = (
+            "SentenceTransformerTrainer(..., callbacks=[MIPICCallback(loss)]) does; in a loop of your own do it, and "
+            "set loss.managed = True."
+        )
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise RuntimeError(
+                "MIPICLoss has projections, and in training by several processes nobody averages their gradients. "
+                f"{fix} The defaults have no projections: lift_init='frozen' and pic_weight=0."
+            )
+        if self._batches == 1:
+            logger.warning(
+                "MIPICLoss has projections, which nobody clips, saves with checkpoints or restores from them: a run "
+                "that is resumed goes on with others. %s",
+                fix,
+            )
 
     def _draw_dims(self) -> Sequence[int]:
         """Indices of the dims for this step, largest dim first: all of them, or a seeded draw while training."""
         count = len(self.matryoshka_dims)
         if not self.draws_dims or not self.model.training:
             return range(count)
-        self.keeper.note_draw(self.model)
-        return sorted(self._dim_generator.sample(range(count), self.n_dims_per_step))
-
-    def _draw_state(self) -> list[Any]:
-        """State of the draw of dims, as JSON can hold it."""
-        version, numbers, gauss = self._dim_generator.getstate()
-        return [version, list(numbers), gauss]
-
-    def _set_draw_state(self, state: Sequence[Any]) -> None:
-        """Continue the draw of dims where :meth:`_draw_state` was taken.
-
-        Args:
-            state: What that returned.
-        """
-        version, numbers, gauss = state
-        self._dim_generator.setstate((version, tuple(numbers), gauss))
-        self.keeper.draws_restored = True
-
-    def get_extra_state(self) -> Tensor:
-        """The state of the draw of dims, which goes into ``state_dict()`` as whole numbers."""
-        version, numbers, _ = self._draw_state()
-        return torch.tensor([version, *numbers])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Continue the draw of dims; ``load_state_dict`` calls this.
-
-        Args:
-            state: What :meth:`get_extra_state` gave.
-        """
-        version, *numbers = state.tolist()
-        self._set_draw_state([version, numbers, None])
+        key = f"{self.seed} {self.global_step} {self._batches - self._batches_before_step}"
+        return sorted(random.Random(key).sample(range(count), self.n_dims_per_step))
 
     def _columns(self, recorder: Recorder, features: list[dict[str, Tensor]]) -> int:
         """B, the number of sentences in one column.
