@@ -6,8 +6,8 @@
 
 Without GPUs the first line starts a single process, whatever --num_processes says, hence the second, where --multi_gpu
 only means several processes; torchrun --nproc-per-node 2 does the same. The first line printed tells how many run.
---batch-size counts per process. MIPICLoss keeps its projections equal on all processes by itself. gather_across_devices
-is set twice: on the base loss for its negatives, and on MIPICLoss for those of PIC.
+--batch-size counts per process. MIPICCallback keeps projections, if there are any, equal on all processes.
+gather_across_devices is set twice: on the base loss for its negatives, and on MIPICLoss for those of PIC.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def sia_values(
     min_k=8,
     temperature=0.05,
     direction="prefix_full",
-    teacher_attention=None,
+    full_attention=None,
 ):
     """Eq. 6 and Eq. 12 of one layer: attention (B, n), CKA (B, n), validity of the latter (B, n)."""
     attention, distance, valid = [], [], []
@@ -89,11 +89,11 @@ def sia_values(
         attention.append([])
         distance.append([])
         valid.append([])
-        if teacher_attention is None:
+        if full_attention is None:
             importance = scores(tokens, query[b]) if real else []
             teacher = log_softmax(importance, temperature) if real else []
         else:
-            importance = [float(teacher_attention[b][j]) for j in real]
+            importance = [float(full_attention[b][j]) for j in real]
             teacher = [math.log(value / sum(importance)) for value in importance]
         for i, dim in enumerate(dims):
             if not real:

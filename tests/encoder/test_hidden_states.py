@@ -38,14 +38,14 @@ def test_records_all_layers_of_the_same_pass(tiny_model, architecture):
     original = model[0].auto_model.forward
     model[0].auto_model.forward = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
     before = snapshot(model)
-    with recording.record_states(model, backbone.depth) as recorder:
+    with recording.record_states(model, backbone) as recorder:
         outputs = [model(features) for features in column_features(model)]
     assert len(calls) == 2, "one encoder pass per column, no second forward"
     assert snapshot(model) == before
     assert len(recorder.passes) == 2
     for recorded, output in zip(recorder.passes, outputs, strict=True):
         assert len(recorded.hidden_states) == DEPTH + 1
-        assert torch.equal(recorded.pool(backbone.pooling, recorded.hidden_states[DEPTH]), output["sentence_embedding"])
+        assert torch.equal(recorded.pool(recorded.hidden_states[DEPTH]), output["sentence_embedding"])
         assert "all_layer_embeddings" not in output
         states = recorded.hidden_states
         assert not torch.allclose(states[1], states[2]), "layers are told apart"
@@ -55,7 +55,7 @@ def test_a_config_that_already_asks_for_states_keeps_them(tiny_model):
     """What was switched on before by somebody else stays on, in config and output."""
     model = tiny_model()
     model[0].auto_model.config.output_hidden_states = True
-    with recording.record_states(model, DEPTH):
+    with recording.record_states(model, backbone_of(model)):
         output = model(column_features(model, columns=1)[0])
     assert model[0].auto_model.config.output_hidden_states is True
     assert len(output["all_layer_embeddings"]) == DEPTH + 1
@@ -66,7 +66,7 @@ def test_an_exception_leaves_nothing_patched(tiny_model, error):
     """Forward, config and instance attributes are as before after any exception, also inside nested blocks."""
     model = tiny_model()
     before = snapshot(model)
-    with pytest.raises(error), recording.record_states(model, DEPTH), truncated_passes(model) as passes:
+    with pytest.raises(error), recording.record_states(model, backbone_of(model)), truncated_passes(model) as passes:
         passes.start_dim(16)
         model(column_features(model, columns=1)[0])
         raise error
@@ -83,7 +83,7 @@ def test_an_instance_forward_that_was_there_is_put_back(tiny_model):
         return original(features)
 
     model.forward = own_forward
-    with recording.record_states(model, DEPTH) as recorder:
+    with recording.record_states(model, backbone_of(model)) as recorder:
         model(column_features(model, columns=1)[0])
     assert model.forward is own_forward
     assert len(calls) == len(recorder.passes) == 1
@@ -95,7 +95,7 @@ def test_attention_maps_are_those_before_dropout(tiny_model, architecture):
     model = tiny_model(architecture, **pooling_of(architecture))
     recording.require_eager_attention(model)
     features = model.preprocess(sentences(5))
-    with recording.record_states(model, DEPTH, "detached") as recorder:
+    with recording.record_states(model, backbone_of(model), "detached") as recorder:
         model(dict(features))
     inputs = {key: features[key] for key in ("input_ids", "attention_mask")}
     expected = model[0].auto_model(**inputs, output_attentions=True).attentions
@@ -103,7 +103,7 @@ def test_attention_maps_are_those_before_dropout(tiny_model, architecture):
         torch.testing.assert_close(seen, attention.mean(dim=1))
 
     model.train()
-    with recording.record_states(model, DEPTH, "detached") as recorder:
+    with recording.record_states(model, backbone_of(model), "detached") as recorder:
         model(dict(features))
     real = features["attention_mask"].bool()
     for seen in recorder.passes[0].attentions:
@@ -137,7 +137,7 @@ def test_recording_attention_without_eager_is_an_error(tiny_model):
     model = tiny_model()
     with (
         pytest.raises(RuntimeError, match="needs eager attention"),
-        recording.record_states(model, DEPTH, "detached"),
+        recording.record_states(model, backbone_of(model), "detached"),
     ):
         model(column_features(model, columns=1)[0])
 
@@ -152,11 +152,11 @@ def test_pooling_of_a_layer_is_the_models_own(tiny_model, pooling, padding_side)
         pytest.skip("before sentence-transformers 6.2, weightedmean counted left padding as positions")
     model = tiny_model("bert", pooling=pooling, padding_side=padding_side)
     features = model.preprocess(sentences(6))
-    with recording.record_states(model, DEPTH) as recorder:
+    with recording.record_states(model, backbone_of(model)) as recorder:
         model(dict(features))
     recorded = recorder.passes[0]
     for layer in (1, 2):
-        vector = recorded.pool(model[1], recorded.hidden_states[layer])
+        vector = recorded.pool(recorded.hidden_states[layer])
         for row in range(6):
             real = recorded.hidden_states[layer][row][features["attention_mask"][row].bool()]
             weights = torch.arange(1, len(real) + 1.0)[:, None]
@@ -178,10 +178,10 @@ def test_prompt_tokens_are_left_out_of_pooling_only_where_the_model_leaves_them_
     features = model.preprocess(texts, prompt="the old ")
     assert "prompt_length" in features
     length = int(features["prompt_length"])
-    with recording.record_states(model, DEPTH) as recorder:
+    with recording.record_states(model, backbone_of(model)) as recorder:
         output = model(dict(features))
     recorded = recorder.passes[0]
-    vector = recorded.pool(model[1], recorded.hidden_states[DEPTH])
+    vector = recorded.pool(recorded.hidden_states[DEPTH])
     assert torch.equal(vector, output["sentence_embedding"])
     assert torch.equal(recorded.mask, features["attention_mask"].bool())
     real = recorded.hidden_states[DEPTH][0][features["attention_mask"][0].bool()]
@@ -194,7 +194,7 @@ def test_truncated_passes_run_the_model_once(tiny_model):
     features = column_features(model)
     expected = [model(dict(column))["sentence_embedding"] for column in features]
     seen = {}
-    with recording.record_states(model, DEPTH) as recorder, truncated_passes(model) as passes:
+    with recording.record_states(model, backbone_of(model)) as recorder, truncated_passes(model) as passes:
         for dim in (32, 8):
             passes.start_dim(dim)
             seen[dim] = [model(column)["sentence_embedding"] for column in features]
@@ -220,13 +220,13 @@ def test_a_base_loss_that_calls_the_model_more_often_later_is_refused(tiny_model
 def test_flattened_inputs_are_refused(tiny_model):
     """No attention mask, no rows: said with the fix."""
     model = tiny_model()
-    with pytest.raises(ValueError, match="unpad_inputs = False"), recording.record_states(model, DEPTH):
+    with pytest.raises(ValueError, match="unpad_inputs = False"), recording.record_states(model, backbone_of(model)):
         model({"input_ids": torch.ones(1, 9, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 4, 9])})
 
 
 def test_base_loss_merging_columns_is_one_pass(tiny_model):
     """Where sentence-transformers merges columns, one recorded pass holds them all (anchors stay apart)."""
     model = tiny_model()
-    with recording.record_states(model, DEPTH) as recorder:
+    with recording.record_states(model, backbone_of(model)) as recorder:
         MultipleNegativesRankingLoss(model)(column_features(model, columns=4), None)
     assert [len(recorded.mask) for recorded in recorder.passes] == [6, 18]

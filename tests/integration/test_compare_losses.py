@@ -171,7 +171,7 @@ def test_a_teacher_makes_a_row(script, tiny_model, tmp_path):
     script.args.teacher = str(other)
     assert (script.with_teacher(tmp_path, data).train["label"][:] != made.train["label"][:]).any(), "of one name only"
     loss = script.make_loss("mipic-teacher", tiny_model(), pairs)
-    assert loss.distill_weight == 4.0
+    assert loss.settings.distill_weight == 4.0
     scored = Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]})
     with pytest.raises(SystemExit, match="are for pairs, and the training data are scored"):
         script.make_loss("mipic-teacher", tiny_model(), scored)

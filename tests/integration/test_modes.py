@@ -216,7 +216,7 @@ def test_prompts(tiny_model, tmp_path, base, include_prompt):
         model, loss, tmp_path, max_steps=3, prompts={"anchor": "the old man buys ", "positive": "a letter without "}
     )
     seen = []
-    loss._backbone.pooling.register_forward_pre_hook(lambda _, args: seen.append(args[0].get("prompt_length")))
+    model[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].get("prompt_length")))
     check_run(trainer, loss)
     assert seen
     if not include_prompt:

@@ -205,7 +205,7 @@ def test_base_losses_that_cannot_have_a_teacher(tiny_model):
         def forward(self, sentence_features, labels):
             return super().forward(sentence_features[:2], labels)
 
-    with pytest.raises(RuntimeError, match="12 sentences, and labels are the teacher's vectors of 3 columns of 6"):
+    with pytest.raises(RuntimeError, match="12 sentences, and labels are the larger model's vectors of 3 columns of 6"):
         alone(model, Half(model))(column_features(model, 3), teacher_vectors(columns=3))
 
 
@@ -217,7 +217,7 @@ def test_settings_are_kept(tiny_model):
     config = loss.get_config_dict()
     assert (config["distill_weight"], config["distill_temperature"]) == (2.5, 0.3)
     loss.model = tiny_model()
-    assert (loss.distill_weight, loss.distill_temperature) == (2.5, 0.3)
+    assert (loss.settings.distill_weight, loss.settings.distill_temperature) == (2.5, 0.3)
 
 
 # --- the data ---------------------------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from torch import nn
 import mipic_st.losses.mipic as loss_module
 from conftest import ARCHITECTURES, DEPTH, DIMS, WIDTH, all_terms, column_features, gradients, sentences, total
 from mipic_st import MIPICLoss
-from mipic_st.encoder.structure import Backbone
-from mipic_st.losses import presets
+from mipic_st.encoder import hidden_states
+from mipic_st.encoder.structure import Backbone, backbone_of
+from mipic_st.losses import matryoshka, presets
 
 TERMS = ["matryoshka", "sia_attention", "sia_cka", "pic"]
 
@@ -157,26 +158,29 @@ def test_dict_valued_base_loss(tiny_model):
 # --- n_dims_per_step --------------------------------------------------------------------------------------------
 
 
+class Seen(losses.MultipleNegativesRankingLoss):
+    """Notes the dims that it is applied to, in each batch."""
+
+    def forward(self, sentence_features, labels):
+        embeddings = [self.model(features)["sentence_embedding"] for features in sentence_features]
+        self.dims = [*getattr(self, "dims", []), embeddings[0].shape[1]]
+        return self.compute_loss_from_embeddings(embeddings, labels)
+
+
 def drawn_dims(loss, model, steps):
     """Dims that the base loss was called with, per step."""
     drawn = []
     for step in range(steps):
-        widths = []
-        handle = loss.loss.register_forward_hook(lambda *_, widths=widths: widths.append(1))
-        seen, original = [], loss._draw_dims
-        loss._draw_dims = lambda seen=seen, original=original: seen.extend(original()) or seen
+        loss.loss.dims = []
         loss(column_features(model, seed=step), None)
-        handle.remove()
-        del loss._draw_dims
-        assert len(widths) == len(seen)
-        drawn.append([loss.matryoshka_dims[index] for index in seen])
+        drawn.append(loss.loss.dims)
     return drawn
 
 
-def test_drawn_dims_come_from_the_losss_own_generator(tiny_model):
+def test_drawn_dims_come_from_seed_and_batch(tiny_model):
     """Same seed, same draws (so every rank agrees); another seed, others; the global generators are not touched."""
     model = tiny_model().train()
-    base = losses.MultipleNegativesRankingLoss(model)
+    base = Seen(model)
 
     def make(seed):
         return all_terms(model, base, DIMS, None, 2, alpha=1, seed=seed)
@@ -193,12 +197,42 @@ def test_drawn_dims_come_from_the_losss_own_generator(tiny_model):
 def test_evaluation_uses_all_dims(tiny_model):
     """With the model in eval mode the draw is off, and it does not advance the training draws."""
     model = tiny_model().train()
-    base = losses.MultipleNegativesRankingLoss(model)
+    base = Seen(model)
     loss = all_terms(model, base, DIMS, None, 1, alpha=1)
     model.eval()
     assert drawn_dims(loss, model, 2) == [DIMS, DIMS]
     model.train()
     assert drawn_dims(loss, model, 4) == drawn_dims(all_terms(model, base, DIMS, None, 1, alpha=1), model, 4)
+
+
+@pytest.mark.parametrize("base", [Seen, losses.CachedMultipleNegativesRankingLoss])
+def test_drawn_dims_follow_the_step(tiny_model, base, monkeypatch):
+    """From seed, step and batch within the step alone: a run that begins at a later step draws what it would have.
+
+    Evaluation between two batches and a generator that others moved make no difference.
+    """
+    model = tiny_model().train()
+    drawn = []
+    monkeypatch.setattr(loss_module, "drawn", lambda *given: drawn.append(matryoshka.drawn(*given)) or drawn[-1])
+
+    def run_steps(steps, evaluate=False):
+        drawn.clear()
+        loss = all_terms(model, base(model), DIMS, None, 2, alpha=1)
+        for step in steps:
+            loss.begin_step(step)
+            for _ in range(2):
+                loss(column_features(model), None)
+                if evaluate:
+                    random.random()
+                    model.eval()
+                    loss(column_features(model), None)
+                    model.train()
+        return [tuple(dim for dim, _ in dims) for dims in drawn]
+
+    whole = run_steps(range(6))
+    assert len(whole) == 12
+    assert len(set(whole)) > 3
+    assert run_steps(range(3, 6), evaluate=True) == whole[6:]
 
 
 # --- sharing, columns, wrappers ---------------------------------------------------------------------------------
@@ -520,8 +554,8 @@ def test_lifts_start_at_plain_truncation(tiny_model):
     """The identity lift makes the student's score the truncated dot product."""
     model = tiny_model()
     loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS)
-    for dim, lift in zip((4, 8, 16), loss._lifts(3), strict=True):
-        assert torch.equal(lift, torch.eye(WIDTH)[:dim])
+    for dim in (4, 8, 16):
+        assert torch.equal(loss.mipic_projections.get_parameter(f"sia.3.{dim}"), torch.eye(WIDTH)[:dim])
 
 
 def test_config_and_citation(tiny_model):
@@ -555,17 +589,19 @@ def test_published_backbones_get_the_published_tables(tiny_model, monkeypatch, r
     """Table 7 and App. A.5, by name or by shape."""
     model = tiny_model()
     backbone = Backbone(recipe.depth, recipe.width, Pooling(recipe.width))
-    monkeypatch.setattr(loss_module, "backbone_of", lambda _: backbone)
+    for module in (loss_module, hidden_states):
+        monkeypatch.setattr(module, "backbone_of", lambda _: backbone)
     monkeypatch.setattr(loss_module, "embedding_width", lambda _: recipe.width)
     base = losses.MultipleNegativesRankingLoss(model)
     loss = MIPICLoss.from_preset(model, base, preset=recipe.name if by == "name" else "paper")
     assert loss.matryoshka_dims == (recipe.width, 512, 256, 128, 64, 32, 16)
-    assert loss.alpha == recipe.alpha
+    assert loss.settings.alpha == recipe.alpha
     assert loss.sia_layers == recipe.sia_layers
     assert loss.pic_chain == recipe.pic_chain
-    assert loss.gammas == (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-    assert loss.attention_temperature == loss.chain_temperature == 0.05
-    assert (loss.aggregation, loss.detach_full_width, loss.lift_init) == ("sum", False, "random")
+    settings = loss.get_config_dict()
+    assert settings["gammas"] == (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    assert settings["attention_temperature"] == settings["chain_temperature"] == 0.05
+    assert (settings["aggregation"], settings["detach_full_width"], settings["lift_init"]) == ("sum", False, "random")
 
 
 def test_presets_can_be_overridden_and_are_checked(tiny_model):
@@ -573,7 +609,7 @@ def test_presets_can_be_overridden_and_are_checked(tiny_model):
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
     loss = MIPICLoss.from_preset(model, base, "paper", DIMS, alpha=0.9, sia_layers=[2])
-    assert (loss.alpha, loss.sia_layers, loss.lift_init) == (0.9, (2,), "random")
+    assert (loss.settings.alpha, loss.sia_layers, loss.settings.lift_init) == (0.9, (2,), "random")
     assert (
         MIPICLoss.from_preset(model, base, "default", DIMS).get_config_dict()
         == MIPICLoss(model, base, DIMS).get_config_dict()
@@ -591,10 +627,13 @@ def test_the_released_run_is_a_preset(tiny_model, monkeypatch):
     model = tiny_model()
     base = losses.MultipleNegativesRankingLoss(model)
     loss = MIPICLoss.from_preset(model, base, "released", DIMS)
-    assert (loss.alpha, loss.attention_weight, loss.chain_temperature, loss.detach_full_width) == (0.6, 0, 0.07, False)
+    settings = loss.settings
+    assert (settings.alpha, settings.attention_weight, settings.chain_temperature) == (0.6, 0, 0.07)
+    assert settings.detach_full_width is False
     assert loss.pic_chain == ((4, 1), (16, 2), (32, 3))
     backbone = Backbone(12, 768, Pooling(768))
-    monkeypatch.setattr(loss_module, "backbone_of", lambda _: backbone)
+    for module in (loss_module, hidden_states):
+        monkeypatch.setattr(module, "backbone_of", lambda _: backbone)
     monkeypatch.setattr(loss_module, "embedding_width", lambda _: 768)
     assert MIPICLoss.from_preset(model, base, "released").pic_chain == ((16, 4), (128, 8), (768, 12))
 
@@ -829,4 +868,4 @@ def test_an_exception_in_the_base_loss_leaves_nothing_behind(tiny_model):
 
 def test_depth_is_the_models(tiny_model):
     """Guard: the tiny models have the depth that the tests assume."""
-    assert loss_module.backbone_of(tiny_model()).depth == DEPTH
+    assert backbone_of(tiny_model()).depth == DEPTH

@@ -22,7 +22,9 @@ from conftest import (
     total,
 )
 from mipic_st import MIPICLoss
+from mipic_st.encoder import hidden_states
 from mipic_st.losses import pic
+from mipic_st.losses.terms import Observers
 from training_fixtures import EVERY_TERM
 
 BASES = {
@@ -63,7 +65,7 @@ def test_a_pooling_that_does_more_is_refused(transformer_folder):
         MIPICLoss(model, BASES["plain"](model), DIMS)(column_features(model), None)
 
 
-def test_the_model_is_checked_once_and_left_alone(tiny_model):
+def test_the_model_is_checked_once_and_left_alone(tiny_model, monkeypatch):
     """A pass of a few tokens once per model, none later; neither modes nor random state are touched."""
     model = tiny_model("bert", tail="labse", training=True)
     loss = MIPICLoss(model, BASES["plain"](model), DIMS)
@@ -71,18 +73,17 @@ def test_the_model_is_checked_once_and_left_alone(tiny_model):
     model[0].auto_model.encoder.register_forward_hook(lambda *_: calls.append(1))
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
     features = column_features(model)
-    with torch.no_grad(), loss._recorded() as recorder:
+    with torch.no_grad(), loss.record():
         assert torch.equal(state, torch.get_rng_state())
         model(features[0])
-    used = torch.get_rng_state()
-    loss._check_model(recorder.passes[0])
+        used = torch.get_rng_state()
     assert torch.equal(used, torch.get_rng_state())
     assert not torch.equal(used, state), "dropout of the pass itself"
     assert modes == [module.training for module in model.modules()]
     assert len(calls) == 2
     loss(column_features(model), None)
     assert len(calls) == 4
-    loss._check_model = lambda _: pytest.fail("checked again")
+    monkeypatch.setattr(hidden_states, "require_served_states", lambda *_: pytest.fail("checked again"))
     loss(column_features(model), None)
 
 
@@ -97,7 +98,7 @@ def test_layers_are_counted_from_what_the_encoder_shows(tmp_path):
     outputs = []
     for block in model[0].auto_model.layers:
         block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
-    with torch.no_grad(), loss._recorded() as recorder:
+    with torch.no_grad(), loss.record() as recorder:
         outputs.clear()
         model(column_features(model)[0])
     states = recorder.passes[0].hidden_states
@@ -115,6 +116,14 @@ def bare(model: SentenceTransformer) -> SentenceTransformer:
     """Take the special tokens away, so that an empty text has no token."""
     model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     return model
+
+
+def alignment(loss, features):
+    """The alignment terms of one column alone, without a base loss, which cannot bear empty texts."""
+    observers = Observers(list(loss.terms.values()), 1 - loss.settings.alpha, loss.record)
+    with observers.recording() as recorder:
+        loss.model(features)
+    return observers.reduce([observers.observe(recorder.passes[0])])
 
 
 MODELS = [
@@ -142,9 +151,7 @@ def test_empty_texts_add_nothing_to_the_terms(tiny_model, architecture, pooling,
         features = model.preprocess(batch)
         if name == "with":
             assert features["attention_mask"][1].sum() == 0
-        with loss._recorded() as recorder:
-            model(features)
-        terms = loss._alignment_terms([loss._observe(recorder.passes[0])], len(batch))
+        terms = alignment(loss, features)
         loss.zero_grad()
         total(terms).backward()
         # the mean of the attention term is over all sentences
@@ -162,10 +169,7 @@ def test_only_a_prompt_is_no_text_where_prompts_are_not_pooled(tiny_model):
     """Whether a sentence has a token is asked of the pooling."""
     model = bare(tiny_model(pooling="max", include_prompt=False))
     loss = all_terms(model, BASES["plain"](model), DIMS)
-    with loss._recorded() as recorder:
-        model(model.preprocess(["", *sentences(3)], prompt="the old "))
-    terms = loss._alignment_terms([loss._observe(recorder.passes[0])], 4)
-    total(terms).backward()
+    total(alignment(loss, model.preprocess(["", *sentences(3)], prompt="the old "))).backward()
     assert all(gradient.isfinite().all() for gradient in gradients(loss).values())
 
 

@@ -56,7 +56,7 @@ def test_terms_equal_the_reference(tiny_model, architecture, pooling, side, sett
 
     attention, distance = [], []
     for layer in config["sia_layers"]:
-        lifts = [lift.detach().double().numpy() for lift in loss._lifts(layer)]
+        lifts = [lift.detach().double().numpy() for lift in loss.terms["sia"].lifts(layer)]
         values = []
         for states, maps, mask in outputs:
             hidden = states[layer]
@@ -90,7 +90,7 @@ def test_terms_equal_the_reference(tiny_model, architecture, pooling, side, sett
         ]
         for dim, layer in config["pic_chain"]
     ]
-    for index, head in enumerate(loss._chain_heads()):
+    for index, head in enumerate(loss.terms["pic"].children()):
         parameters = [parameter.detach().double().numpy() for parameter in head.parameters()]
         links.append(
             np.mean(

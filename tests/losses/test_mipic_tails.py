@@ -151,16 +151,13 @@ def test_pushed_tokens_pool_to_the_pushed_vector_where_the_tail_is_affine(tiny_m
     """What the docstring calls exact."""
     from mipic_st.encoder.hidden_states import record_states
     from mipic_st.encoder.structure import backbone_of
-    from mipic_st.encoder.tail import push_vectors
 
     model = tiny_model(tail=name)
-    backbone = backbone_of(model)
-    with torch.no_grad(), record_states(model, DEPTH) as recorder:
+    with torch.no_grad(), record_states(model, backbone_of(model)) as recorder:
         model(column_features(model, columns=1)[0])
     recorded = recorder.passes[0]
-    for states in recorded.hidden_states.values():
-        tokens_first = recorded.pool(model[1], push_vectors(backbone.steps, states))
-        torch.testing.assert_close(tokens_first, push_vectors(backbone.steps, recorded.pool(model[1], states)))
+    for layer in recorded.hidden_states:
+        torch.testing.assert_close(recorded.pool(recorded.tokens(layer)), recorded.vectors(layer))
 
 
 def test_without_steps_nothing_changes(tiny_model):
@@ -197,9 +194,9 @@ def test_padding_and_neighbours_do_not_matter(tiny_model, name):
 
     def observed(batch):
         features = model.preprocess(batch)
-        with torch.no_grad(), loss._recorded() as recorder:
+        with torch.no_grad(), loss.record() as recorder:
             model(features)
-        return loss._observe(recorder.passes[0]).layers
+        return [loss.terms["sia"].per_sentence(recorder.passes[0], layer) for layer in loss.sia_layers]
 
     together = observed([*texts, sentences(1, seed=9, shortest=14)[0] * 2])
     for row, text in enumerate(texts):
@@ -373,8 +370,9 @@ def test_everything_follows_the_tails_width(tiny_model, name):
     model, width = tiny_model(tail=name), TAILS[name].width
     base = losses.MultipleNegativesRankingLoss(model)
     loss = all_terms(model, base, tail_dims(name))
-    assert loss.prefixes == (4, 8, 16)
-    assert [tuple(lift.shape) for lift in loss._lifts(DEPTH)] == [(dim, width) for dim in loss.prefixes]
+    term = loss.terms["sia"]
+    assert term.prefixes == (4, 8, 16)
+    assert [tuple(lift.shape) for lift in term.lifts(DEPTH)] == [(dim, width) for dim in term.prefixes]
     assert loss.pic_chain[-1] == (width, DEPTH)
     with pytest.raises(ValueError, match=f"exceed the model's width of {width}"):
         MIPICLoss(model, base, [width + 1, 8])

@@ -1,10 +1,7 @@
-"""What a loss changes in the model that it is given: its forward, and what its config asks for.
+"""What a model's forward passes produced at each layer, recorded while somebody else runs the model.
 
-Both are undone when their ``with`` block ends, however it ends; only :func:`require_eager_attention` is for good:
-
-- :func:`record_states` keeps what every forward pass of the model produced at each layer.
-- :func:`truncated_passes` lets a base loss run once per truncation dimension on one set of forward passes.
-- :func:`stand_in` copies a loss with other methods, so that the loss itself need not be changed.
+What the recording changes in the model, its forward and what its config asks for, is undone when the ``with`` block
+ends, however it ends. Only :func:`require_eager_attention` is for good.
 """
 
 from __future__ import annotations
@@ -13,15 +10,18 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from mipic_st.encoder.final_norm import states_by_layer
-from mipic_st.encoder.structure import unwrap
+from mipic_st.encoder.final_norm import first_shown, states_by_layer
+from mipic_st.encoder.structure import Backbone, backbone_of, require_same_vectors, unwrap
+from mipic_st.encoder.tail import push_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -30,37 +30,65 @@ Features = dict[str, Any]
 
 @dataclass
 class RecordedPass:
-    """One forward pass of the model.
+    """One forward pass of the model over R sentences.
+
+    Without a backbone, the sentence embedding is all there is.
 
     Attributes:
-        hidden_states: (R, L, D) by layer, up to depth; 0 is the embedding layer, if the encoder shows it. R rows are
-            one input column of B sentences, or several columns one after the other.
+        sentence_embedding: (R, D), what the model gave. R rows are one input column of B sentences, or several columns
+            one after the other.
+        backbone: The model's depth, pooling and tail.
+        hidden_states: (R, L, width of the encoder) by layer, up to depth; 0 is the embedding layer, if the encoder
+            shows it.
         mask: (R, L), true at real tokens.
         attentions: One tensor (R, L, L) per layer, heads averaged, before attention dropout; rows are queries.
             Empty unless asked for.
         prompt_length: What the features said about a prompt, if anything.
         token_embeddings: What the model's Transformer said was the last state, if it said so.
-        sentence_embedding: (R, D), what the model gave.
     """
 
-    hidden_states: dict[int, Tensor]
-    mask: Tensor
-    attentions: list[Tensor]
+    sentence_embedding: Tensor
+    backbone: Backbone | None = None
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    mask: Tensor = field(default_factory=lambda: torch.empty(0))
+    attentions: list[Tensor] = field(default_factory=list)
     prompt_length: Any = None
     token_embeddings: Tensor | None = None
-    sentence_embedding: Tensor | None = None
 
-    def has_text(self, pooling: Pooling) -> Tensor:
-        """Which sentences have a token that is pooled. An empty text may have none, its vector is then no vector."""
-        return pooled_tokens(self.mask, pooling, self.prompt_length) > 0
+    @property
+    def pooling(self) -> Pooling:
+        """The model's own pooling."""
+        assert self.backbone is not None
+        return self.backbone.pooling
 
-    def pool(self, pooling: Pooling, tokens: Tensor) -> Tensor:
+    @cached_property
+    def has_text(self) -> Tensor:
+        """(R,): which sentences have a token that is pooled. An empty text may have none; its vector is no vector."""
+        return pooled_tokens(self.mask, self.pooling, self.prompt_length) > 0
+
+    def pool(self, tokens: Tensor) -> Tensor:
         """Apply the model's own pooling to any (R, L, X) tensor that has one row per token."""
         # A copy of the mask: pooling without the prompt edits it in place in some versions.
         features = {"token_embeddings": tokens, "attention_mask": self.mask.long()}
         if self.prompt_length is not None:
             features["prompt_length"] = self.prompt_length
-        return pooling(features)["sentence_embedding"]
+        return self.pooling(features)["sentence_embedding"]
+
+    def tokens(self, layer: int) -> Tensor:
+        """The token states of a layer pushed through the model's tail, (R, L, D)."""
+        assert self.backbone is not None
+        return push_vectors(self.backbone.steps, self.hidden_states[layer])
+
+    def vectors(self, layer: int) -> Tensor:
+        """The sentence vectors of a layer, (R, D): its pooled states, pushed through the model's tail."""
+        assert self.backbone is not None
+        pooled = self.pool(self.hidden_states[layer])
+        # Pooling nothing may give -inf, which would spoil the gradients of head and tail even if it counts zero.
+        return push_vectors(self.backbone.steps, pooled.masked_fill(~self.has_text[:, None], 0.0))
+
+    def attention(self, layer: int) -> Tensor | None:
+        """The model's own attention to each token in a layer, pooled as its tokens are, (R, L), if it was recorded."""
+        return self.pool(self.attentions[layer - 1]) if self.attentions else None
 
 
 def pooled_tokens(mask: Tensor, pooling: Pooling | None, prompt_length: Any = None) -> Tensor:
@@ -69,6 +97,23 @@ def pooled_tokens(mask: Tensor, pooling: Pooling | None, prompt_length: Any = No
     if pooling is None or pooling.include_prompt or prompt_length is None:
         return lengths
     return lengths - int(prompt_length.flatten()[0] if isinstance(prompt_length, Tensor) else prompt_length)
+
+
+def require_served_states(recorded: RecordedPass, model: nn.Module, fix: str) -> None:
+    """Refuse a model whose embedding is made of something else than the states that were recorded."""
+    backbone = recorded.backbone
+    assert backbone is not None
+    with torch.no_grad():
+        pooled = recorded.pool(recorded.hidden_states[backbone.depth])
+        if recorded.token_embeddings is not None:
+            require_same_vectors(recorded.pool(recorded.token_embeddings), pooled, model, fix)
+        if backbone.dropout and model.training:
+            return
+        own, pushed = recorded.sentence_embedding, push_vectors(backbone.steps, pooled)
+        if backbone.normalize:
+            own, pushed = (F.normalize(vectors.float(), dim=-1) for vectors in (own, pushed))
+        # The trainer puts autocast around the model only, so its own tail may have run in half precision.
+        require_same_vectors(own, pushed, model, fix, half=True if backbone.steps else None)
 
 
 @contextmanager
@@ -113,14 +158,14 @@ class Recorder:
     """What :func:`record_states` has seen so far.
 
     Attributes:
-        depth: Number of layers that each pass must show.
+        backbone: The model's depth, pooling and tail; without it only sentence embeddings are kept.
         attentions: Whether attention maps are recorded too: "no", "detached" or "with_gradient".
         leave_states: Whether the model's own output keeps the hidden states, because they were switched on before.
         first: The layer after which the first hidden state is, see :func:`mipic_st.encoder.final_norm.first_shown`.
         passes: The forward passes, in order.
     """
 
-    depth: int
+    backbone: Backbone | None
     attentions: str = "no"
     leave_states: bool = False
     first: int = 0
@@ -130,6 +175,10 @@ class Recorder:
         """Return a forward that does what the given one does, and is recorded."""
 
         def recorded(features: Features, *args: Any, **kwargs: Any) -> Features:
+            if self.backbone is None:
+                output = forward(features, *args, **kwargs)
+                self.passes.append(RecordedPass(output["sentence_embedding"]))
+                return output
             mask = features.get("attention_mask")
             if mask is None or "cu_seq_lens_q" in features:
                 raise ValueError(
@@ -137,42 +186,44 @@ class Recorder:
                     f"{sorted(features)}. With flash attention, switch flattening off: model[0].unpad_inputs = False."
                 )
             mask, prompt_length = mask.bool(), features.get("prompt_length")
+            probe = _AttentionProbe(self.attentions == "detached") if self.attentions != "no" else None
             with ExitStack() as stack:
-                probe = stack.enter_context(_AttentionProbe(self.attentions == "detached")) if self._probing else None
+                if probe is not None:
+                    stack.enter_context(probe)
                 output = forward(features, *args, **kwargs)
-            states = output.get("all_layer_embeddings")
+            maps = [] if probe is None else probe.maps
+            states: Any = output.get("all_layer_embeddings")
             if not self.leave_states:
                 # So that the caller's features do not keep every layer alive.
                 output.pop("all_layer_embeddings", None)
-            if states is None or len(states) != self.depth + 1:
-                raise RuntimeError(
-                    f"Expected {self.depth + 1} hidden states from the model, got "
-                    f"{None if states is None else len(states)}. The model does not honour config.output_hidden_states."
-                )
-            maps = probe.maps if probe is not None else []
-            if probe is not None and len(maps) != self.depth:
-                raise RuntimeError(
-                    f"Expected the attention maps of {self.depth} layers, saw {len(maps)}. "
-                    "token_importance='attention' needs eager attention and no torch.compile; use "
-                    "token_importance='similarity' instead."
-                )
+            self._check(self.backbone.depth, states, maps)
             self.passes.append(
                 RecordedPass(
+                    output["sentence_embedding"],
+                    self.backbone,
                     states_by_layer(states, self.first),
                     mask.to(states[0].device),
                     maps,
                     prompt_length,
                     output.get("token_embeddings"),
-                    output.get("sentence_embedding"),
                 )
             )
             return output
 
         return recorded
 
-    @property
-    def _probing(self) -> bool:
-        return self.attentions != "no"
+    def _check(self, depth: int, states: Any, maps: list[Tensor]) -> None:
+        """Refuse a pass that did not show every layer."""
+        if states is None or len(states) != depth + 1:
+            raise RuntimeError(
+                f"Expected {depth + 1} hidden states from the model, got {None if states is None else len(states)}. "
+                "The model does not honour config.output_hidden_states."
+            )
+        if self.attentions != "no" and len(maps) != depth:
+            raise RuntimeError(
+                f"Expected the attention maps of {depth} layers, saw {len(maps)}. token_importance='attention' needs "
+                "eager attention and no torch.compile; use token_importance='similarity' instead."
+            )
 
 
 @contextmanager
@@ -195,12 +246,46 @@ def hidden_states_requested(model: nn.Module) -> Iterator[bool]:
 
 
 @contextmanager
-def record_states(model: nn.Module, depth: int, attentions: str = "no", first: int = 0) -> Iterator[Recorder]:
-    """Record the hidden states of every forward pass of the model inside the block."""
-    with hidden_states_requested(model) as before:
-        recorder = Recorder(depth, attentions, leave_states=before, first=first)
-        with replaced_forward(model, recorder.wrap):
+def record_states(
+    model: nn.Module, backbone: Backbone | None, attentions: str = "no", first: int = 0
+) -> Iterator[Recorder]:
+    """Record every forward pass of the model inside the block, with its hidden states if there is a backbone."""
+    with ExitStack() as stack:
+        before = False if backbone is None else stack.enter_context(hidden_states_requested(model))
+        recorder = Recorder(backbone, attentions, leave_states=before, first=first)
+        stack.enter_context(replaced_forward(model, recorder.wrap))
+        yield recorder
+
+
+class LayerRecorder:
+    """Records a model's layers in many batches, and finds out in time if they are not what is served.
+
+    Attributes:
+        backbone: The model's depth, pooling and tail; described again when modules come or go behind the encoder, as
+            ``rotate_model`` puts one in.
+        checked: Whether recorded states were found to be those that the embedding is made of.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.backbone = backbone_of(model)
+        self.checked = False
+        self._first = 0
+
+    @contextmanager
+    def record(self, model: nn.Module, attentions: str = "no") -> Iterator[Recorder]:
+        """Record the model's forward passes inside the block; what is not :attr:`checked` is checked behind it."""
+        backbone, shape = backbone_of(model), self.backbone[:2]
+        if backbone[:2] != shape:
+            raise ValueError(
+                f"The loss was made for a model of (depth, width) {shape}, which is {backbone[:2]} now. Make a new "
+                "loss for it."
+            )
+        if backbone != self.backbone or not self.checked:
+            self.backbone, self.checked, self._first = backbone, False, first_shown(model)
+        with record_states(model, backbone, attentions, self._first) as recorder:
             yield recorder
+        for recorded in () if self.checked else recorder.passes:
+            require_served_states(recorded, model, "Use alpha=1 for plain Matryoshka training.")
 
 
 def require_eager_attention(model: nn.Module) -> None:

@@ -1,15 +1,41 @@
-"""The base loss at every truncation dimension, on one set of forward passes."""
+"""The base loss at every truncation dimension, on one set of forward passes that the terms watch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mipic_st.encoder.hidden_states import Features, replaced_forward
+from mipic_st.encoder.structure import embedding_width
+from mipic_st.losses.terms import Observers
+
+Dims = Sequence[tuple[int, float]]
+
+
+class Outcome(NamedTuple):
+    """What a base loss and the terms that watched it gave.
+
+    Attributes:
+        terms: Weighted scalars by name.
+        embeddings: What the model gave in each forward pass, where it is at hand.
+        total: The sum of the terms, if it has the gradient in their place.
+    """
+
+    terms: dict[str, Tensor]
+    embeddings: Sequence[Tensor] = ()
+    total: Tensor | None = None
+
+    def with_gradient(self) -> dict[str, Tensor]:
+        """The terms, whose sum has the gradient: one of them carries that of all, and the difference is zero."""
+        if self.total is None or not self.total.requires_grad:
+            return self.terms
+        carrier = self.terms["matryoshka"] + (self.total - self.total.detach())
+        return self.terms | {"matryoshka": carrier}
 
 
 class TruncatedPasses:
@@ -52,12 +78,73 @@ class TruncatedPasses:
 def truncated_passes(model: nn.Module) -> Iterator[TruncatedPasses]:
     """Let a base loss be called once per truncation dimension with a single set of forward passes.
 
-    Args:
-        model: The outermost model.
-
-    Yields:
-        Its ``start_dim`` is to be called with each dim, in descending order, before the base loss is run for it.
+    ``start_dim`` is to be called with each dim, in descending order, before the base loss is run for it.
     """
     passes = TruncatedPasses(model.forward)
     with replaced_forward(model, lambda _: passes):
         yield passes
+
+
+def run_plain(
+    base: nn.Module,
+    model: nn.Module,
+    features: list[dict[str, Tensor]],
+    labels: Tensor | None,
+    dims: Dims,
+    scale: float,
+    observers: Observers,
+) -> Outcome:
+    """``scale`` times the base loss at every dim, and the terms on the forward passes that it made.
+
+    For base losses that embed in their forward pass; :func:`mipic_st.losses.cached.run_cached` is for the others.
+    """
+    with observers.recording() as recorder:
+        terms, embeddings = _at_every_dim(base, model, features, labels, dims)
+    if not embeddings:
+        raise RuntimeError(
+            f"MIPICLoss recorded no forward pass: {type(base).__name__} did not call the model that MIPICLoss "
+            "holds. Give both the same model. A loss that keeps it under another name than `model` cannot be used "
+            "in distributed or compiled training."
+        )
+    if observers.terms:
+        terms = {name: scale * term.float() for name, term in terms.items()}
+        size = _sentences_per_column(embeddings, features)
+        observed = [observers.observe(recorded) for recorded in recorder.passes]
+        terms |= observers.reduce([column for rows in observed for column in rows.split(size)])
+    return Outcome(terms, embeddings)
+
+
+def drawn(dims: Dims, count: int, key: str) -> Dims:
+    """Some of the dims, in their order, by a generator of its own that begins with the key."""
+    chosen = sorted(random.Random(key).sample(range(len(dims)), count))
+    return [dims[index] for index in chosen]
+
+
+def _at_every_dim(
+    base: nn.Module, model: nn.Module, features: list[dict[str, Tensor]], labels: Tensor | None, dims: Dims
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """L_MRL, with one entry per key of a dict-valued base loss; and what the model gave in each forward pass."""
+    totals: dict[str, Tensor] = {}
+    width = embedding_width(model)
+    with truncated_passes(model) as passes:
+        for dim, weight in dims:
+            passes.start_dim(dim)
+            # labels of the full width are embeddings to be learned, and are cut like the outputs
+            are_vectors = isinstance(labels, Tensor) and labels.ndim in (2, 3) and labels.shape[-1] == width
+            value = base(features, labels[..., :dim] if are_vectors else labels)  # type: ignore[index]
+            parts = value if isinstance(value, Mapping) else {None: value}
+            for key, part in parts.items():
+                name = "matryoshka" if key is None else f"matryoshka_{key}"
+                totals[name] = totals.get(name, 0.0) + weight * part
+    return totals, passes.embeddings
+
+
+def _sentences_per_column(embeddings: list[Tensor], features: list[dict[str, Tensor]]) -> int:
+    """B. A base loss may run k columns in one forward pass, one after the other, which then has k * B rows."""
+    rows = [len(embedding) for embedding in embeddings]
+    # offsets: StaticEmbedding has the tokens of all texts in one row
+    counted = next((features[0][name] for name in ("offsets", "attention_mask") if name in features[0]), None)
+    size = min(rows) if counted is None else len(counted)
+    if any(count % size for count in rows):
+        raise RuntimeError(f"Forward passes of {rows} rows cannot be split into columns of {size} sentences.")
+    return size

@@ -13,6 +13,20 @@ PAPER_GAMMAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 """Shares of tokens for the top-k sets of six prefixes (App. A.5)."""
 
 
+CITATION = """
+@misc{huy2026mipic,
+    title={MIPIC: Matryoshka Representation Learning via Self-Distilled Intra-Relational and Progressive
+           Information Chaining},
+    author={Phung Gia Huy and Hai An Vu and Minh-Phuc Truong and Thang Duc Tran and Linh Ngo Van and
+            Thanh Nguyen Hong and Trung Le},
+    year={2026},
+    eprint={2604.24374},
+    archivePrefix={arXiv}
+}
+"""
+"""BibTeX of the method."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What the paper used for one backbone (Table 7, App. A.5).
@@ -268,3 +282,42 @@ def paper_alpha(depth: int, width: int) -> float:
     if recipe is not None:
         return recipe.alpha
     return 0.4 if depth < 24 else 0.5
+
+
+def preset_settings(preset: str, dims: Sequence[int], shape: tuple[int, int] | None) -> dict[str, Any]:
+    """The arguments of MIPICLoss that a preset stands for.
+
+    Args:
+        preset: ``"default"``, ``"paper"``, ``"released"`` or one of :data:`RECIPES`.
+        dims: Matryoshka dims, any order.
+        shape: Depth and width of the model, or None if its layers cannot be aligned.
+
+    Returns:
+        Those that differ from MIPICLoss's defaults.
+
+    Raises:
+        ValueError: If the preset is unknown or was published for another shape.
+
+    Example:
+        >>> preset_settings("released", [384, 64, 16], (6, 384))["pic_chain"]
+        ((16, 2), (64, 4), (384, 6))
+    """
+    names = ("default", "paper", "released", *RECIPES)
+    if preset not in names:
+        raise ValueError(f"preset must be one of {names}, got {preset!r}.")
+    recipe = RECIPES.get(preset)
+    if recipe is not None and shape is not None and (recipe.depth, recipe.width) != shape:
+        raise ValueError(
+            f"preset={preset!r} was published for {recipe.depth} layers of width {recipe.width}, the model has "
+            f"{shape[0]} of width {shape[1]}. Use preset='paper', which fits any shape."
+        )
+    if preset == "default":
+        return {}
+    settings = dict(PAPER_SETTINGS)
+    if shape is not None:
+        settings |= {"alpha": paper_alpha(*shape), "sia_layers": paper_layers(*shape)}
+    if preset == "released":
+        settings |= RELEASED_SETTINGS
+        if shape is not None:
+            settings["pic_chain"] = released_chain(dims, *shape) or None
+    return settings
