@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import sentence_transformers
@@ -12,8 +13,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.nn import functional as F
 
-from conftest import ARCHITECTURES, DEPTH, WIDTH, column_features, sentences
+from conftest import ARCHITECTURES, DEPTH, DIMS, WIDTH, column_features, sentences
+from mipic_st import MIPICLoss
+from mipic_st.encoder import capturing
 from mipic_st.encoder import hidden_states as recording
+from mipic_st.encoder.encoding import encode_layers
 from mipic_st.encoder.structure import backbone_of
 from mipic_st.losses.matryoshka import truncated_passes
 
@@ -230,3 +234,43 @@ def test_base_loss_merging_columns_is_one_pass(tiny_model):
     with recording.record_states(model, backbone_of(model)) as recorder:
         MultipleNegativesRankingLoss(model)(column_features(model, columns=4), None)
     assert [len(recorded.mask) for recorded in recorder.passes] == [6, 18]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_hooks_are_left(tiny_model, architecture):
+    """After a training step and after layers were encoded the model can be pickled, as several processes need it."""
+    model = tiny_model(architecture, **pooling_of(architecture))
+
+    def hooks():
+        return [hook for module in model.modules() for hook in module._forward_hooks.values()]
+
+    loss = MIPICLoss(model, MultipleNegativesRankingLoss(model), DIMS)
+    loss(column_features(model), None)["sia_cka"].backward()
+    assert hooks() == []
+    assert encode_layers(model, ["a dog"], [1, 3]).shape[-1] == WIDTH
+    assert hooks() == []
+    pickle.dumps(model)
+
+
+def test_hooks_of_others_stay(tiny_model):
+    """Those of a user, and what transformers installed before; states are seen a second time either way."""
+    model = tiny_model()
+    features = column_features(model, columns=1)[0]
+    user = model[0].auto_model.encoder.layer[0].register_forward_hook(lambda *_: None)
+    model[0].auto_model(input_ids=features["input_ids"], output_hidden_states=True)
+    before = [len(module._forward_hooks) for module in model.modules()]
+    for _ in range(2):
+        with recording.record_states(model, backbone_of(model)) as recorder:
+            model(dict(features))
+        assert set(recorder.passes[0].hidden_states) == set(range(DEPTH + 1))
+        assert [len(module._forward_hooks) for module in model.modules()] == before
+    user.remove()
+
+
+def test_the_hooks_are_known_by_transformers_names(tiny_model):
+    """If transformers renames what the removal goes by, this fails, or there are no such hooks any more."""
+    model = tiny_model()
+    model[0].auto_model(input_ids=torch.ones(1, 3, dtype=torch.long), output_hidden_states=True)
+    found = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    assert all(hook.__module__ == capturing._SOURCE for hook in found)
+    assert (capturing._FLAG in vars(model[0].auto_model)) == bool(found)

@@ -11,6 +11,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor, nn
 
+from mipic_st.encoder.capturing import no_hooks_left
 from mipic_st.encoder.structure import HINT, depth_of, evaluation_mode, module_identity, unwrap
 
 
@@ -159,6 +160,7 @@ def _probe(auto_model: Any) -> tuple[list[_Call], Sequence[Tensor], Tensor]:
         return hook
 
     with ExitStack() as stack:
+        stack.enter_context(no_hooks_left(auto_model))
         stack.enter_context(evaluation_mode(auto_model))
         stack.enter_context(torch.no_grad())
         if hasattr(torch.compiler, "set_stance"):  # compiled modules call no hooks that came later; torch >= 2.6

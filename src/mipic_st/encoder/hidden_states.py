@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from mipic_st.encoder.capturing import no_hooks_left
 from mipic_st.encoder.final_norm import first_shown, states_by_layer
 from mipic_st.encoder.structure import Backbone, backbone_of, require_same_vectors, unwrap
 from mipic_st.encoder.tail import push_vectors
@@ -236,13 +237,14 @@ def hidden_states_requested(model: nn.Module) -> Iterator[bool]:
         for config in (module.auto_model.config, module.auto_model.config.get_text_config())
     }
     before = {key: config.output_hidden_states for key, config in configs.items()}
-    try:
-        for config in configs.values():
-            config.output_hidden_states = True
-        yield any(before.values())
-    finally:
-        for key, config in configs.items():
-            config.output_hidden_states = before[key]
+    with no_hooks_left(model):
+        try:
+            for config in configs.values():
+                config.output_hidden_states = True
+            yield any(before.values())
+        finally:
+            for key, config in configs.items():
+                config.output_hidden_states = before[key]
 
 
 @contextmanager
