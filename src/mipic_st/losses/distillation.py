@@ -1,4 +1,4 @@
-r"""A larger model as a teacher: at every dim, the similarities within a batch follow those that it sees.
+r"""Distillation: at every dim, the similarities within a batch follow those that a larger model, the teacher, sees.
 
 The counterpart, between sentences, of what SIA does between tokens. The teacher encodes each text once, before the
 training, and its vectors travel with the data (:func:`add_teacher_vectors`), so no step runs it.
@@ -28,7 +28,7 @@ from mipic_st.data import LABEL_COLUMNS
 from mipic_st.encoder.encoding import encode_columns
 from mipic_st.encoder.structure import evaluation_mode
 from mipic_st.numerics import full_precision, no_autocast, prefix_cosines, similarity_kl
-from mipic_st.validation import checked_count, checked_texts, missing_extra, per_column
+from mipic_st.validation import checked_count, checked_texts, per_column, require
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,10 +131,7 @@ def add_teacher_vectors(
 
 def _checked_columns(dataset: Any) -> list[str]:
     """The columns of a dataset that can be taught."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(missing_extra("add_teacher_vectors needs datasets", "train")) from error
+    datasets = require("datasets", "add_teacher_vectors needs datasets", "train")
     if isinstance(dataset, datasets.DatasetDict):
         raise TypeError(f"dataset is a DatasetDict with {sorted(dataset)}: give one of its splits.")
     if not isinstance(dataset, datasets.Dataset):
