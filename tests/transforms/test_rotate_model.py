@@ -359,7 +359,7 @@ def test_a_loss_that_was_made_before_sees_the_rotation(tiny_model, tail, after_a
     """Its terms are those of a loss that is made afterwards, whether or not it has run already."""
 
     def make():
-        return MIPICLoss(model, MultipleNegativesRankingLoss(model), [WIDTH, *DIMS], detach_teacher=False)
+        return MIPICLoss(model, MultipleNegativesRankingLoss(model), [WIDTH, *DIMS], detach_full_width=False)
 
     model = tiny_model(tail=tail, normalize=tail is None)
     loss, features = make(), column_features(model)
