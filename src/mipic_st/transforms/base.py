@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from mipic_st.encoder.structure import unwrap
 from mipic_st.encoder.surgery import put_in
+from mipic_st.files import write_whole
 from mipic_st.numerics import no_autocast
 from mipic_st.transforms.fitting import as_tensor, powers_of_rows
 from mipic_st.validation import checked_dims, require
@@ -98,17 +99,18 @@ class Transform(ABC):
                 raise ValueError(f"{name} holds values that are not finite")
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the map into one safetensors file.
+        """Write the map into one safetensors file, whole or not at all.
 
         Args:
-            path: The file; its folder must exist.
+            path: The file.
         """
         from safetensors.torch import save_file
 
         tensors = _tensors_of(self)
         plain = {name: value for name, value in _fields_of(self).items() if not _is_tensors(value)}
         notes = {"kind": self.kind, "format": str(_FORMAT), "fields": json.dumps(plain)}
-        save_file(tensors, path, metadata=notes | {"checksum": _checksum(tensors, notes["fields"])})
+        notes["checksum"] = _checksum(tensors, notes["fields"])
+        write_whole(path, lambda place: save_file(tensors, place, metadata=notes))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from mipic_st.data import SCORE_NAMES, found_classes
+from mipic_st.data import SCORE_NAMES, found_classes, unclear_classes
 from mipic_st.validation import checked_texts, require
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,11 @@ def text_columns(data: Any) -> dict[str, list[str]]:
     score = next((plain[name] for name in SCORE_NAMES if name in plain), None)
     # with three texts it is a margin, and several numbers a row are vectors of a larger model
     if score is not None and len(texts_of) == 2 and np.ndim(data[0][score]) == 0:
-        _require_yes_last(score, getattr((data.features or {}).get(score), "names", None))
+        if classes := unclear_classes(data, score):
+            raise ValueError(
+                f"column {score!r} of data holds the classes {classes}, which do not say that 1 means that the texts "
+                "belong together: keep the rows whose texts do, and remove the column."
+            )
         rows = _belonging(data[score], score)
         columns = {name: [texts[row] for row in rows] for name, texts in columns.items()}
     for name, texts in columns.items():
@@ -75,16 +79,6 @@ def _columns_of_texts(data: Any) -> list[str]:
         if name.strip().lower() not in SCORE_NAMES
         and (isinstance(first[name], str) or getattr(kinds.get(name), "dtype", "") in ("string", "large_string"))
     ]
-
-
-def _require_yes_last(column: str, classes: Sequence[str] | None) -> None:
-    """Refuse two named classes of which the second does not clearly say yes (GLUE RTE: entailment, not_entailment)."""
-    noes = ("0", "not", "no", "un", "dis", "false", "neg", "contra")
-    if classes and len(classes) == 2 and not classes[0].lower().startswith(noes):
-        raise ValueError(
-            f"column {column!r} of data holds the classes {list(classes)}, and that {classes[1]!r} says that the texts "
-            "belong together is not clear: keep the rows whose texts do, and remove the column."
-        )
 
 
 def _belonging(given: Any, name: str) -> list[int]:
