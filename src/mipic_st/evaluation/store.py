@@ -33,6 +33,7 @@ _PORTION_BYTES = 2**26
 _HOW = ("batch_size", "show_progress_bar", "device", "pool", "chunk_size")
 # The prompts that the methods look for where none is named, in sentence-transformers' order.
 _PROMPT_NAMES = {"encode": (), "encode_query": ("query",), "encode_document": ("document", "passage", "corpus")}
+_ROUNDING = 2e-6
 _UNIT_TOLERANCE = 1e-2  # bfloat16 is exact to 4e-3
 _ONE_PROCESS = (
     "layers are encoded in this process: give one device, no list and no pool, or leave layers out to use several."
@@ -169,10 +170,27 @@ class EmbeddingStore:
                     vectors = self._encode(new, method, given, checked)
                 checked = True
                 self._note_lengths(new, vectors)
-                first = len(self._vectors)
-                self._vectors.append(vectors)
-                row_of.update(zip(new, range(first, first + len(new)), strict=True))
+                row_of.update(zip(new, self._append(new, vectors), strict=True))
             return np.fromiter((row_of[text] for text in texts), dtype=np.int64, count=len(texts))
+
+    def _append(self, texts: list[str], vectors: np.ndarray) -> list[int]:
+        """Store vectors and give their rows. A text with the same vector by another method keeps that row.
+
+        Up to rounding, that is: int8 is calibrated on the extremes, where a last bit would be another code.
+        """
+        rows = np.full(len(texts), -1)
+        for row_of in self._rows.values():
+            known = np.array([i for i, text in enumerate(texts) if rows[i] < 0 and text in row_of], dtype=int)
+            if len(known):
+                there = np.array([row_of[texts[i]] for i in known])
+                states = [self._vectors.gather(there, state, self.width) for state in range(self._states)]
+                distances = np.abs(np.stack(states, axis=1) - vectors[known]).max(axis=(1, 2))
+                same = distances <= _ROUNDING * np.abs(vectors[known]).max(axis=(1, 2))
+                rows[known[same]] = there[same]
+        new = np.flatnonzero(rows < 0)
+        rows[new] = len(self._vectors) + np.arange(len(new))
+        self._vectors.append(vectors if len(new) == len(texts) else vectors[new])
+        return rows.tolist()
 
     def _rows_for(self, method: str, given: dict[str, Any]) -> dict[str, int]:
         """Rows of the texts that this call has in common with earlier ones; none, if anything but a prompt is given."""
