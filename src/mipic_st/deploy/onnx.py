@@ -194,4 +194,4 @@ def _require_same_from_runtime(model: SentenceTransformer, folder: Path) -> None
     got = unit_length(features["sentence_embedding"].numpy())
     own = unit_length(encode_texts(model, texts))
     if found := difference(own, got, half=in_half_precision(model)):
-        raise RuntimeError(f"the ONNX file gives other vectors than the model, they differ {found}.")
+        raise RuntimeError(f"the ONNX file gives other vectors than the model, they differ by {found}.")

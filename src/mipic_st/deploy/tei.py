@@ -69,7 +69,7 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
     if found := _difference_of_server(model):
         raise ValueError(
             "behind a Normalize the model has a Dense with a bias or an activation, but text-embeddings-inference "
-            f"normalises at the end only: its vectors would differ {found}. Serve the model by sentence-transformers."
+            f"normalises at the end only: its vectors would differ by {found}. Serve it by sentence-transformers."
         )
     # what is saved of adapters, no server reads
     plain = copy.deepcopy(model, merged) if (merged := merged_encoders(model)) else model

@@ -207,8 +207,8 @@ def _check(
         more = "behind the encoder" if layer is None else "between layers"
         fix = "" if layer is None else " Leave layer out."
         raise RuntimeError(
-            f"the model cut at layer {layer}, dim {dim} differs from the grid cell {found}; it does more {more} than "
-            f"this export knows.{fix}"
+            f"the model cut at layer {layer}, dim {dim} differs from the grid cell by {found}; it does more {more} "
+            f"than this export knows.{fix}"
         )
 
 

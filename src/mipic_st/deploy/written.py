@@ -23,11 +23,11 @@ def difference(own: Any, other: Any, *, half: bool = False, allowed: float = 1e-
     """How two sets of vectors differ by more than rounding, in words; nothing if they do not."""
     own, other = np.asarray(own), np.asarray(other)
     if own.shape != other.shape:
-        return f"in shape, {own.shape} and {other.shape}"
+        return f"their shape, {own.shape} and {other.shape}"
     if (np.isfinite(own) != np.isfinite(other)).any():
-        return "in values that are not finite"
+        return "values that are not finite"
     found = compare_vectors(own, other, half=half, allowed=allowed)
-    return "" if found.same else f"by {found.worst:.1e} at values up to {found.scale:.1e}"
+    return "" if found.same else f"{found.worst:.1e} at values up to {found.scale:.1e}"
 
 
 def require_same_when_loaded(model: SentenceTransformer, folder: str | PathLike[str]) -> None:
@@ -46,7 +46,7 @@ def require_same_when_loaded(model: SentenceTransformer, folder: str | PathLike[
     if found := difference(*vectors, half=half):
         kinds = ", ".join(type(module).__name__ for module in model.children())
         raise RuntimeError(
-            f"the model gives other vectors once it is saved and loaded again: they differ {found}. One of its "
+            f"the model gives other vectors once it is saved and loaded again: they differ by {found}. One of its "
             f"modules ({kinds}) is not saved as it is, or holds adapters of a kind that is not known: merge them first."
         )
 
