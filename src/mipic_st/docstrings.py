@@ -1,7 +1,7 @@
 """Real texts that everyone has: the docstrings of installed libraries, a summary line that asks for its body.
 
-Nothing is imported or downloaded: the libraries' source files are read. What comes out depends on their versions, so
-a result made of it names them (:func:`versions`). Not part of the stable API.
+The libraries' source files are read, nothing is imported or downloaded. The texts depend on the libraries' versions, so
+name these with a result (:func:`versions`). Not part of the stable API.
 """
 
 from __future__ import annotations
@@ -28,17 +28,8 @@ def docstring_pairs(
 ) -> list[dict[str, str]]:
     """Summary and body of the docstrings of public functions and classes: queries and the documents that answer them.
 
-    Args:
-        packages: Names of libraries, as they are imported; those that are not installed are left out.
-        size: How many pairs, drawn without repetition. None is all, some 9,000.
-        letters: Length at which bodies are cut.
-        seed: Seeds the order.
-
-    Returns:
-        One dict per pair: ``query`` and ``document``; no text occurs twice.
-
-    Raises:
-        ValueError: If none of the libraries is installed, or there are fewer pairs than ``size``.
+    ``packages`` that are not installed are left out; ``size`` pairs are drawn, or all (9,000) if it is None; bodies end
+    at so many ``letters``. No text occurs twice.
 
     Example:
         >>> sorted(docstring_pairs(["numpy"], size=1)[0])
@@ -47,33 +38,27 @@ def docstring_pairs(
     size = None if size is None else checked_count("size", size)
     letters = checked_count("letters", letters)
     names = as_list("packages", packages, '["numpy", "scipy"]')
-    folders = {name: spec for name in names if (spec := util.find_spec(name)) is not None and spec.origin}
+    folders = {name: spec.origin for name in names if (spec := util.find_spec(name)) is not None and spec.origin}
     if not folders:
         raise ValueError(f"packages: none of {names} is installed; name libraries that are.")
     pairs: list[dict[str, str]] = []
     seen: set[str] = set()
-    for spec in folders.values():
-        for summary, body in _docstrings(Path(str(spec.origin)).parent):
-            body = body[:letters]
+    for origin in folders.values():
+        for summary, whole in _docstrings(Path(origin).parent):
+            body = whole[:letters]
             if seen.isdisjoint((summary, body)):
                 seen.update((summary, body))
                 pairs.append({"query": summary, "document": body})
     random.Random(checked_count("seed", seed, least=0)).shuffle(pairs)
     if size is not None and len(pairs) < size:
-        given = ", ".join(sorted(folders))
-        raise ValueError(f"size={size}, but the docstrings of {given} give {len(pairs)} pairs; ask for fewer.")
+        raise ValueError(
+            f"size={size}, but the docstrings of {', '.join(sorted(folders))} give {len(pairs)} pairs; ask for fewer."
+        )
     return pairs[:size]
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """The installed versions that the texts come from.
-
-    Args:
-        packages: As for :func:`docstring_pairs`.
-
-    Returns:
-        Version by name, of those that are installed.
-    """
+    """The version of each library that is installed."""
     distributions = metadata.packages_distributions()
     return {name: metadata.version(distributions[name][0]) for name in packages if name in distributions}
 

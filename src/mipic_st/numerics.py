@@ -12,47 +12,22 @@ from torch.nn import functional as F
 
 
 def full_precision(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors in float32, or untouched where they are float64.
-
-    Args:
-        *tensors: Tensors of any floating type.
-
-    Returns:
-        As many tensors.
-    """
+    """The tensors in float32, or untouched where they are float64."""
     return tuple(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors)
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager:
-    """A context in which autocast is off on the tensor's device.
-
-    Args:
-        tensor: Says which device.
-
-    Returns:
-        The context manager.
-    """
+    """A context in which autocast is off on the tensor's device."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)
-
-
-_MASKED = -1e4
 
 
 def masked(values: Tensor, mask: Tensor | None) -> Tensor:
     """Cosines with those under the mask out of the running."""
-    return values if mask is None else values.masked_fill(mask, _MASKED)
+    return values if mask is None else values.masked_fill(mask, -1e4)
 
 
 def prefix_cosines(anchors: Tensor, positives: Tensor, dim: int) -> Tensor:
-    """Cosine of every anchor with every positive after the cut to ``dim``.
-
-    Args:
-        anchors: (B, m).
-        positives: (M, m).
-        dim: At most m.
-
-    Returns:
-        (B, M).
+    """Cosine of every anchor, (B, m), with every positive, (M, m), truncated to ``dim``: (B, M).
 
     Example:
         >>> prefix_cosines(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]), dim=2)
@@ -63,16 +38,7 @@ def prefix_cosines(anchors: Tensor, positives: Tensor, dim: int) -> Tensor:
 
 
 def similarity_kl(cosines: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """KL of a batch's similarities to those that a teacher sees, the mean over rows.
-
-    Args:
-        cosines: The student's, (B, M).
-        wanted: Logarithms of the teacher's softmax at the same temperature, (B, M); one serves all dims.
-        temperature: tau of the student's softmax.
-
-    Returns:
-        Scalar.
-    """
+    """KL of a student's cosines, (B, M), to the logarithms of a teacher's softmax, the mean over rows."""
     return F.kl_div((cosines / temperature).log_softmax(dim=1), wanted, reduction="batchmean", log_target=True)
 
 
@@ -84,26 +50,12 @@ def spearman(values: Any, others: Any) -> float:
 
 
 def unit_length(vectors: np.ndarray) -> np.ndarray:
-    """Scale rows to length 1; rows of zeros stay zero.
-
-    Args:
-        vectors: (n, d).
-
-    Returns:
-        (n, d).
-    """
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.maximum(norms, 1e-12)
+    """Rows scaled to length 1; rows of zeros stay zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 class Difference(NamedTuple):
-    """How far two sets of vectors are apart.
-
-    Attributes:
-        worst: The largest difference of two values.
-        scale: The largest value.
-        same: Whether that is no more than rounding.
-    """
+    """The largest difference of two values, the largest value, and whether that is no more than rounding."""
 
     worst: float
     scale: float
@@ -111,19 +63,10 @@ class Difference(NamedTuple):
 
 
 def compare_vectors(own: Any, other: Any, *, half: bool = False, allowed: float = 1e-3) -> Difference:
-    """Whether two ways to the same vectors agree up to rounding: the one rule, wherever vectors are compared.
+    """Whether two ways to the same vectors, (..., D), agree up to rounding: the one rule wherever vectors are compared.
 
-    Args:
-        own: (..., D), NumPy or torch.
-        other: The same shape.
-        half: Whether one of the two was computed in half precision.
-        allowed: Largest difference, as a share of the largest value; 0.03 at least in half precision.
-
-    Returns:
-        :class:`Difference`. Rows that are not finite in one of the two are left out: they are another fault.
-
-    Raises:
-        ValueError: If the shapes differ.
+    ``allowed`` is the largest difference, as a share of the largest value; 0.03 at least with ``half``, for vectors of
+    which one was computed in half precision. Rows that are not finite in one of the two are left out.
 
     Example:
         >>> compare_vectors([[1.0, 2.0]], [[1.0, 2.001]]).same

@@ -1,12 +1,12 @@
 """Checks of arguments, one for each kind that several modules take: numbers, flags, dims, layers, pairs.
 
 NumPy and tensor values count as what they hold. An error names the argument, what is allowed and what was given. It is
-a ValueError for a value that is not allowed, also where a count or a choice is of another kind, and a TypeError for
-what is no number, flag, text or sequence at all.
+a TypeError for what is no number, flag, text or sequence at all, else, and for any wrong count or choice, a ValueError.
 """
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
@@ -21,19 +21,7 @@ def missing_extra(what: str, extra: str) -> str:
 
 
 def require(module: str, what: str, extra: str) -> ModuleType:
-    """Import an optional package where it is used.
-
-    Args:
-        module: Its name, e.g. ``"mteb"``.
-        what: Who needs what, the beginning of the message: ``"MTEB tasks need mteb"``.
-        extra: The extra that installs it.
-
-    Returns:
-        The module.
-
-    Raises:
-        ImportError: If it is missing, with the command that installs it.
-    """
+    """Import an optional package where it is used; the ImportError begins with ``what``: ``"MTEB tasks need mteb"``."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -85,28 +73,25 @@ def checked_texts(name: str, texts: Any, wanted: str = "a list of texts") -> lis
 
 def per_column(name: str, given: Any, columns: Sequence[str], present: Sequence[str]) -> dict[str, str | None]:
     """One text per column, from one for all or a mapping with gaps, as the trainer's arguments have it."""
-    if given is not None and not isinstance(given, (str, Mapping)):
+    if given is None or isinstance(given, str):
+        return dict.fromkeys(columns, given)
+    if not isinstance(given, Mapping):
         raise TypeError(f"{name} must be a string or a dict of column names to strings, got {given!r}.")
-    if isinstance(given, Mapping):
-        if wrong := sorted(map(str, set(given) - set(present))):
-            raise ValueError(f"{name} names {wrong}, which data does not have; its columns are {list(present)}.")
-        if bad := {column: text for column, text in given.items() if text is not None and not isinstance(text, str)}:
-            raise TypeError(f"{name} must map column names to strings, got {bad}.")
-        return {column: given.get(column) for column in columns}
-    return dict.fromkeys(columns, given)
+    if wrong := sorted(map(str, set(given) - set(present))):
+        raise ValueError(f"{name} names {wrong}, which data does not have; its columns are {list(present)}.")
+    if bad := {column: text for column, text in given.items() if not isinstance(text, str | None)}:
+        raise TypeError(f"{name} must map column names to strings, got {bad}.")
+    return {column: given.get(column) for column in columns}
 
 
-def checked_number(name: str, value: Any, least: float, most: float = float("inf"), exclusive: bool = False) -> float:
+def checked_number(name: str, value: Any, least: float, most: float = math.inf, exclusive: bool = False) -> float:
     """A real number within bounds, as int or float."""
     value = plain(value)
     if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}.")
     value = value if isinstance(value, int) else float(value)
-    within = (least < value if exclusive else least <= value) and value <= most and value != float("inf")
-    if not within:
-        bounds = f"{'>' if exclusive else '>='} {least}" + (
-            f" and <= {most}" if most != float("inf") else " and finite"
-        )
+    if not (least < value if exclusive else least <= value) or value > most or value == math.inf:
+        bounds = f"{'>' if exclusive else '>='} {least} and {'finite' if most == math.inf else f'<= {most}'}"
         raise ValueError(f"{name} must be {bounds}, got {value}.")
     return value
 
@@ -144,10 +129,8 @@ def checked_dims(name: str, dims: Any, width: int | None = None) -> list[int]:
         raise ValueError(f"{name} must be > 0, got {wrong}.")
     if len(set(dims)) < len(dims):
         raise ValueError(f"{name} has duplicates: {dims}. Give each dimension once.")
-    if width is not None and max(dims) > width:
-        raise ValueError(
-            f"{name} {[dim for dim in dims if dim > width]} exceed the model's width of {width}; leave them out."
-        )
+    if width is not None and (wrong := [dim for dim in dims if dim > width]):
+        raise ValueError(f"{name} {wrong} exceed the model's width of {width}; leave them out.")
     return [int(dim) for dim in dims]
 
 
@@ -158,9 +141,8 @@ def checked_layers(
     layers = as_list(name, layers, "[2, 4, 6]")
     if not layers:
         raise ValueError(f"{name} is empty: name at least one layer{otherwise}.")
-    if wrong := [
-        layer for layer in layers if not is_whole(layer) or layer < least or (depth is not None and layer > depth)
-    ]:
+    most = math.inf if depth is None else depth
+    if wrong := [layer for layer in layers if not is_whole(layer) or not least <= layer <= most]:
         first = f"{least} (embeddings)" if least == 0 else str(least)
         last = "" if depth is None else f" to the model's depth of {depth}"
         raise ValueError(f"{name} must be from {first}{last}, got {wrong}.")
