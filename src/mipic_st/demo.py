@@ -1,9 +1,9 @@
 """Synthetic English sentence pairs with graded similarity, made by this package from its own frames and word lists.
 
 None of it was written or rated by people: use it to see training work offline, not to report quality. A frame is one
-event in several wordings, with slots for words, synonyms, a detail that may be left out and a negated wording
-(``demo_frames.txt``, next to this module). Training and evaluation use different frames and different slot
-words, so they share no sentence. The same seed gives the same rows on every platform and Python version.
+event in several wordings, with slots for words, synonyms, an optional detail and a negated wording
+(``demo_frames.txt``). Training and evaluation have different frames and slot words, so they share no sentence. A seed
+gives the same rows on every platform and Python version.
 
 The score of a pair follows from how it was made:
 
@@ -21,26 +21,19 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.resources import files
-from itertools import cycle, islice, repeat
-from typing import Literal, NamedTuple, TypeVar
+from itertools import combinations, cycle, islice, repeat
+from typing import Literal, TypeVar
 
 from mipic_st.validation import checked_count, is_whole, plain
 
 Split = Literal["train", "eval"]
 T = TypeVar("T")
 
-SCORES: dict[str, float] = {
-    "paraphrase": 1.0,
-    "detail": 0.8,
-    "change": 0.6,
-    "contradiction": 0.4,
-    "topic": 0.2,
-    "unrelated": 0.0,
-}
+SCORES = {"paraphrase": 1.0, "detail": 0.8, "change": 0.6, "contradiction": 0.4, "topic": 0.2, "unrelated": 0.0}
 """Score of each kind of pair (the table in the module's docstring)."""
 
 # Rows that repeat earlier ones are drawn again; after so many misses in a row there are taken to be no new ones.
@@ -58,20 +51,9 @@ def synthetic_pairs(
 ) -> list[dict[str, str]]:
     """Synthetic training pairs for contrastive losses such as ``MultipleNegativesRankingLoss``.
 
-    Args:
-        size: Number of rows, > 0.
-        seed: Seed of the draw, an integer from 0 on.
-        negatives: Whether to add a ``negative`` to each row: a "change" or a "contradiction" of the anchor, often in
-            the anchor's own wording.
-        split: ``"train"`` for the training frames and words, ``"eval"`` for the held-out ones.
-
-    Returns:
-        Rows with ``anchor``, ``positive`` (a paraphrase; where the frame has a detail, one of five times with it more
-        or less) and, if asked for, ``negative``. No row repeats.
-
-    Raises:
-        ValueError: If ``size`` is not positive, ``seed`` is negative, ``split`` is unknown, or the frames do not give
-            that many rows.
+    Rows have an ``anchor``, a ``positive`` (a paraphrase, at times with a detail more or less) and, with ``negatives``,
+    a ``negative``: a "change" or a "contradiction". No row repeats. ``split="eval"`` draws from the held-out frames and
+    words. A ``size`` that the frames do not give is a ValueError.
 
     Example:
         >>> sorted(synthetic_pairs(1)[0])
@@ -84,13 +66,14 @@ def synthetic_pairs(
     def row() -> dict[str, str] | None:
         frame = next(frames)
         scene = draw.scene(frame, corpus)
-        pair = _paraphrase(draw, scene, "detail" if frame.has_detail and draw.chance(0.2) else "paraphrase")
-        if pair is None:
+        kind = "detail" if frame.has_detail and draw.chance(0.2) else "paraphrase"
+        anchor, positive, wording = _paraphrase(draw, scene, kind)
+        if anchor == positive:
             return None
-        texts = {"anchor": pair.first, "positive": pair.second}
+        texts = {"anchor": anchor, "positive": positive}
         if negatives:
             kind = draw.pick(("change", "contradiction", "contradiction"))
-            other = _different(draw, scene, corpus, kind, pair.wording)
+            other = _different(draw, scene, corpus, kind, wording)
             if other is None or other in texts.values():
                 return None
             texts["negative"] = other
@@ -102,18 +85,8 @@ def synthetic_pairs(
 def synthetic_sts(size: int = 1500, *, seed: int = 0, split: Split = "eval") -> list[dict[str, str | float]]:
     """Synthetic sentence pairs with a similarity score, in the shape of an STS data set.
 
-    Args:
-        size: Number of rows, > 0; the kinds of :data:`SCORES` take turns.
-        seed: Seed of the draw, an integer from 0 on.
-        split: ``"eval"`` for the held-out frames and words, ``"train"`` for those of :func:`synthetic_pairs`.
-
-    Returns:
-        Rows with ``sentence1``, ``sentence2``, ``score`` in [0, 1] and ``kind``, a key of :data:`SCORES`. No pair
-        repeats.
-
-    Raises:
-        ValueError: If ``size`` is not positive, ``seed`` is negative, ``split`` is unknown, or the frames do not give
-            that many rows.
+    Rows have ``sentence1``, ``sentence2``, ``score`` in [0, 1] and ``kind``, a key of :data:`SCORES`; the kinds take
+    turns, and no pair repeats. Arguments are those of :func:`synthetic_pairs`.
 
     Example:
         >>> [row["kind"] for row in synthetic_sts(3)]
@@ -124,29 +97,27 @@ def synthetic_sts(size: int = 1500, *, seed: int = 0, split: Split = "eval") -> 
     with_detail = [frame for frame in corpus.frames if frame.has_detail]
     frames = {kind: draw.cycle(with_detail if kind == "detail" else corpus.frames) for kind in SCORES}
 
-    def second_of(kind: str, scene: Scene, wording: str) -> str | None:
-        if kind in ("change", "contradiction"):
-            return _different(draw, scene, corpus, kind, wording)
-        near = kind == "topic"
-        frame = scene.frame
-        others = [other for other in corpus.frames if other is not frame and (other.topic == frame.topic) == near]
-        other = draw.scene(draw.pick(others), corpus, like=scene)
-        return _render(draw, draw.pick(other.frame.same), other)
-
     def row(kind: str) -> dict[str, str | float] | None:
-        scene = draw.scene(next(frames[kind]), corpus)
+        frame = next(frames[kind])
+        scene = draw.scene(frame, corpus)
+        second: str | None
         if kind in ("paraphrase", "detail"):
-            pair = _paraphrase(draw, scene, kind)
-            if pair is None:
-                return None
-            texts: tuple[str, str | None] = (pair.first, pair.second)
+            first, second, _ = _paraphrase(draw, scene, kind)
         else:
-            wording = draw.pick(scene.frame.same)
-            texts = (_render(draw, wording, scene), second_of(kind, scene, wording))
-        if texts[1] in (None, texts[0]):
+            wording = draw.pick(frame.same)
+            first = _render(draw, wording, scene)
+            if kind in ("change", "contradiction"):
+                second = _different(draw, scene, corpus, kind, wording)
+            else:
+                near = kind == "topic"
+                others = [each for each in corpus.frames if each is not frame and (each.topic == frame.topic) == near]
+                other = draw.scene(draw.pick(others), corpus, like=scene)
+                second = _render(draw, draw.pick(other.frame.same), other)
+        if second is None or second == first:
             return None
-        first, second = texts if draw.chance(0.5) else texts[::-1]
-        return {"sentence1": first, "sentence2": second, "score": SCORES[kind], "kind": kind}  # type: ignore[dict-item]
+        if not draw.chance(0.5):
+            first, second = second, first
+        return {"sentence1": first, "sentence2": second, "score": SCORES[kind], "kind": kind}
 
     return _take((partial(row, kind) for kind in cycle(SCORES)), size)
 
@@ -154,17 +125,8 @@ def synthetic_sts(size: int = 1500, *, seed: int = 0, split: Split = "eval") -> 
 def synthetic_topics(size: int = 1000, *, seed: int = 0, split: Split = "train") -> list[dict[str, str]]:
     """Synthetic sentences labelled with their topic, for a small classification probe.
 
-    Args:
-        size: Number of rows, > 0; the topics take turns.
-        seed: Seed of the draw, an integer from 0 on.
-        split: ``"train"`` or ``"eval"``: different frames and words, the same topics.
-
-    Returns:
-        Rows with ``text`` and ``label``, a topic such as ``"kitchen"``. No text repeats.
-
-    Raises:
-        ValueError: If ``size`` is not positive, ``seed`` is negative, ``split`` is unknown, or the frames do not give
-            that many rows.
+    Rows have ``text`` and ``label``, a topic such as ``"kitchen"``; the topics take turns, are the same in both splits,
+    and no text repeats. Arguments are those of :func:`synthetic_pairs`.
 
     Example:
         >>> sorted(synthetic_topics(1)[0])
@@ -173,7 +135,6 @@ def synthetic_topics(size: int = 1000, *, seed: int = 0, split: Split = "train")
     corpus = _corpus(split)
     draw = _Draw(seed)
     topics = list(dict.fromkeys(frame.topic for frame in corpus.frames))
-
     frames = {topic: draw.cycle([frame for frame in corpus.frames if frame.topic == topic]) for topic in topics}
 
     def row(topic: str) -> dict[str, str]:
@@ -200,8 +161,7 @@ class Frame:
     @property
     def swaps(self) -> list[tuple[str, str]]:
         """Pairs of slots on one word list: their values can change places."""
-        keys = list(self.slots)
-        return [(one, two) for i, one in enumerate(keys) for two in keys[i + 1 :] if self.slots[one] == self.slots[two]]
+        return [(one, two) for one, two in combinations(self.slots, 2) if self.slots[one] == self.slots[two]]
 
 
 @dataclass(frozen=True)
@@ -221,14 +181,6 @@ class Scene:
     detail: bool
 
 
-class Paraphrase(NamedTuple):
-    """Two sentences of one meaning, and the wording of the first."""
-
-    first: str
-    second: str
-    wording: str
-
-
 class _Draw:
     """Seeded draws that rest on ``Random.random`` alone, which Python promises never to change for a seed."""
 
@@ -242,17 +194,17 @@ class _Draw:
     def pick(self, options: Sequence[T]) -> T:
         return options[int(self._random.random() * len(options))]
 
-    def shuffle(self, items: MutableSequence[T]) -> None:
-        for i in range(len(items) - 1, 0, -1):
+    def shuffled(self, items: Sequence[T]) -> list[T]:
+        order = list(items)
+        for i in range(len(order) - 1, 0, -1):
             j = int(self._random.random() * (i + 1))
-            items[i], items[j] = items[j], items[i]
+            order[i], order[j] = order[j], order[i]
+        return order
 
     def cycle(self, items: Sequence[T]) -> Iterator[T]:
         """All items in random order, again and again."""
         while True:
-            order = list(items)
-            self.shuffle(order)
-            yield from order
+            yield from self.shuffled(items)
 
     def scene(self, frame: Frame, corpus: Corpus, like: Scene | None = None) -> Scene:
         """Fill the slots; where ``like`` has a value of the same word list, take that one."""
@@ -266,19 +218,12 @@ class _Draw:
         return Scene(frame, values, detail=frame.has_detail and self.chance(0.5))
 
 
-def _paraphrase(draw: _Draw, scene: Scene, kind: str) -> Paraphrase | None:
-    """The scene in two wordings; for the kind "detail", one of them without the detail."""
-    order = list(scene.frame.same)
-    draw.shuffle(order)
-    details = [scene.detail, scene.detail]
-    if kind == "detail":
-        details = [True, False]
-        draw.shuffle(details)
-    first, second = (
-        _render(draw, wording, Scene(scene.frame, scene.values, detail))
-        for wording, detail in zip(order[:2], details, strict=True)
-    )
-    return None if first == second else Paraphrase(first, second, order[0])
+def _paraphrase(draw: _Draw, scene: Scene, kind: str) -> tuple[str, str, str]:
+    """The scene in two wordings, for the kind "detail" one of them without the detail; and the first wording."""
+    one, other, *_ = draw.shuffled(scene.frame.same)
+    details = draw.shuffled([True, False]) if kind == "detail" else [scene.detail] * 2
+    first = _render(draw, one, replace(scene, detail=details[0]))
+    return first, _render(draw, other, replace(scene, detail=details[1])), one
 
 
 def _different(draw: _Draw, scene: Scene, corpus: Corpus, kind: str, wording: str) -> str | None:
@@ -298,7 +243,7 @@ def _different(draw: _Draw, scene: Scene, corpus: Corpus, kind: str, wording: st
         values[key] = draw.pick([v for v in corpus.words[frame.slots[key]] if v not in scene.values.values()])
     if draw.chance(0.5):
         wording = draw.pick(frame.same)
-    return _render(draw, wording, Scene(frame, values, scene.detail))
+    return _render(draw, wording, replace(scene, values=values))
 
 
 def _render(draw: _Draw, wording: str, scene: Scene) -> str:
@@ -326,18 +271,14 @@ def _take(turns: Iterator[Callable[[], dict[str, T] | None]], size: int) -> list
     size = plain(size)
     if not is_whole(size) or size < 1:
         raise ValueError(f"size must be a positive integer, got {size!r}.")
-    taken: list[dict[str, T]] = []
-    seen: set[tuple[T, ...]] = set()
+    taken: dict[tuple[T, ...], dict[str, T]] = {}
     for turn in islice(turns, size):
-        for _ in range(_MAX_MISSES):
-            row = turn()
-            if row is not None and (identity := tuple(row.values())) not in seen:
-                break
-        else:
+        rows = (turn() for _ in range(_MAX_MISSES))
+        row = next((row for row in rows if row is not None and tuple(row.values()) not in taken), None)
+        if row is None:
             raise ValueError(f"size={size} is too large: the synthetic frames gave no new row after {len(taken)}.")
-        seen.add(identity)
-        taken.append(row)
-    return taken
+        taken[tuple(row.values())] = row
+    return list(taken.values())
 
 
 @cache
@@ -348,32 +289,21 @@ def _corpus(split: Split) -> Corpus:
     words: dict[str, tuple[tuple[str, ...], ...]] = {}
     frames: list[Frame] = []
     topic, held_out = "", False
-    lines: list[str] = []
     text = files("mipic_st").joinpath("demo_frames.txt").read_text(encoding="utf-8")
-    for line in [*text.splitlines(), ""]:
-        if line.startswith(("= ", "! ")):
-            lines.append(line)
-            continue
-        if lines and held_out == (split == "eval"):
-            frames.append(_frame(topic, lines))
-        lines = []
-        if line.startswith("@domain "):
-            topic, held_out = line.removeprefix("@domain "), False
-        elif line == "@heldout":
-            held_out = True
-        elif line and not line.startswith("#"):
-            name, values = line.split(": ", 1)
-            kept = values.split(" || ")[split == "eval"]
-            words[name] = tuple(tuple(value.split("/")) for value in kept.split("; "))
+    for lines in (block.splitlines() for block in text.split("\n\n")):
+        for line in lines:
+            if line.startswith("@domain "):
+                topic, held_out = line.removeprefix("@domain "), False
+            elif line == "@heldout":
+                held_out = True
+            elif line[0] not in "#=!":
+                name, values = line.split(": ", 1)
+                kept = values.split(" || ")[split == "eval"]
+                words[name] = tuple(tuple(value.split("/")) for value in kept.split("; "))
+        same, opposite = (tuple(line[2:] for line in lines if line[0] == sign) for sign in "=!")
+        if same and held_out == (split == "eval"):
+            slots: dict[str, str] = {}
+            for key, name in _slots_of(" ".join(same)):
+                slots.setdefault(key, name)  # later wordings may say {a} for what the first introduced as {a:person}
+            frames.append(Frame(topic, same, opposite, slots))
     return Corpus(tuple(frames), words)
-
-
-def _frame(topic: str, lines: list[str]) -> Frame:
-    same = tuple(line[2:] for line in lines if line[0] == "=")
-    opposite = tuple(line[2:] for line in lines if line[0] == "!")
-    slots: dict[str, str] = {}
-    for wording in same:
-        for key, name in _slots_of(wording):
-            # Later wordings may say {a} for a slot that the first one introduced as {a:person}.
-            slots.setdefault(key, name)
-    return Frame(topic, same, opposite, slots)
