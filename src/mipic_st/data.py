@@ -5,9 +5,9 @@ Two shapes are understood, by the names of their columns (case does not matter):
 - pairs: ``anchor, positive`` and perhaps ``negative``, for contrastive losses;
 - scored pairs (STS): ``sentence1, sentence2, score``, for ``CoSENTLoss`` and for evaluation.
 
-Other columns are left out, and named where they look like labels. Pairs that a label's column tells apart are refused:
-those that do not belong together would be learned as if they did. Scores stay as they are, whatever their range,
-since ``CoSENTLoss`` and Spearman's correlation only use their order; pass ``score_range`` to map them to [0, 1].
+Other columns are left out, and named where they look like labels. Pairs that a column of labels tells apart are
+refused: those that do not belong together would be learned as if they did. Scores keep their range, of which
+``CoSENTLoss`` and Spearman's correlation use the order only; ``score_range`` maps them to [0, 1].
 """
 
 from __future__ import annotations
@@ -44,31 +44,29 @@ CLASS_COLUMNS: tuple[str, ...] = ("label", "labels", "is_duplicate")
 #: All names under which a column may say which texts belong together, most telling first.
 SCORE_NAMES: tuple[str, ...] = tuple(dict.fromkeys(("score", "scores", *SCORED_COLUMNS["score"], *LABEL_COLUMNS)))
 TEXT_COLUMN: dict[str, tuple[str, ...]] = {"text": ("text", "sentence")}
+_SENTENCES = {name: SCORED_COLUMNS[name] for name in ("sentence1", "sentence2")}
 #: How files write flags, and what is not there.
 TRUTHS: dict[str, float] = {"true": 1, "false": 0, "yes": 1, "no": 0}
 MISSING: tuple[str, ...] = ("", "none", "nan", "null")
 _MOST_CLASSES = 10
+_FILL = " Fill it or leave the row out."
 SUFFIXES: tuple[str, ...] = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def load_training_file(path: str | PathLike[str], *, score_range: tuple[float, float] | None = None) -> Dataset:
-    """Read training data from a file, in either shape.
+    """Read training data from a file, in either shape; one with both is read as pairs.
 
     Args:
-        path: A ``.csv``, ``.tsv`` (tab between fields, no quoting), ``.jsonl`` (one object a line) or ``.parquet``
-            file, UTF-8, with named columns.
+        path: A ``.csv``, ``.tsv`` (no quoting), ``.jsonl`` (one object a line) or ``.parquet`` file, UTF-8, with named
+            columns.
         score_range: Lowest and highest possible score, e.g. ``(0, 5)``, to map scores to [0, 1]. None keeps them.
 
     Returns:
-        Data set with the columns ``anchor, positive[, negative]`` or ``sentence1, sentence2, score``, in this order.
-        A file with both shapes is read as pairs.
+        Data set with the columns ``anchor, positive[, negative]`` or ``sentence1, sentence2, score``.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read, has no rows or not the columns, or holds an empty text or a score that
-            is no finite number or outside ``score_range``, or classes under a label's name (whole numbers other than 0
-            and 1, without ``score_range``, or names that do not say what 1 means), or pairs and under a label's or
-            score's name numbers or flags that differ between them. The message names the file, and column and row.
+        ValueError: If the file cannot be read, or does not hold what it should; the message names column and row.
         ImportError: If ``datasets`` is not installed.
 
     Example:
@@ -79,19 +77,10 @@ def load_training_file(path: str | PathLike[str], *, score_range: tuple[float, f
 
 
 def load_texts_file(path: str | PathLike[str]) -> list[str]:
-    """Read texts without labels or scores from a file.
+    """Read texts without labels or scores from a file: each once, in the order of the file.
 
-    Args:
-        path: A ``.txt`` file with one text a line, UTF-8, or a table as for :func:`load_training_file`: its column
-            ``text`` (or ``sentence``) is taken, or else both sides of its pairs, and their negatives.
-
-    Returns:
-        The texts, each once, in the order of the file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read or holds no texts.
-        ImportError: If ``datasets`` is not installed and the file is a table.
+    ``path`` is a ``.txt`` file with one text a line, or a table as for :func:`load_training_file`: of this the column
+    ``text`` (or ``sentence``), or else both sides of its pairs, and their negatives.
 
     Example:
         >>> load_texts_file("corpus.txt")[:2]  # doctest: +SKIP
@@ -99,8 +88,6 @@ def load_texts_file(path: str | PathLike[str]) -> list[str]:
     """
     file = Path(path)
     if file.suffix.lower() == ".txt":
-        if not file.is_file():
-            raise FileNotFoundError(f"There is no file {path}.")
         try:
             lines = file.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
@@ -109,53 +96,25 @@ def load_texts_file(path: str | PathLike[str]) -> list[str]:
         if not texts:
             raise ValueError(f"{path} holds no text.")
     else:
-        selected = _select(_read(path), (TEXT_COLUMN, PAIR_COLUMNS, _BOTH), str(path), None)
+        selected = _select(_read(path), (TEXT_COLUMN, PAIR_COLUMNS, _SENTENCES), str(path), None)
         texts = [text for name in selected.column_names for text in selected[name]]
     return list(dict.fromkeys(texts))
 
 
 def load_sts_file(path: str | PathLike[str], *, score_range: tuple[float, float] | None = None) -> Dataset:
-    """Read scored pairs from a file, for evaluation.
-
-    Args:
-        path: As for :func:`load_training_file`.
-        score_range: As for :func:`load_training_file`.
-
-    Returns:
-        Data set with the columns ``sentence1, sentence2, score``.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: As for :func:`load_training_file`.
-        ImportError: If ``datasets`` is not installed.
-
-    Example:
-        >>> load_sts_file("sts13_test.csv").num_rows  # doctest: +SKIP
-        1500
-    """
+    """Read scored pairs, ``sentence1, sentence2, score``, from a file; the rest is as in :func:`load_training_file`."""
     return _select(_read(path), (SCORED_COLUMNS,), str(path), score_range)
 
 
 def load_training_hub(name: str, *, split: str = "train", score_range: tuple[float, float] | None = None) -> Dataset:
-    """Load training data from the hub, in either shape.
+    """Load training data from the hub, or a folder of data files, in either shape.
 
-    Args:
-        name: Name of the data set, with its configuration after a colon if it has several:
-            ``"sentence-transformers/all-nli:pair"``. A local folder of data files works too.
-        split: Split to load, e.g. ``"train"`` or ``"train[:10000]"``.
-        score_range: As for :func:`load_training_file`.
-
-    Returns:
-        Data set as from :func:`load_training_file`.
-
-    Raises:
-        ConnectionError: If the hub cannot be reached and the data set is not in the local cache.
-        ValueError: If there is no such data set, configuration or split, or as for :func:`load_training_file`.
-        ImportError: If ``datasets`` is not installed.
+    ``name`` has its configuration after a colon if there are several; ``split`` may be ``"train[:10000]"``. The rest is
+    as in :func:`load_training_file`; if the hub cannot be reached, that is a ConnectionError.
 
     Example:
-        >>> load_training_hub("sentence-transformers/stsb").column_names  # doctest: +SKIP
-        ['sentence1', 'sentence2', 'score']
+        >>> load_training_hub("sentence-transformers/all-nli:pair").column_names  # doctest: +SKIP
+        ['anchor', 'positive']
     """
     datasets = _datasets()
     path, _, config = name.partition(":")
@@ -174,23 +133,8 @@ def load_training_hub(name: str, *, split: str = "train", score_range: tuple[flo
 
 
 def is_scored(dataset: Dataset) -> bool:
-    """Whether a data set loaded by this module holds scored pairs (else: anchor and positive).
-
-    Args:
-        dataset: Result of one of the functions above.
-
-    Returns:
-        True for ``sentence1, sentence2, score``.
-
-    Example:
-        >>> from datasets import Dataset
-        >>> is_scored(Dataset.from_dict({"anchor": ["a"], "positive": ["b"]}))
-        False
-    """
+    """Whether a data set loaded by this module holds scored pairs (else: anchor and positive)."""
     return "score" in dataset.column_names
-
-
-_BOTH = {name: SCORED_COLUMNS[name] for name in ("sentence1", "sentence2")}
 
 
 def _datasets() -> Any:
@@ -236,8 +180,10 @@ def _select(
 ) -> Dataset:
     """Keep the columns of the first shape that fits, under their standard names, and check their values."""
     score_range = plain(score_range)
-    if score_range is not None and not _is_range(score_range):
-        raise ValueError(f"score_range must be (lowest, highest), two finite numbers, got {score_range!r}.")
+    if score_range is not None:
+        numbers = isinstance(score_range, (list, tuple)) and len(score_range) == 2 and all(map(is_number, score_range))
+        if not numbers or not -math.inf < score_range[0] < score_range[1] < math.inf:
+            raise ValueError(f"score_range must be (lowest, highest), two finite numbers, got {score_range!r}.")
     try:
         _require_single(dataset.column_names)
     except ValueError as error:
@@ -255,7 +201,6 @@ def _select(
         columns |= _match({"negative": NEGATIVE_COLUMN}, present) or {}
         if SCORED_COLUMNS in shapes and "negative" not in columns and not _match(SCORED_COLUMNS, present):
             _require_unscored(dataset, present, source)
-
     if "score" in columns and (names := unclear_classes(dataset, columns["score"])):
         raise ValueError(
             f"Column {columns['score']!r} of {source} holds the classes {names}, which do not say that texts of "
@@ -263,21 +208,20 @@ def _select(
         )
     values: dict[str, list[Any]] = {}
     for name, original in columns.items():
-        column = list(dataset[original])
-        check = _checked_scores if name == "score" else _checked_texts
-        values[name] = check(column, f"column {original!r} of {source}", score_range)
-        if name == "score" and score_range is None and (classes := found_classes(original, values[name])):
+        values[name] = column = list(dataset[original])
+        where = f"column {original!r} of {source}"
+        if name != "score":
+            texts = [isinstance(text, str) and bool(text.strip()) for text in column]
+            _require_all(texts, column, where, "be a text that is not empty", _FILL)
+            continue
+        values[name] = _checked_scores(column, where, score_range)
+        if score_range is None and (classes := found_classes(original, values[name])):
             raise ValueError(
                 f"Column {original!r} of {source} holds {classes}, which look like classes (in natural language "
                 "inference, the highest is the contradiction). For degrees of similarity, name the column 'score' or "
                 "give score_range; otherwise keep the pairs that belong together, as anchor and positive."
             )
     return _datasets().Dataset.from_dict(values)
-
-
-def _is_range(given: Any) -> bool:
-    numbers = isinstance(given, (list, tuple)) and len(given) == 2 and all(map(is_number, given))
-    return bool(numbers and -math.inf < given[0] < given[1] < math.inf)
 
 
 def as_number(value: Any) -> float:
@@ -291,18 +235,15 @@ def as_number(value: Any) -> float:
 def _require_unscored(dataset: Dataset, present: dict[str, str], source: str) -> None:
     """Refuse pairs that a label's or score's column tells apart, and name other columns that look like one."""
     for original in (present[name] for name in SCORE_NAMES if name in present):
-        numbers = {as_number(value) for value in dataset[original] if _plain_name(str(value)) not in MISSING}
-        if len(numbers) > 1 and not any(map(math.isnan, numbers)):
+        if len(_numbers(dataset[original])) > 1:
             raise ValueError(
                 f"{source} has pairs, and numbers that differ between them in the column {original!r}. If these say "
                 "which pairs belong together, keep those rows; then leave the column out, of a file or with "
                 "datasets' remove_columns. For scores, call the texts sentence1 and sentence2."
             )
-    known = {*SCORE_NAMES, *(alias for aliases in PAIR_COLUMNS.values() for alias in aliases)}
-    others = [
-        original for name, original in present.items() if name not in known and _looks_like_labels(dataset[original])
-    ]
-    if others:
+    known = set(SCORE_NAMES).union(*PAIR_COLUMNS.values())
+    others = [original for name, original in present.items() if name not in known]
+    if others := [name for name in others if 1 < len(_numbers(dataset[name])) <= _MOST_CLASSES]:
         logger.warning(
             "%s: every pair counts as belonging together, and the columns %s are left out, which hold a few numbers or "
             "flags. If these say which pairs belong together, keep those rows only.",
@@ -311,14 +252,15 @@ def _require_unscored(dataset: Dataset, present: dict[str, str], source: str) ->
         )
 
 
-def _looks_like_labels(values: Iterable[Any]) -> bool:
-    """Whether a column holds a few different numbers or flags, and nothing else."""
-    found: set[float] = set()
+def _numbers(values: Iterable[Any]) -> set[float]:
+    """The different numbers or flags of a column, where it holds nothing else; what is missing does not count."""
+    found = set()
     for value in values:
-        found.add(number := as_number(value))
-        if math.isnan(number) or len(found) > _MOST_CLASSES:
-            return False
-    return len(found) > 1
+        if not math.isnan(number := as_number(value)):
+            found.add(number)
+        elif _plain_name(str(value)) not in MISSING:
+            return set()
+    return found
 
 
 def unclear_classes(dataset: Dataset, column: str) -> list[str]:
@@ -345,41 +287,33 @@ def _plain_name(name: str) -> str:
 
 def _require_single(names: Sequence[str]) -> None:
     """Refuse two columns of one name, of which one would be taken without a word."""
-    groups = (PAIR_COLUMNS, {"": NEGATIVE_COLUMN}, SCORED_COLUMNS)
-    known = {alias for columns in groups for each in columns.values() for alias in each}
-    if not known & set(map(_plain_name, names)):
-        known = {alias for each in TEXT_COLUMN.values() for alias in each}
-    for alias in sorted(known):
-        if len(same := [name for name in names if _plain_name(name) == alias]) > 1:
+    known = set(NEGATIVE_COLUMN).union(*PAIR_COLUMNS.values(), *SCORED_COLUMNS.values())
+    found = list(map(_plain_name, names))
+    for alias in sorted(known.intersection(found) or TEXT_COLUMN["text"]):
+        if found.count(alias) > 1:
+            same = [name for name in names if _plain_name(name) == alias]
             raise ValueError(f"the columns {same} share a name (case does not matter); rename or remove all but one")
 
 
 def _match(shape: dict[str, tuple[str, ...]], present: dict[str, str]) -> dict[str, str] | None:
     """Standard name -> name in the data, or None if a column is missing."""
-    found = {name: next((present[a] for a in aliases if a in present), None) for name, aliases in shape.items()}
-    matched = {name: original for name, original in found.items() if original is not None}
-    return matched if len(matched) == len(shape) else None
+    telling = ((name, alias) for name, aliases in shape.items() for alias in reversed(aliases))  # the last one counts
+    found = {name: present[alias] for name, alias in telling if alias in present}
+    return found if len(found) == len(shape) else None
 
 
-def _checked_texts(column: list[Any], where: str, _: tuple[float, float] | None) -> list[str]:
-    for row, text in enumerate(column, start=1):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(
-                f"Row {row} in {where} must be a text that is not empty, got {text!r}. Fill it or leave the row out."
-            )
-    return column
+def _require_all(good: list[bool], column: list[Any], where: str, wanted: str, fix: str = "") -> None:
+    """Refuse a column with a value that is not good, and name the first one."""
+    if not all(good):
+        row = good.index(False)
+        raise ValueError(f"Row {row + 1} in {where} must {wanted}, got {column[row]!r}.{fix}")
 
 
 def _checked_scores(column: list[Any], where: str, score_range: tuple[float, float] | None) -> list[float]:
-    low, high = score_range or (-math.inf, math.inf)
-    scores = []
-    for row, value in enumerate(column, start=1):
-        score = as_number(value)
-        if not math.isfinite(score):
-            raise ValueError(
-                f"Row {row} in {where} must be a finite number, got {value!r}. Fill it or leave the row out."
-            )
-        if not low <= score <= high:
-            raise ValueError(f"Row {row} in {where} must lie in score_range={score_range}, got {value!r}.")
-        scores.append((score - low) / (high - low) if score_range else score)
-    return scores
+    scores = list(map(as_number, column))
+    _require_all(list(map(math.isfinite, scores)), column, where, "be a finite number", _FILL)
+    if score_range is None:
+        return scores
+    low, high = score_range
+    _require_all([low <= score <= high for score in scores], column, where, f"lie in score_range={score_range}")
+    return [(score - low) / (high - low) for score in scores]
