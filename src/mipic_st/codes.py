@@ -27,17 +27,7 @@ _BLOCK = 4096
 
 
 def bytes_per_vector(dim: int, precision: str = "float32") -> int:
-    """Storage of one vector.
-
-    Args:
-        dim: Number of values, at least 1.
-        precision: One of :data:`PRECISIONS`.
-
-    Returns:
-        Number of bytes: 4, 2, 1, 1/2 or 1/8 per value, the last two rounded up.
-
-    Raises:
-        ValueError: If ``dim`` is below 1 or the precision is unknown.
+    """Bytes of one vector: 4, 2, 1, 1/2 or 1/8 per dim, the last two rounded up.
 
     Example:
         >>> [bytes_per_vector(64, precision) for precision in ("float32", "int8", "int4", "binary")]
@@ -51,13 +41,10 @@ def bytes_per_vector(dim: int, precision: str = "float32") -> int:
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
-    """What the codes of vectors of one width go by, per value.
+    """What the codes of vectors of one width go by, each of shape (d,).
 
-    Attributes:
-        low: (d,), float32: lower end of the range.
-        high: (d,): upper end.
-        mean: (d,): what binary codes subtract.
-        spread: (d,): mean distance from the mean, what a bit stands for when it is decoded.
+    Codes lie between ``low`` and ``high``; binary ones subtract ``mean``, and a bit stands for the ``spread``, the mean
+    distance from it.
 
     Example:
         >>> ranges = Ranges.of(np.array([[0.0, 1.0], [1.0, 3.0]]), quantiles=(0.0, 1.0))
@@ -81,17 +68,9 @@ class Ranges:
 
     @classmethod
     def of(cls, vectors: np.ndarray, quantiles: tuple[float, float] = QUANTILES) -> Ranges:
-        """Read the ranges off vectors like those that will be coded.
+        """Read the ranges off two or more vectors, (N, d), like those that will be coded.
 
-        Args:
-            vectors: (N, d), two rows or more.
-            quantiles: Shares of the values below the low and below the high end; (0, 1) are minimum and maximum.
-
-        Returns:
-            The ranges.
-
-        Raises:
-            ValueError: If there are fewer than two vectors, or values that are not finite.
+        ``quantiles`` are the shares of the values below the low and below the high end; (0, 1) are minimum and maximum.
         """
         vectors = np.asarray(vectors)
         if vectors.ndim != 2 or len(vectors) < 2:
@@ -125,9 +104,6 @@ def encode(vectors: np.ndarray, precision: str, ranges: Ranges | None = None) ->
     Returns:
         (N, d) for float32, float16, int8 and uint8; (N, ceil(d / 2)) for int4; (N, ceil(d / 8)) for the binary ones.
 
-    Raises:
-        ValueError: If the precision is unknown, ranges are missing or of another width, or values are not finite.
-
     Example:
         >>> ranges = Ranges.of(np.array([[0.0, 0.0, 0.0], [15.0, 15.0, 15.0]]), quantiles=(0.0, 1.0))
         >>> encode(np.array([[1.0, 2.0, 15.0]]), "int4", ranges).tolist()
@@ -159,18 +135,7 @@ def _coded(vectors: np.ndarray, precision: str, ranges: Ranges) -> np.ndarray:
 
 
 def decode(codes: np.ndarray, precision: str, ranges: Ranges | None = None) -> np.ndarray:
-    """The vectors that codes stand for.
-
-    Args:
-        codes: What :func:`encode` gave.
-        precision: That of the codes.
-        ranges: Those of the codes.
-
-    Returns:
-        (N, d), float32. A bit is the mean plus or minus the spread of its value.
-
-    Raises:
-        ValueError: As :func:`encode`, and if the codes have another width or kind than these ranges give.
+    """The vectors, (N, d), float32, that codes stand for; a bit is the mean plus or minus the spread.
 
     Example:
         >>> ranges = Ranges.of(np.array([[0.0, 0.0, 0.0], [15.0, 15.0, 15.0]]), quantiles=(0.0, 1.0))
@@ -186,7 +151,7 @@ def decode(codes: np.ndarray, precision: str, ranges: Ranges | None = None) -> n
     width, kind = bytes_per_vector(dim, precision), np.dtype(_KINDS[precision])
     if codes.ndim != 2 or codes.shape[1] != width or codes.dtype != kind:
         raise ValueError(
-            f"{precision} codes of {dim} values must have the shape (N, {width}) and be {kind}, got {codes.shape} of "
+            f"{precision} codes of {dim} dims must have the shape (N, {width}) and be {kind}, got {codes.shape} of "
             f"{codes.dtype}."
         )
     if precision in ("int8", "uint8"):
@@ -201,19 +166,7 @@ def decode(codes: np.ndarray, precision: str, ranges: Ranges | None = None) -> n
 
 
 def scores(queries: np.ndarray, codes: np.ndarray, precision: str, ranges: Ranges | None = None) -> np.ndarray:
-    """Dot products of float queries with coded documents.
-
-    Args:
-        queries: (Q, d), floats: truncated as the documents were.
-        codes: Of N documents.
-        precision: That of the codes.
-        ranges: Those of the codes.
-
-    Returns:
-        (Q, N), float32.
-
-    Raises:
-        ValueError: As :func:`decode`, and if the queries have another width.
+    """Dot products, (Q, N), of float queries, (Q, d), truncated as the documents were, with the codes of N documents.
 
     Example:
         >>> scores(np.array([[1.0, 0.0]]), np.array([[0.5, 2.0]], dtype=np.float16), "float16").tolist()
@@ -224,7 +177,7 @@ def scores(queries: np.ndarray, codes: np.ndarray, precision: str, ranges: Range
     for start in range(0, len(codes), _BLOCK):
         documents = decode(codes[start : start + _BLOCK], precision, ranges)
         if documents.shape[1] != queries.shape[1]:
-            raise ValueError(f"queries have {queries.shape[1]} values, the coded documents {documents.shape[1]}.")
+            raise ValueError(f"queries have {queries.shape[1]} dims, the coded documents {documents.shape[1]}.")
         found[:, start : start + _BLOCK] = queries @ documents.T
     return found
 
@@ -234,7 +187,7 @@ def _fitting(ranges: Any, dim: int | None) -> Ranges:
     if not isinstance(ranges, Ranges):
         raise ValueError(f"these codes need ranges: Ranges.of(vectors like those that will be coded), got {ranges!r}.")
     if dim is not None and len(ranges) != dim:
-        raise ValueError(f"ranges are for {len(ranges)} values, the vectors have {dim}: calibrate at this dim.")
+        raise ValueError(f"ranges are for {len(ranges)} dims, the vectors have {dim}: calibrate at this dim.")
     return ranges
 
 

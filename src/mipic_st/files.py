@@ -19,17 +19,8 @@ from typing import Any
 def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     """A place to write the content of a new or empty folder, which gets all of it when the block ends, or nothing.
 
-    Enter the block before the work: a place that has content or cannot be written is refused at once. After an error,
-    everything is as it was. A killed process leaves a hidden folder, which the next attempt removes.
-
-    Args:
-        folder: A folder that does not exist (its parents neither, perhaps) or is empty.
-
-    Yields:
-        Where to write.
-
-    Raises:
-        ValueError: If ``folder`` is a file, has content or cannot be written.
+    Enter the block before the work: a place that has content or cannot be written is a ValueError at once. After an
+    error, everything is as it was. A killed process leaves a hidden folder, which the next attempt removes.
     """
     target = Path(os.path.realpath(folder))
     if target.exists() and not target.is_dir():
@@ -51,7 +42,9 @@ def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
         if not existed:
             aside.rename(target)
             return
-        for content in sorted(aside.iterdir(), key=_place_in_order):
+        # modules.json first, config.json last: no part of the files loads as a model of fewer modules
+        order = {"modules.json": 0, "config.json": 2, "adapter_config.json": 2}
+        for content in sorted(aside.iterdir(), key=lambda content: order.get(content.name, 1)):
             moved.append(content.rename(target / content.name))
         aside.rmdir()
     except BaseException:
@@ -77,21 +70,14 @@ def _make(aside: Path, folder: str | PathLike[str]) -> list[Path]:
     return made
 
 
-def _place_in_order(content: Path) -> int:
-    """modules.json first, config.json last: no part of the files loads as a model of fewer modules."""
-    return {"modules.json": 0, "config.json": 2, "adapter_config.json": 2}.get(content.name, 1)
-
-
 def _has_ended(process: int) -> bool:
     """Whether no process of this number runs on this machine, as far as can be seen without harming it."""
     if os.name == "nt":  # where signal 0 ends the process
         return False
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        pass
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
     return False
 
 
@@ -102,10 +88,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def write_whole(path: str | PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Have a file written next to its place and move it there: readers see the old file or the new one, no part.
-
-    A link is replaced; what it points to stays.
-    """
+    """Have a file written next to its place and move it there: readers see no part of it. A link is replaced."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a terminal or a pipe has no place next to it
