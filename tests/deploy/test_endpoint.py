@@ -119,7 +119,11 @@ def test_wrong_options_of_the_check_are_named(model, wrong, error, message):
 @pytest.mark.parametrize(
     ("vectors", "dim", "findings"),
     [
-        (lambda m, t, d: unit(m.encode(t)), 8, ["it gives 32 values where 8 were asked for: cut and normalise them"]),
+        (
+            lambda m, t, d: unit(m.encode(t)),
+            8,
+            ["it gives 32 dims where 8 were asked for: truncate and normalise them"],
+        ),
         (lambda m, t, d: m.encode(t)[:, :d], 8, ["its vectors have lengths from 0."]),
         (
             lambda m, t, d: unit(SentenceTransformer(modules=[m[0], m[1]], device="cpu").encode(t)[:, :d]),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
-import queue
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,16 @@ from mipic_st.validation import checked_dims, checked_number, checked_texts
 
 # Of the answer, for each text: 8,192 dims with 24 letters each, and more.
 _MOST_BYTES = 2**20
+_LEFT_OUT = {
+    "WordWeights": "its vectors have no word weights: the server leaves WordWeights out, fit the cut with "
+    "word_weights=False",
+    "Dense": "its vectors are those in front of the Dense layers: the server leaves them out",
+}
 
 
 @dataclass(frozen=True)
 class EndpointCheck:
-    """What a server's vectors are, compared with the model's.
+    """A server's vectors compared with the model's.
 
     Attributes:
         agrees: Whether they are the model's vectors at this dim, at unit length.
@@ -55,19 +60,17 @@ def check_endpoint(
 ) -> EndpointCheck:
     """Compare the vectors of an OpenAI-compatible endpoint with the model's own.
 
-    Vectors are compared, not cosines: a server that leaves a rotation out gives the same cosines at full width, and
-    other vectors at every dim.
+    Not cosines: a server that leaves a rotation out gives the same cosines at full width, but other vectors.
 
     Args:
         model: The model that the server is meant to serve.
-        url: Address of the server, e.g. ``http://localhost:8000``, which gets ``/v1/embeddings``, or of its route if
-            that ends with ``/embeddings``, as infinity's does without ``/v1``.
-        dim: Asks the server for so many dims (``dimensions`` in the request). None asks for the full width.
+        url: Address of the server, e.g. ``http://localhost:8000``, or of its route, ending with ``/embeddings``.
+        dim: Dims to ask the server for (``dimensions`` in the request). None asks for the full width.
         name: The model's name in the request.
-        texts: What is embedded; no prompt is put before it.
+        texts: What is embedded, without a prompt.
         api_key: Sent as a bearer token, to this address only: redirects are not followed.
         tolerance: Largest distance that counts as equal; servers compute in half precision.
-        timeout: Seconds in which the whole answer has to be there.
+        timeout: Seconds for the whole answer.
 
     Returns:
         :class:`EndpointCheck`.
@@ -85,28 +88,26 @@ def check_endpoint(
         raise ValueError(f"url must begin with http:// or https://, got {url!r}.")
     model = unwrap(model)
     width = full_width(model)
-    if dim is not None:
-        (dim,) = checked_dims("dim", [dim], width)
+    (wanted,) = (width,) if dim is None else checked_dims("dim", [dim], width)
     tolerance = checked_number("tolerance", tolerance, 0, exclusive=True)
     timeout = checked_number("timeout", timeout, 0, exclusive=True)
     if api_key is not None and not (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()):
         raise ValueError("api_key must be a text of ASCII characters without line ends, as a header of HTTP is.")
     texts = checked_texts("texts", texts)
-    served = _ask(url, texts, dim, name, api_key, timeout)
+    served = _ask(url, texts, None if dim is None else wanted, name, api_key, timeout)
     with evaluation_mode(model):
         own = encode_texts(model, texts)
-    wanted = dim or width
+    given = served.shape[1]
     findings = []
-    if served.shape[1] != wanted:
-        findings.append(f"it gives {served.shape[1]} values where {wanted} were asked for: cut and normalise them")
+    if given != wanted:
+        findings.append(f"it gives {given} dims where {wanted} were asked for: truncate and normalise them")
     lengths = np.linalg.norm(served, axis=1)
     if np.abs(lengths - 1).max() > 0.01:
         findings.append(f"its vectors have lengths from {lengths.min():.3f} to {lengths.max():.3f}: normalise them")
-    common = min(served.shape[1], width)
+    common = min(given, width)
     worst = _distance(served[:, :common], own[:, :common])
     if not worst <= tolerance:
         for finding, vectors in _misread(model, texts):
-            given = served.shape[1]
             if vectors.shape[1] >= given and _distance(served, vectors[:, :given]) <= tolerance:
                 findings.append(finding)
                 break
@@ -120,44 +121,31 @@ def _distance(vectors: np.ndarray, others: np.ndarray) -> float:
 
 
 def _misread(model: SentenceTransformer, texts: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """What a server gives that skips modules, pools as it likes or adds a prompt, and how to say so."""
+    """What a server gives that adds a prompt, skips modules or pools as it likes, and how to say so."""
     for name, prompt in model.prompts.items():
         if prompt:
             with evaluation_mode(model):
-                yield (
-                    f"its vectors are those of texts with the model's prompt {name!r} in front, {prompt!r}: the server "
-                    "adds it to every text",
-                    encode_texts(model, texts, prompt=prompt),
-                )
+                vectors = encode_texts(model, texts, prompt=prompt)
+            where = f"the model's prompt {name!r} in front, {prompt!r}: the server adds it to every text"
+            yield f"its vectors are those of texts with {where}", vectors
     modules: list[Any] = list(model.children())
     kinds = [kind_of(module) for module in modules]
     place = pooling_place(model)
-    modes = [] if place < 0 else [mode for mode in ("mean", "cls", "lasttoken") if mode != modules[place].pooling_mode]
-    skips = [kind for kind in ("WordWeights", "Dense") if kind in kinds]
-    mistakes = [
-        (mode, skipped)
-        for mode in (None, *modes)
-        for count in range(len(skips) + 1)
-        for skipped in itertools.combinations(skips, count)
-    ]
+    own = "" if place < 0 else modules[place].pooling_mode
+    modes = ["mean", "cls", "lasttoken"] if own else []
+    skips = [kind for kind in _LEFT_OUT if kind in kinds]
+    sets = [skipped for count in range(len(skips) + 1) for skipped in itertools.combinations(skips, count)]
+    mistakes = [(mode, skipped) for mode in [own, *(mode for mode in modes if mode != own)] for skipped in sets]
     # fewest mistakes first, the first being none
-    for mode, skipped in sorted(mistakes[1:], key=lambda mistake: (mistake[0] is not None) + len(mistake[1])):
-        said = []
+    for mode, skipped in sorted(mistakes[1:], key=lambda mistake: (mistake[0] != own) + len(mistake[1])):
+        said = [_LEFT_OUT[kind] for kind in skipped]
         kept = [module for module, kind in zip(modules, kinds, strict=True) if kind not in skipped]
-        if mode is not None:
-            own = modules[place]
-            kept = [pooling_like(own, mode=mode) if module is own else module for module in kept]
-            said.append(
-                f"its vectors are pooled by {mode!r} where the model has {own.pooling_mode!r}: the server does not "
-                "read the pooling"
-            )
-        if "WordWeights" in skipped:
-            said.append(
-                "its vectors have no word weights: the server leaves WordWeights out, fit the cut with "
-                "word_weights=False"
-            )
-        if "Dense" in skipped:
-            said.append("its vectors are those in front of the Dense layers: the server leaves them out")
+        if mode != own:
+            kept = [pooling_like(module, mode=mode) if module is modules[place] else module for module in kept]
+            said = [
+                f"its vectors are pooled by {mode!r} where the model has {own!r}: the server does not read the pooling",
+                *said,
+            ]
         yield "; ".join(said), vectors_with(model, kept, texts)
 
 
@@ -180,10 +168,9 @@ def _ask(url: str, texts: list[str], dim: int | None, name: str, api_key: str | 
             "neither; if that is the server, give its address."
         )
     if not 200 <= status < 300:
-        hint = (
-            "; if its route is another one, give it whole, as in http://host:port/embeddings" if status == 404 else ""
-        )
-        raise ConnectionError(f"{route} refuses the request with status {status}: {_printable(given[:500])}{hint}")
+        hint = "; if its route is another one, give it whole, as in http://host:port/embeddings"
+        said = _printable(given[:500]) + (hint if status == 404 else "")
+        raise ConnectionError(f"{route} refuses the request with status {status}: {said}")
     try:
         rows = sorted(json.loads(given)["data"], key=lambda row: row["index"])
         vectors = np.asarray([row["embedding"] for row in rows], dtype=np.float32)
@@ -218,22 +205,19 @@ def _answer(request: urllib.request.Request, timeout: float, most_bytes: int) ->
 
 def _within(seconds: float, work: Callable[[], tuple[int, bytes]]) -> tuple[int, bytes]:
     """The result of the work, or an error after so many seconds; a socket's timeout begins again with each byte."""
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    result: Future[tuple[int, bytes]] = Future()
 
     def run() -> None:
         try:
-            results.put(work())
+            result.set_result(work())
         except Exception as error:
-            results.put(error)
+            result.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        result = results.get(timeout=seconds)
-    except queue.Empty:
+        return result.result(timeout=seconds)
+    except TimeoutError:
         raise TimeoutError(f"timed out, it gave no whole answer in {seconds:g} s") from None
-    if isinstance(result, Exception):
-        raise result
-    return result
 
 
 def _printable(given: object) -> str:
