@@ -18,14 +18,6 @@ from torch import nn
 from conftest import WIDTH
 from mipic_st import check_endpoint, cli
 
-TEXTS = ["the old man plays guitar", "a dog", "two small children see the red house near the river"]
-
-
-def with_pooling(model, mode):
-    """The model with another pooling."""
-    model[1] = Pooling(WIDTH, mode)
-    return model
-
 
 def unit(vectors):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -221,6 +213,8 @@ def raw():
                     with connection:
                         start.sent.append(connection.recv(65536))
                         answer(connection)
+                        while connection.recv(65536):  # what is left unread would reset the connection
+                            pass
             except OSError:  # closed, by the test or by the one who asked
                 pass
 
