@@ -24,10 +24,6 @@ def with_pooling(model, mode):
     return model
 
 
-def unit(vectors):
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
 @pytest.mark.parametrize(
     ("tail", "pooling"), [(None, "mean"), ("embeddinggemma", "mean"), ("labse", "cls"), ("stella", "lasttoken")]
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 from os import PathLike
@@ -15,8 +14,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from mipic_st.deploy.written import PROMPTS_LEFT_OUT, WITHOUT_PROMPTS, difference
-from mipic_st.encoder.adapters import merged_encoders
+from mipic_st.deploy.written import OLDER_NAMES, PROMPTS_LEFT_OUT, WITHOUT_PROMPTS, difference, without_adapters
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts, prompt_of
 from mipic_st.encoder.modules import kind_of, leaves_prompts_out, load_pooling, pooling_like, pooling_place
 from mipic_st.encoder.structure import describe, evaluation_mode, full_width, in_half_precision, unwrap
@@ -29,18 +27,14 @@ logger = logging.getLogger(__name__)
 
 
 def linear_tail(model: SentenceTransformer) -> Tensor | None:
-    """The map of rows that the tail is up to the length of its vectors, (H, D), or None if there is no Dense.
-
-    It is a product of bias-free Dense layers, so that it commutes with pooling; a Normalize between them changes the
-    length only.
-    """
+    """The product, (H, D), of the tail's bias-free Dense layers, which commutes with pooling; None if there is none."""
     description = describe(model)
     if description.pooling is None or description.routes:
         raise ValueError("the model must be Transformer, Pooling and a linear tail, without a Router.")
     product: Tensor | None = None
     module: Any
     for module in description.steps:
-        if kind_of(module) == "Normalize":
+        if kind_of(module) == "Normalize":  # changes the length only
             continue
         if not is_linear(module) or module.linear.bias is not None:
             raise ValueError(
@@ -56,7 +50,7 @@ def linear_tail(model: SentenceTransformer) -> Tensor | None:
 
 
 class _Rotated(nn.Module):
-    """The encoder, whose token states are pushed through what is in front of the pooling, and the tail by a product."""
+    """The encoder, what is between it and the pooling, and the tail as a product."""
 
     def __init__(
         self, auto_model: Any, between: Sequence[nn.Module], product: Tensor | None, names: Sequence[str]
@@ -77,10 +71,8 @@ class _Rotated(nn.Module):
 def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path:
     """Write ``onnx/model.onnx``, whose ``last_hidden_state`` has the model's width and space, and the tokenizer.
 
-    A runtime that tokenizes, pools (``mean``, ``cls`` or last token), cuts and normalizes on its own then gives the
-    model's vectors; it needs to know nothing of Dense layers, since a bias-free one commutes with pooling, nor of the
-    word weights of a layer cut, whose means it gets in the right direction, if not length. The pooling is written
-    next to it as sentence-transformers writes it, and ``modules.json`` lists nothing else. A default prompt, which
+    A runtime that tokenizes, pools (``mean``, ``cls`` or last token), truncates and normalizes on its own then gives
+    the model's vectors; it needs to know neither Dense layers nor word weights. A default prompt, which
     ``model.encode`` puts before texts, is not in the files: whoever asks the runtime has to put it there.
 
     Args:
@@ -88,7 +80,7 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
         folder: A new or empty folder.
 
     Returns:
-        Path of the ONNX file. It is run once, and compared with the model, before the function returns.
+        Path of the ONNX file, whose vectors were compared with the model's.
 
     Raises:
         ImportError: If the ``onnx`` extra is missing.
@@ -113,7 +105,7 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
             "embeds, as model.encode does.",
             prompt,
         )
-    plain = copy.deepcopy(model, merged) if (merged := merged_encoders(model)) else model
+    plain = without_adapters(model)
     with new_folder(folder) as new, evaluation_mode(plain), evaluation_mode(model):
         _write_graph(plain, product, new / "onnx" / "model.onnx")
         _write_rest(plain, product, new)
@@ -167,19 +159,15 @@ def _write_rest(model: SentenceTransformer, product: Tensor | None, folder: Path
     transformer.auto_model.config.save_pretrained(str(folder))
     (folder / "1_Pooling").mkdir()
     pooling_like(pooling, width=None if product is None else full_width(model)).save(str(folder / "1_Pooling"))
-    kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    write_json(
-        folder / "modules.json",
-        [
-            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for index, (path, kind) in enumerate(kinds)
-        ],
-    )
+    kinds = enumerate([("", "Transformer"), ("1_Pooling", "Pooling")])
+    listed = [{"idx": i, "name": str(i), "path": path, "type": OLDER_NAMES + kind} for i, (path, kind) in kinds]
+    write_json(folder / "modules.json", listed)
 
 
 def _require_same_from_runtime(model: SentenceTransformer, folder: Path) -> None:
     """Read the folder as a runtime does, and compare its vectors with the model's, at unit length."""
-    onnxruntime = require("onnxruntime", "the ONNX export needs onnxruntime", "onnx")
+    import onnxruntime
+
     texts = list(PROBE_TEXTS[:2])  # another shape than the one that was traced
     limits = {} if model.max_seq_length is None else {"truncation": True, "max_length": model.max_seq_length}
     given = AutoTokenizer.from_pretrained(str(folder))(texts, padding=True, return_tensors="np", **limits)

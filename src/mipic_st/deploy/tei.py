@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from os import PathLike
 from pathlib import Path
@@ -12,37 +11,32 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from mipic_st.deploy.written import (
+    OLDER_NAMES,
     PROMPTS_LEFT_OUT,
     WITHOUT_PROMPTS,
     difference,
     require_same_when_loaded,
     vectors_with,
+    without_adapters,
 )
-from mipic_st.encoder.adapters import merged_encoders
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts
 from mipic_st.encoder.modules import kind_of, leaves_prompts_out
 from mipic_st.encoder.structure import evaluation_mode, in_half_precision, unwrap
 from mipic_st.files import new_folder, write_json
 from mipic_st.numerics import unit_length
 
-_POOLING_KEYS = {
-    "cls": "pooling_mode_cls_token",
-    "mean": "pooling_mode_mean_tokens",
-    "max": "pooling_mode_max_tokens",
-    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
-    "weightedmean": "pooling_mode_weightedmean_tokens",
-    "lasttoken": "pooling_mode_lasttoken",
-}
+# Keys of the pooling modes that the server knows, and those of the others, which must be there too.
+_POOLINGS = {"cls": "cls_token", "mean": "mean_tokens", "lasttoken": "lasttoken"}
+_NO_POOLINGS = ("max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens")
 _DENSE_KEYS = ("in_features", "out_features", "bias", "activation_function")
 
 
 def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> None:
     """Save a model in the form that text-embeddings-inference reads.
 
-    What sentence-transformers 5.4 and newer save has other module paths and pooling keys: there the server leaves Dense
-    layers out, and a rotated model would serve vectors that were not rotated. sentence-transformers itself reads this
-    form too, with the same vectors. So do vLLM, whose releases before September 2026 know no other, and infinity, which
-    runs sentence-transformers 3. Adapters are merged in the saved copy.
+    Of the form that sentence-transformers 5.4 and newer save, the server leaves Dense layers out, so a rotated model
+    would serve vectors that were not rotated. sentence-transformers, vLLM and infinity read this older form too, with
+    the same vectors. Adapters are merged in the saved copy.
 
     Args:
         model: A model of Transformer, Pooling, and Dense and Normalize behind it.
@@ -60,9 +54,8 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
     modules = list(model.children())
     for place, module in enumerate(modules):
         if reason := _not_for_tei(module, place):
-            hint = ""
-            if any(kind_of(module) == "WordWeights" for module in modules):
-                hint = " Fit the cut with word_weights=False, or serve the file of export_onnx."
+            weighed = any(kind_of(module) == "WordWeights" for module in modules)
+            hint = " Fit the cut with word_weights=False, or serve the file of export_onnx." if weighed else ""
             raise ValueError(f"{reason}, which text-embeddings-inference does not know.{hint}")
     if leaves_prompts_out(model):
         raise ValueError(f"{PROMPTS_LEFT_OUT} text-embeddings-inference does not; {WITHOUT_PROMPTS}")
@@ -71,8 +64,7 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
             "behind a Normalize the model has a Dense with a bias or an activation, but text-embeddings-inference "
             f"normalises at the end only: its vectors would differ by {found}. Serve it by sentence-transformers."
         )
-    # what is saved of adapters, no server reads
-    plain = copy.deepcopy(model, merged) if (merged := merged_encoders(model)) else model
+    plain = without_adapters(model)
     with new_folder(folder) as new, evaluation_mode(plain):  # saving writes a card, for which it encodes
         plain.save_pretrained(str(new))
         _write_older_form(modules, new)
@@ -92,12 +84,13 @@ def _write_older_form(modules: list[nn.Module], folder: Path) -> None:
     module: Any
     for entry, module in zip(listed, modules, strict=True):
         kind = kind_of(module)
-        entry["type"] = f"sentence_transformers.models.{kind}"
+        entry["type"] = OLDER_NAMES + kind
         config = folder / entry["path"] / "config.json"
         if kind == "Pooling":
-            width = module.embedding_dimension
-            keys = {key: mode == module.pooling_mode for mode, key in _POOLING_KEYS.items()}
-            write_json(config, {"word_embedding_dimension": width, **keys, "include_prompt": module.include_prompt})
+            mode = _POOLINGS[module.pooling_mode]
+            keys = {f"pooling_mode_{key}": key == mode for key in (*_POOLINGS.values(), *_NO_POOLINGS)}
+            stated = {"word_embedding_dimension": module.embedding_dimension, "include_prompt": module.include_prompt}
+            write_json(config, stated | keys)
         elif kind == "Dense":
             stated = json.loads(config.read_text(encoding="utf-8"))
             write_json(config, {key: stated[key] for key in _DENSE_KEYS})
@@ -123,7 +116,7 @@ def _not_for_tei(module: Any, place: int) -> str:
         for key in ("processing_kwargs", "query_length", "document_length", "query_expansion"):
             if given := getattr(module, key, None):
                 return f"the tokenizer is called with {key} {given}"
-    if kind == "Pooling" and module.pooling_mode not in ("cls", "mean", "lasttoken"):
+    if kind == "Pooling" and module.pooling_mode not in _POOLINGS:
         return f"the pooling mode is {module.pooling_mode!r}"
     if kind == "Dense":
         if not isinstance(module.activation_function, (nn.Identity, nn.Tanh)):  # which it knows by their class

@@ -46,32 +46,27 @@ def export_truncated(
     cuts: LayerCuts | None = None,
     normalize: bool = True,
 ) -> SentenceTransformer:
-    """A copy of the model that stops after ``layer`` and gives ``dim`` values.
+    """A copy of the model that stops after ``layer`` and gives ``dim`` values, checked before it is returned.
 
-    The backbone is built again with fewer layers (a pre-norm backbone keeps its final norm); adapters are merged. With
-    ``texts`` or ``cuts``, a fitted bias-free Dense maps the early states to the full-depth vectors and cuts them to
-    ``dim``, and ``WordWeights`` say how much each token counts in their mean: at half depth this is worth many points.
-    Without, the early states go through the model's own tail, and its first ``dim`` values are kept. All of it is
-    sentence-transformers' own, so the saved folder loads where this package is not installed. The result is checked
-    before it is returned, and the model that was passed in is left alone.
+    With ``texts`` or ``cuts``, a fitted bias-free Dense maps the early states to the full-depth vectors, truncated to
+    ``dim``, and ``WordWeights`` say how much each token counts: at half depth this is worth many points. Without, the
+    early states go through the model's own final norm and tail. Adapters are merged, and all modules are
+    sentence-transformers' own, so the saved folder loads without this package. The model itself is left alone.
 
     Args:
         model: The model to cut.
         layer: Last layer to keep, 1 to L; None keeps all.
-        dim: Values to keep, 1 to D; None keeps what the model gives: its ``truncate_dim`` if it was loaded with one,
-            else all.
-        texts: Texts to fit the tail of a layer cut on, a few thousand, without labels. What is lost at this cell on
-            held-out ones goes to the log.
-        cuts: A grid that :func:`mipic_st.transforms.layer_cut.fit_layer_cuts` has fitted, in the place of ``texts``.
-        normalize: Put Normalize after the cut to ``dim`` or the fitted tail. Without, a Normalize that the model has
-            stays in front of the cut. With neither dim nor tail, the model's own modules stay as they are.
+        dim: Dims to keep, 1 to D; None keeps the model's ``truncate_dim`` if it has one, else all.
+        texts: Texts to fit the tail of a layer cut on, a few thousand, without labels. What is lost on held-out ones is
+            logged.
+        cuts: What :func:`mipic_st.transforms.layer_cut.fit_layer_cuts` has fitted, in the place of ``texts``.
+        normalize: Put Normalize at the end. Without, a Normalize of the model stays in front of the truncation.
 
     Returns:
         A SentenceTransformer on the same device, in evaluation mode. `measure_speedup` says how much faster it is.
 
     Raises:
-        TypeError: If ``layer`` is given for a model without layers, or whose code does not allow fewer of them, or the
-            model has no weights at all, or cannot be saved once it is cut.
+        TypeError: If the model has no layers or weights, or its code does not allow fewer layers, or a saved cut.
         ValueError: If layer or dim is out of range, neither is given, or ``texts`` or ``cuts`` are given without a
             layer below the depth, both, or for another layer.
         RuntimeError: If the cut model does not reproduce what it should, in memory or saved and loaded again.
@@ -81,12 +76,13 @@ def export_truncated(
         >>> small.save_pretrained("small")                                          # doctest: +SKIP
     """
     model = unwrap(model)
+    width = full_width(model)
     if dim is None and model.truncate_dim is not None:
-        dim = min(model.truncate_dim, full_width(model))
+        dim = min(model.truncate_dim, width)
     if layer is None and dim is None:
         raise ValueError("layer and dim are both None, so there is nothing to cut; give at least one.")
     if dim is not None:
-        (dim,) = checked_dims("dim", [dim], full_width(model))
+        (dim,) = checked_dims("dim", [dim], width)
     normalize = checked_flag("normalize", normalize)
     if next(model.parameters(), None) is None:
         raise TypeError(f"the model's {type(model[0]).__name__} has no weights, so there is nothing to cut.")
@@ -103,7 +99,7 @@ def export_truncated(
     elif dim is not None:
         if normalize:
             modules = without_normalize(modules)
-        if dim < (width := full_width(model)):
+        if dim < width:
             modules = with_map(modules, [identity_dense(torch.eye(width, dim))])
     if normalize and (cuts is not None or dim is not None):
         modules = with_normalize(modules)
@@ -129,10 +125,8 @@ def _require_saved(exported: SentenceTransformer, layer: int | None) -> None:
         try:
             exported.save_pretrained(folder, create_model_card=False)
         except Exception as error:  # the architecture's own code may raise anything
-            encoder: Any = exported[0]
-            name = type(getattr(encoder, "auto_model", encoder)).__name__
-            fix = "" if layer is None else "; leave layer out"
-            words = " ".join(str(error).split())
+            name = type(getattr(exported[0], "auto_model", exported[0])).__name__
+            words, fix = " ".join(str(error).split()), "" if layer is None else "; leave layer out"
             raise TypeError(f"the cut {name} cannot be saved ({type(error).__name__}: {words}){fix}.") from error
         require_same_when_loaded(exported, folder)
 
@@ -140,28 +134,20 @@ def _require_saved(exported: SentenceTransformer, layer: int | None) -> None:
 def _module_kwargs(model: SentenceTransformer, modules: Sequence[Any]) -> dict[str, list[str]] | None:
     """Which keywords of ``encode`` go to which of the modules that stayed, under the names that these have now."""
     known = model.module_kwargs or {}
-    pairs = zip(model.named_children(), modules, strict=False)
-    found = {
-        str(place): list(known[name])
-        for place, ((name, old), new) in enumerate(pairs)
-        if name in known and type(old) is type(new)
-    }
-    return found or None
+    pairs = enumerate(zip(model.named_children(), modules, strict=False))
+    stayed = {str(place): name for place, ((name, old), new) in pairs if type(old) is type(new)}
+    return {place: list(known[name]) for place, name in stayed.items() if name in known} or None
 
 
 def _fitted(
-    model: SentenceTransformer,
-    layer: int | None,
-    dim: int | None,
-    texts: Sequence[str] | None,
-    cuts: LayerCuts | None,
+    model: SentenceTransformer, layer: int | None, dim: int | None, texts: Sequence[str] | None, cuts: LayerCuts | None
 ) -> LayerCuts | None:
     """The cuts that have the tail for the layer, if there is to be a fitted one."""
     if texts is None and cuts is None:
         return None
-    given = "texts" if cuts is None else "cuts"
     if texts is not None and cuts is not None:
         raise ValueError("texts and cuts are both given; cuts are fitted already, leave texts out.")
+    given = "texts" if cuts is None else "cuts"
     if layer is None or layer == model_depth(model):
         raise ValueError(f"{given} are for the tail behind an early layer; give a layer below {model_depth(model)}.")
     if cuts is None:
@@ -186,9 +172,7 @@ def _check(
     normalize: bool,
 ) -> None:
     """The cut model must give what the (layer, dim) cell of the grid gives, or the fitted map of its states."""
-    texts = list(PROBE_TEXTS)
-    width = full_width(model)
-    amplified = 1.0
+    texts, amplified = list(PROBE_TEXTS), 1.0
     if cuts is not None:
         assert layer is not None
         before = {place: word_weights_module(model, weights) for place, weights in cuts.word_weights.items()}
@@ -199,13 +183,13 @@ def _check(
         amplified = float((np.abs(states) @ np.abs(columns)).max() / np.linalg.norm(expected, axis=1).min()) / 100
     else:
         store = EmbeddingStore(model, None if layer is None else [layer])
-        expected = store.view(dim or width, layer=layer, normalize=normalize).encode(texts, show_progress_bar=False)
+        width = dim or full_width(model)
+        expected = store.view(width, layer=layer, normalize=normalize).encode(texts, show_progress_bar=False)
     got = np.asarray(exported.encode(texts, show_progress_bar=False), dtype=np.float32)
     if normalize and (dim is not None or cuts is not None):
         expected = unit_length(expected)
     if found := difference(expected, got, half=in_half_precision(model), allowed=1e-3 * max(1.0, amplified)):
-        more = "behind the encoder" if layer is None else "between layers"
-        fix = "" if layer is None else " Leave layer out."
+        more, fix = ("behind the encoder", "") if layer is None else ("between layers", " Leave layer out.")
         raise RuntimeError(
             f"the model cut at layer {layer}, dim {dim} differs from the grid cell by {found}; it does more {more} "
             f"than this export knows.{fix}"
@@ -230,11 +214,8 @@ def measure_speedup(
         repeats: Rounds; the fastest of each model counts.
 
     Returns:
-        ``speedup`` (full seconds over cut seconds), ``seconds_full``, ``seconds_cut``, ``parameters_full``,
-        ``parameters_cut``.
-
-    Raises:
-        ValueError: If ``repeats`` or ``batch_size`` is below 1 or ``texts`` is empty.
+        ``speedup`` (full seconds over cut seconds), ``seconds_full``, ``seconds_cut``,
+        ``parameters_full``, ``parameters_cut``.
 
     Example:
         >>> measure_speedup(model, export_truncated(model, layer=3))["speedup"]  # doctest: +SKIP

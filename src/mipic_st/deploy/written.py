@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -10,17 +11,20 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from mipic_st.encoder.adapters import merged_encoders
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts
 from mipic_st.encoder.structure import evaluation_mode, in_half_precision
 from mipic_st.numerics import compare_vectors
 
+# The older names of modules, which servers read.
+OLDER_NAMES = "sentence_transformers.models."
 # What servers with a pooling of their own do not do, and the way out.
 PROMPTS_LEFT_OUT = "the model's pooling leaves out the tokens of its prompts (include_prompt=False), which"
 WITHOUT_PROMPTS = "for texts without prompts, set model.prompts = {} and save again."
 
 
 def difference(own: Any, other: Any, *, half: bool = False, allowed: float = 1e-3) -> str:
-    """How two sets of vectors differ by more than rounding, in words; nothing if they do not."""
+    """How two sets of vectors differ by more than rounding, in words; empty if they do not."""
     own, other = np.asarray(own), np.asarray(other)
     if own.shape != other.shape:
         return f"their shape, {own.shape} and {other.shape}"
@@ -28,6 +32,11 @@ def difference(own: Any, other: Any, *, half: bool = False, allowed: float = 1e-
         return "values that are not finite"
     found = compare_vectors(own, other, half=half, allowed=allowed)
     return "" if found.same else f"{found.worst:.1e} at values up to {found.scale:.1e}"
+
+
+def without_adapters(model: SentenceTransformer) -> SentenceTransformer:
+    """The model, or a copy with its adapters merged: what is saved of adapters, no server reads."""
+    return copy.deepcopy(model, merged) if (merged := merged_encoders(model)) else model
 
 
 def require_same_when_loaded(model: SentenceTransformer, folder: str | PathLike[str]) -> None:
