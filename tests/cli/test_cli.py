@@ -3,11 +3,7 @@
 import re
 
 import pytest
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import BoW
-from transformers import RwkvConfig
 
-from conftest import assemble, save_encoder
 from evaluation_fixtures import tiny_model
 from mipic_st.cli import COMMANDS, build_parser, main, options
 from mipic_st.validation import powers_of_two
@@ -47,12 +43,6 @@ def test_lists_take_commas_and_spaces(given):
     assert args.dims == [8, 16, 32]
     assert args.precisions == ["int8", "binary"]
     assert args.tasks == ["STS13", "MTEB(eng, v2)", "STS14"]
-
-
-def test_wrong_arguments_exit_with_2(capsys):
-    """argparse's code for wrong usage."""
-    assert main(["eval"]) == 2
-    assert "MODEL" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -197,22 +187,6 @@ def test_empty_model_names_are_refused(tmp_path, capsys, name):
         assert "the name is empty" in failure([*command, "--output", tmp_path / "out"], capsys)
 
 
-def test_architectures_that_cannot_be_built_smaller_are_named(tmp_path, capsys):
-    """What their own code raises, in one line."""
-    sizes = {"hidden_size": 32, "attention_hidden_size": 32}
-    folder = save_encoder(tmp_path / "encoder", lambda layers: RwkvConfig(num_hidden_layers=layers, **sizes))
-    assemble(folder).save_pretrained(str(tmp_path / "model"))
-    line = failure(["cut", tmp_path / "model", "--layer", "1", "--output", tmp_path / "cut"], capsys)
-    assert "RwkvModel cannot be built with 1 of its 3 layers" in line
-
-
-def test_models_without_weights_are_refused(tmp_path, capsys):
-    """A bag of words has nothing to cut."""
-    SentenceTransformer(modules=[BoW(["cat", "dog"])], device="cpu").save_pretrained(str(tmp_path / "bow"))
-    command = ["cut", tmp_path / "bow", "--dim", "1", "--output", tmp_path / "cut"]
-    assert "the model's BoW has no weights" in failure(command, capsys)
-
-
 @pytest.mark.parametrize("error", [KeyError("x"), AssertionError(), StopIteration(), RuntimeError("two\n  lines")])
 def test_errors_that_nobody_foresaw_are_one_line_and_debug_shows_more(tmp_path, capsys, monkeypatch, error):
     """With its kind and the way to see more; ``--debug`` before or after the command shows where it happened."""
@@ -231,12 +205,6 @@ def test_errors_that_nobody_foresaw_are_one_line_and_debug_shows_more(tmp_path, 
     for place in (0, 1, len(command)):
         assert main([*command[:place], "--debug", *command[place:]]) == 1
         assert "Traceback" in capsys.readouterr().err
-
-
-def test_unknown_model_exits_with_1(tmp_path, capsys):
-    """A model that does not load gives one line on stderr."""
-    assert main(["cut", str(tmp_path / "none"), "--dim", "8", "--output", str(tmp_path / "o")]) == 1
-    assert "cannot be loaded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -61,14 +61,6 @@ def test_cut_writes_a_loadable_model(tmp_path, capsys):
     assert json.loads((tmp_path / "cut" / "cut.json").read_text())["layer"] == 2
 
 
-def test_cut_refuses_a_used_folder(tmp_path, capsys):
-    """Nothing is overwritten."""
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "cut" / "file").write_text("mine")
-    assert main(["cut", "x", "--dim", "8", "--output", str(tmp_path / "cut")]) == 1
-    assert "exists and is not empty" in capsys.readouterr().err
-
-
 def test_a_cut_of_dims_is_not_timed(files, capsys):
     """It is as fast as before; --quiet prints nothing."""
     assert main(["cut", str(files / "model"), "--dim", "8", "--output", str(files / "out"), "--quiet"]) == 0

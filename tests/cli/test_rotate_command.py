@@ -62,4 +62,4 @@ def test_rotating_a_narrow_model_needs_dims(files, capsys, monkeypatch):
     monkeypatch.setattr("mipic_st.encoder.structure.full_width", lambda model: 8)
     call = ["rotate", str(files / "model"), "--texts", str(files / "texts.txt"), "--output", str(files / "out")]
     assert main(call) == 1
-    assert "the model's 8 values leave no power of 2 from 8 on below them: give --dims" in capsys.readouterr().err
+    assert "the model's 8 dims leave no power of 2 from 8 on below them: give --dims" in capsys.readouterr().err

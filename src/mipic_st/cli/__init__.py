@@ -50,14 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        argv: Arguments without the program's name; None takes the process's.
-
-    Returns:
-        Exit code: 0 done, 1 failed with a message on stderr, 2 wrong arguments, 130 interrupted.
-    """
+    """Run the command of these arguments, or of the process's own; what is returned is the exit code."""
     parser = build_parser()
     try:
         args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Cut a model to its first layers and dims.
+"""Cut a model to its first layers, truncate it to its first dims.
 
 A plain SentenceTransformer is saved, which loads without this package. With --texts, what follows the last layer is
 fitted to the full model's vectors, which is worth many points, and what is lost is measured on held-out ones.
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     options.add_model(parser)
     parser.add_argument("--layer", type=options.whole_number, metavar="L", help="last layer to keep (default: all)")
-    options.add_dim(parser, "values to keep (default: all)")
+    options.add_dim(parser, "dims to keep (default: all)")
     parser.add_argument(
         "--texts",
         type=options.given,

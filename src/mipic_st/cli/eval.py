@@ -22,12 +22,10 @@ EXAMPLES = """examples:
   mipic-st eval sentence-transformers/all-MiniLM-L6-v2 --tasks sts --dims 32,64,128,384 --output results
   mipic-st eval ./run-a ./run-b --tasks STS13 Banking77Classification --data-dir data --dims 16 64 --output results"""
 
-_PRECISIONS = ("float32", "int8", "binary")
-
 
 def _precision(text: str) -> str:
-    if text not in _PRECISIONS:
-        raise argparse.ArgumentTypeError(f"must be among {', '.join(_PRECISIONS)}, got {text!r}")
+    if text not in ("float32", "int8", "binary"):
+        raise argparse.ArgumentTypeError(f"must be among float32, int8, binary, got {text!r}")
     return text
 
 
@@ -51,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser, "--precisions", _precision, default=["float32"], metavar="P", help="float32 (default), int8, binary"
     )
     options.add_batch_size(parser)
-    parser.add_argument("--no-normalize", action="store_true", help="do not renormalise after the cut")
+    parser.add_argument("--no-normalize", action="store_true", help="do not normalise after truncation")
     parser.add_argument("--overwrite", action="store_true", help="run again what is in --output already")
     parser.add_argument("--skip-missing", action="store_true", help="leave out tasks without data instead of failing")
     parser.add_argument("--no-plots", action="store_true", help="write tables only")
@@ -131,20 +129,15 @@ def _write(report: EvaluationReport, args: argparse.Namespace) -> None:
 
 def _model_names(places: Sequence[str]) -> list[str]:
     """Names that tell the models apart: local folders with one basename get their parent's name too."""
+    folders = {place: Path(place).resolve() for place in places}
+    basenames = [folder.name for folder in folders.values()]
     names: list[str] = []
     for place in places:
-        folder = Path(place)
-        if not folder.exists():
-            names.append(place)
-            continue
-        folder = folder.resolve()
-        same = [other for other in places if other != place and Path(other).resolve().name == folder.name]
-        names.append(f"local/{folder.parent.name}-{folder.name}" if same else f"local/{folder.name}")
-    repeated = {name for name in names if names.count(name) > 1}
-    if repeated:
-        raise ValueError(
-            f"MODEL: {sorted(map(str, repeated))} named twice; give each model once, from folders with different names."
-        )
+        folder = folders[place]
+        parent = f"{folder.parent.name}-" if basenames.count(folder.name) > 1 else ""
+        names.append(f"local/{parent}{folder.name}" if folder.exists() else place)
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"MODEL: {repeated} named twice; give each model once, from folders with different names.")
     return names
 
 

@@ -38,19 +38,16 @@ def _output_folder(text: str) -> Path:
 
 def input_folder(text: str) -> Path:
     """A folder that is there, for argparse."""
-    if not Path(given(text)).is_dir():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is {'a file' if Path(text).exists() else 'not there'}; name a folder"
-        )
-    return Path(text)
+    path = Path(given(text))
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is {'a file' if path.exists() else 'not there'}; name a folder")
+    return path
 
 
 class _Flat(argparse.Action):
     """Joins the lists that several arguments give."""
 
-    def __call__(
-        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         setattr(namespace, self.dest, [value for part in values for value in part])
 
 
@@ -145,6 +142,4 @@ def is_expected(error: BaseException) -> bool:
 def one_line(error: BaseException) -> str:
     """What an error says, on one printable line; its kind too, where the words alone would not say what is wrong."""
     words = " ".join("".join(letter if letter.isprintable() else " " for letter in str(error)).split())
-    if is_expected(error) and words:
-        return words
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return words if words and is_expected(error) else ": ".join(filter(None, [type(error).__name__, words]))

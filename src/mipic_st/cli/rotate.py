@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         width = full_width(model)
         dims = args.dims or powers_of_two(8, width)
         if not dims:
-            raise ValueError(f"the model's {width} values leave no power of 2 from 8 on below them: give --dims.")
+            raise ValueError(f"the model's {width} dims leave no power of 2 from 8 on below them: give --dims.")
         rotation = rotate_model(
             model, data, dims, batch_size=args.batch_size, seed=args.seed, show_progress_bar=not args.quiet
         )
