@@ -142,10 +142,8 @@ def _misread(model: SentenceTransformer, texts: list[str]) -> Iterator[tuple[str
         kept = [module for module, kind in zip(modules, kinds, strict=True) if kind not in skipped]
         if mode != own:
             kept = [pooling_like(module, mode=mode) if module is modules[place] else module for module in kept]
-            said = [
-                f"its vectors are pooled by {mode!r} where the model has {own!r}: the server does not read the pooling",
-                *said,
-            ]
+            pooled = f"its vectors are pooled by {mode!r} where the model has {own!r}"
+            said.insert(0, f"{pooled}: the server does not read the pooling")
         yield "; ".join(said), vectors_with(model, kept, texts)
 
 

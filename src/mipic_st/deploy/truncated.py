@@ -217,13 +217,16 @@ def measure_speedup(
         ``speedup`` (full seconds over cut seconds), ``seconds_full``, ``seconds_cut``,
         ``parameters_full``, ``parameters_cut``.
 
+    Raises:
+        ValueError: If ``repeats`` or ``batch_size`` is below 1 or ``texts`` is empty.
+
     Example:
         >>> measure_speedup(model, export_truncated(model, layer=3))["speedup"]  # doctest: +SKIP
         1.9
     """
     repeats, batch_size = checked_count("repeats", repeats), checked_count("batch_size", batch_size)
     if texts is None:
-        texts = [" ".join(["measure", "this", "sentence", "again"] * (1 + i % 8)) + f" {i}" for i in range(128)]
+        texts = ["measure this sentence again " * (1 + i % 8) + str(i) for i in range(128)]
     if not len(texts):
         raise ValueError("texts is empty; give some, or None for made-up ones.")
     models = {"full": model, "cut": exported}
