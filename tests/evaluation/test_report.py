@@ -183,7 +183,7 @@ def test_plots_of_one_task_and_one_model(plot):
     if chosen:
         with pytest.raises(ValueError, match=r"model must be one of \['m0', 'm1'\], got None"):
             drawn(every)
-        with pytest.raises(ValueError, match="no scores for model 'm2'"):
+        with pytest.raises(ValueError, match="got 'm2'"):
             drawn(every, model="m2")
 
 

@@ -40,7 +40,7 @@ class Cell:
     scores: dict[tuple[Any, Any], float] = field(default_factory=dict)
 
     def mean(self) -> float:
-        """Over the seeds."""
+        """The mean over seeds."""
         return float(np.mean(list(self.scores.values())))
 
 
@@ -60,8 +60,7 @@ def _checked_record(given: Any) -> dict[str, Any]:
     if missing or unknown:
         raise ValueError(f"a record lacks {missing} or has unknown keys {unknown}; keys are {list(COLUMNS)}.")
     record = {key: given.get(key, _DEFAULTS.get(key)) for key in COLUMNS}
-    for key in _MAY_BE_NONE:
-        record[key] = _or_none(record[key])
+    record |= {key: _or_none(record[key]) for key in _MAY_BE_NONE}
     for key in ("dim", "layer", "bytes", "seed"):
         value = plain(record[key])
         if isinstance(value, float) and value.is_integer():  # a frame's column with gaps
@@ -115,30 +114,18 @@ def _row_names(records: Iterable[dict[str, Any]]) -> dict[tuple[str, Any, Any], 
     return names
 
 
-def _warn_of_missing_seeds(cells: dict[tuple[Any, ...], Cell]) -> None:
-    """A mean over fewer seeds than the row has elsewhere is shown, but not in silence."""
-    runs_of: dict[str, set[Any]] = {}
-    for (row, *_), cell in cells.items():
-        runs_of.setdefault(row, set()).update(cell.scores)
-    fewer = sorted(
-        {f"{row}, {task}" for (row, _, _, _, task, _), cell in cells.items() if set(cell.scores) != runs_of[row]}
-    )
-    if fewer:
-        logger.warning("means over fewer seeds than the model has elsewhere: %s", "; ".join(fewer))
-
-
 class EvaluationReport:
     """Scores of models by task, metric, dim, layer and precision.
 
-    A row is a model with its name and its revision. Tables and plots average declared seeds and nothing else: two
-    revisions under one name become two rows, ``name@revision``, and two different scores of one and the same row are an
-    error. A score that is not a number stays one in every mean (``n/a`` in text, a gap in plots).
+    Tables and plots average declared seeds and nothing else: two revisions under one name become two rows,
+    ``name@revision``, and two different scores of one row are an error. A score that is not a number makes every mean
+    none either (``n/a`` in text, a gap in plots).
 
     Args:
         records: One dict per score with ``model``, ``task``, ``metric``, ``dim``, ``score`` and, if they apply,
-            ``revision`` (which state of the model), ``seed`` (of the training run; runs of one model that differ in it
-            are averaged), ``layer``, ``precision``, ``bytes``, ``primary`` (whether it is the task's main metric).
-        info: Anything to keep with the scores (peak memory, revision); written to JSON.
+            ``revision`` (which state of the model), ``seed`` (of the training run), ``layer``, ``precision``,
+            ``bytes``, ``primary`` (whether it is the task's main metric).
+        info: Anything to keep with the scores; written to JSON.
 
     Raises:
         TypeError: If a record is no dict.
@@ -168,21 +155,15 @@ class EvaluationReport:
         return frame.astype({"layer": "Int64", "seed": "Int64"})
 
     def cells(self) -> dict[tuple[Any, ...], Cell]:
-        """Main scores by (row's name, layer, precision, dim, task, metric), in the order of the records.
-
-        Raises:
-            ValueError: If there are none, or two different ones of one model, revision and seed.
-        """
+        """Main scores by (row's name, layer, precision, dim, task, metric), in the order of the records."""
         main = [record for record in self.records if record["primary"]]
         if not main:
             raise ValueError("the report holds no main scores.")
         row_of = _row_names(main)
         cells: dict[tuple[Any, ...], Cell] = {}
         for record in main:
-            run = _run(record)
-            row = row_of[run]
-            layer, dim = record["layer"], plain(record["dim"])
-            key = (row, layer, record["precision"], dim, record["task"], record["metric"])
+            run, layer, dim = _run(record), record["layer"], plain(record["dim"])
+            key = (row_of[run], layer, record["precision"], dim, record["task"], record["metric"])
             cell = cells.setdefault(key, Cell(record["bytes"]))
             score = float(record["score"])
             known = cell.scores.setdefault(run[1:], score)
@@ -193,20 +174,21 @@ class EvaluationReport:
                     f"{'' if layer is None else f', layer {layer}'}: only runs of different seeds are averaged. Give "
                     "models different names, runs their seed, or evaluators different names."
                 )
-        _warn_of_missing_seeds(cells)
+        runs_of: dict[str, set[Any]] = {}
+        for (row, *_), cell in cells.items():
+            runs_of.setdefault(row, set()).update(cell.scores)
+        if fewer := {f"{key[0]}, {key[4]}" for key, cell in cells.items() if set(cell.scores) != runs_of[key[0]]}:
+            logger.warning("means over fewer seeds than the model has elsewhere: %s", "; ".join(sorted(fewer)))
         return cells
 
     def table(self, average: bool = True) -> pd.DataFrame:
         """Main metrics x 100: one row per (model, layer, precision, dim), one column per task; seeds are averaged.
 
-        Revisions of one name have rows of their own, ``name@revision``. A task whose scores are of several metrics has
-        a column for each. A mean over seeds or tasks of which one is not a number is none either.
-
         Args:
             average: Add the mean over tasks as the last column, if there are several tasks.
 
         Returns:
-            The wide frame; what all rows share (one precision, no layers) is left out of its index.
+            The wide frame; a precision or layer that all rows share is left out of its index.
 
         Raises:
             ValueError: If the report holds no main scores, or two different ones of one model, revision and seed.
@@ -244,11 +226,7 @@ class EvaluationReport:
     def to_markdown(self, path: str | Path | None = None) -> str:
         """The table as Markdown; with several models the highest per column and dim is bold.
 
-        Args:
-            path: File to write to, if any.
-
-        Returns:
-            The table as text; ``n/a`` is a score that is not a number, an empty cell one that is not there.
+        ``n/a`` is a score that is not a number, an empty cell one that is not there; ``path`` is a file to write to.
         """
         keys, columns, index, values, there = self._wide()
         shown = np.round(values, 2)
@@ -285,26 +263,17 @@ class EvaluationReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """All scores and ``info``, for `from_json`; ``path`` is a file to write to. NaN becomes null."""
-        records = [
-            {**record, "score": None if record["score"] != record["score"] else record["score"]}
-            for record in self.records
-        ]
-        return _written(json.dumps({"info": self.info, "records": records}, indent=1, default=_jsonable) + "\n", path)
+        records = [{**record, "score": _or_none(record["score"])} for record in self.records]
+        text = json.dumps(
+            {"info": self.info, "records": records},
+            indent=1,
+            default=lambda value: plain(value) if hasattr(value, "tolist") else str(value),
+        )
+        return _written(text + "\n", path)
 
     @classmethod
     def from_json(cls, path: str | Path) -> EvaluationReport:
-        """Read what `to_json` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            A report of the same scores.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it holds something else; the message names it.
-        """
+        """The report that `to_json` wrote; ValueError for a file that holds something else."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(content["records"], content["info"])
@@ -318,33 +287,21 @@ class EvaluationReport:
     def plot_score_by_dim(self, path: str | Path | None = None, task: str | None = None) -> Figure:
         """Score against dim, one line per model, a band from the lowest to the highest seed.
 
-        A report of layers only is drawn at the deepest one, and the line says so.
-
         Args:
             path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
             task: One task; None draws the mean over tasks.
 
         Returns:
-            The figure.
+            The figure. A report of layers only is drawn at the deepest one.
         """
         return plots.score_by_dim(self, path, task)
 
     def plot_retained(self, path: str | Path | None = None, task: str | None = None) -> Figure:
-        """Share of the largest dim's score that each dim keeps, in percent; each model has a largest dim of its own.
-
-        Arguments as for `plot_score_by_dim`.
-
-        Raises:
-            ValueError: If a largest dim's score is below 0, as those of MSEEvaluator are: a share of it says nothing.
-        """
+        """Percent of its model's largest dim's score that each dim keeps; arguments as for `plot_score_by_dim`."""
         return plots.retained(self, path, task)
 
     def plot_quality_by_bytes(self, path: str | Path | None = None, task: str | None = None) -> Figure:
-        """Score against bytes per vector, one line per model and precision; arguments as for `plot_score_by_dim`.
-
-        Raises:
-            ValueError: If the records do not say their bytes.
-        """
+        """Score against bytes per vector, one line per model and precision; arguments as for `plot_score_by_dim`."""
         return plots.quality_by_bytes(self, path, task)
 
     def plot_layer_dim(
@@ -353,16 +310,8 @@ class EvaluationReport:
         """Heatmap of the score by layer (rows, deepest on top) and dim; arguments as for `plot_score_by_dim`.
 
         ``model`` says which, if the report holds several: the name that the table has.
-
-        Raises:
-            ValueError: If there are no layers, or it has to be said which of several models is meant.
         """
         return plots.layer_dim(self, path, task, model)
-
-
-def _jsonable(value: Any) -> Any:
-    """What JSON does not know: NumPy and tensor values as plain ones, anything else as text."""
-    return plain(value) if hasattr(value, "tolist") else str(value)
 
 
 def _written(text: str, path: str | Path | None) -> str:
