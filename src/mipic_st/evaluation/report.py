@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("model", "revision", "seed", "task", "metric", "primary", "layer", "dim", "precision", "bytes", "score")
 _REQUIRED = ("model", "task", "metric", "dim", "score")
 _DEFAULTS = {"revision": None, "seed": None, "primary": True, "layer": None, "precision": "float32", "bytes": None}
-_MAY_BE_NONE = ("revision", "seed", "layer", "bytes")
 # Scores of one identity that differ by less are one score: below the last digit that tables show.
 _SAME_SCORE = 5e-5
 NOT_A_NUMBER = "n/a"
@@ -45,7 +44,7 @@ class Cell:
 
 
 def _or_none(value: Any) -> Any:
-    """What frames and CSV files write for "none" (NaN, NA) as None."""
+    """A plain value; what frames and CSV files write for "none" (NaN, NA) as None."""
     value = plain(value)
     missing = type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
     return None if missing else value
@@ -59,21 +58,20 @@ def _checked_record(given: Any) -> dict[str, Any]:
     unknown = sorted(set(given) - set(COLUMNS))
     if missing or unknown:
         raise ValueError(f"a record lacks {missing} or has unknown keys {unknown}; keys are {list(COLUMNS)}.")
-    record = {key: given.get(key, _DEFAULTS.get(key)) for key in COLUMNS}
-    record |= {key: _or_none(record[key]) for key in _MAY_BE_NONE}
+    record = {key: _or_none(given.get(key, _DEFAULTS.get(key))) for key in COLUMNS}
     for key in ("dim", "layer", "bytes", "seed"):
-        value = plain(record[key])
+        value = record[key]
         if isinstance(value, float) and value.is_integer():  # a frame's column with gaps
             value = record[key] = int(value)
-        if not (is_whole(value) or (value is None and key in _MAY_BE_NONE)):
+        if not (is_whole(value) or (value is None and key != "dim")):
             raise ValueError(f"{key} of a record must be a whole number, got {value!r} in {dict(given)}.")
     if record["score"] is None:  # what JSON has for nan
         record["score"] = float("nan")
-    if not is_number(plain(record["score"])):
+    if not is_number(record["score"]):
         raise ValueError(
             f"score of a record must be a number, nan or None for none, got {record['score']!r} in {dict(given)}."
         )
-    if not isinstance(plain(record["primary"]), bool):
+    if not isinstance(record["primary"], bool):
         raise ValueError(f"primary of a record must be True or False, got {record['primary']!r} in {dict(given)}.")
     return record
 
@@ -106,10 +104,8 @@ def _row_names(records: Iterable[dict[str, Any]]) -> dict[tuple[str, Any, Any], 
                 rows[revision, seed] = f"{model}{at} (seed {seed})"
         alone = len(set(rows.values())) == 1
         names |= {(model, *run): model if alone else row for run, row in rows.items()}
-    models_of: dict[str, set[str]] = {}
-    for (model, *_), row in names.items():
-        models_of.setdefault(row, set()).add(model)
-    if same := {row: sorted(models) for row, models in models_of.items() if len(models) > 1}:
+    models_of = {row: sorted({run[0] for run, name in names.items() if name == row}) for row in names.values()}
+    if same := {row: models for row, models in models_of.items() if len(models) > 1}:
         raise ValueError(f"models share a row of the table, {same}: give them other names.")
     return names
 
@@ -162,7 +158,7 @@ class EvaluationReport:
         row_of = _row_names(main)
         cells: dict[tuple[Any, ...], Cell] = {}
         for record in main:
-            run, layer, dim = _run(record), record["layer"], plain(record["dim"])
+            run, layer, dim = _run(record), record["layer"], record["dim"]
             key = (row_of[run], layer, record["precision"], dim, record["task"], record["metric"])
             cell = cells.setdefault(key, Cell(record["bytes"]))
             score = float(record["score"])
@@ -218,7 +214,7 @@ class EvaluationReport:
         layers, precisions = any(row[1] is not None for row in rows), len({row[2] for row in rows}) > 1
         shown = {"model": True, "layer": layers, "precision": precisions, "dim": True, "bytes": precisions}
         index = [
-            tuple("" if part is None else part for part, name in zip((*row, size), shown, strict=True) if shown[name])
+            tuple("" if part is None else part for part, show in zip((*row, size), shown.values(), strict=True) if show)
             for row, size in rows.items()
         ]
         return [name for name in shown if shown[name]], columns, index, values, there
@@ -245,12 +241,10 @@ class EvaluationReport:
             lines.append([str(model), *map(str, rest), *cells])
         lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         widths = [max(4, *map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * width for width in widths[: len(keys)]])
-        lines[1] += ["-" * (width - 1) + ":" for width in widths[len(keys) :]]
-        padded = (
-            [cell.ljust(width) if i < len(keys) else cell.rjust(width) for i, (cell, width) in enumerate(pairs)]
-            for pairs in (zip(line, widths, strict=True) for line in lines)
-        )
+        rules = ["-" * width if i < len(keys) else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+        sides = [str.ljust if i < len(keys) else str.rjust for i in range(len(widths))]
+        padded = [[side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)] for line in lines]
+        padded.insert(1, rules)
         return _written("".join(f"| {' | '.join(line)} |\n" for line in padded), path)
 
     def to_latex(self, path: str | Path | None = None) -> str:
