@@ -43,7 +43,7 @@ class Description:
 
     @property
     def steps(self) -> tuple[nn.Module, ...]:
-        """What of the tail the loss pushes states through: no Dropout, and no Normalize at the end (length is free)."""
+        """What of the tail the loss pushes states through: no Dropout and no Normalize at the end."""
         steps = [module for module in self.tail if not isinstance(module, Dropout)]
         while steps and isinstance(steps[-1], Normalize):
             steps.pop()
