@@ -89,20 +89,6 @@ def test_every_distinct_text_is_encoded_once(model, monkeypatch):
     assert sorted(counted.texts) == sorted([*by_encode, *as_queries, *as_documents])
 
 
-def test_prompts_keep_texts_apart(tmp_path, monkeypatch):
-    """A query prompt makes the same text another vector, as in the native evaluator."""
-    model = tiny_model(tmp_path, prompts={"query": "query: "})
-    same = TripletEvaluator(A, A, C, name="t")
-    CountingModel(model, monkeypatch)
-    store = EmbeddingStore(model)
-    view = store.view(8, normalize=False)
-    query, document = view.encode_query(A), view.encode_document(A)
-    np.testing.assert_allclose(query, model.encode_query(A, truncate_dim=8), atol=1e-6)
-    np.testing.assert_allclose(document, model.encode_document(A, truncate_dim=8), atol=1e-6)
-    assert np.abs(query - document).max() > 1e-3
-    MatryoshkaEvaluator(same, [8])(model)
-
-
 def test_cut_vectors_have_unit_length_and_the_full_width_is_the_models(tmp_path):
     """Renormalised below full width; untouched at it, also for a model without Normalize."""
     model = tiny_model(tmp_path, normalize=False)
@@ -111,12 +97,6 @@ def test_cut_vectors_have_unit_length_and_the_full_width_is_the_models(tmp_path)
     np.testing.assert_allclose(store.view(32).encode(A), model.encode(A), atol=1e-5)
     raw = store.view(8, normalize=False).encode(A)
     np.testing.assert_allclose(raw, model.encode(A, truncate_dim=8), atol=1e-5)
-
-
-def test_store_ignores_the_models_own_truncate_dim(tmp_path):
-    """A model loaded with truncate_dim=8 is still scored at 16."""
-    model = tiny_model(tmp_path, truncate_dim=8)
-    assert EmbeddingStore(model).view(16).encode(A).shape == (24, 16)
 
 
 def test_nano_beir_equals_the_native_one(model, monkeypatch):

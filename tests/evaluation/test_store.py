@@ -474,13 +474,6 @@ def test_one_text_is_no_list_of_texts(transformer_folder):
         EmbeddingStore(build("plain", transformer_folder)).rows_of("a cat")
 
 
-@pytest.mark.parametrize(("limit", "error"), [(-1, ValueError), ("1 GB", TypeError), (True, TypeError)])
-def test_bad_limits_are_named(limit, error, transformer_folder):
-    """Bytes, from 0 on."""
-    with pytest.raises(error, match="memory_limit must be"):
-        EmbeddingStore(build("plain", transformer_folder), memory_limit=limit)
-
-
 @pytest.mark.slow
 def test_several_processes_give_the_same_vectors(transformer_folder):
     """A device list of the store, of a call, a pool, and encode_multi_process; started once, stopped, model at home."""

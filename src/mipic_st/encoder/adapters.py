@@ -6,18 +6,17 @@ import copy
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer
 
-
-def has_adapter(auto_model: Any) -> bool:
-    """Whether an encoder carries adapters of PEFT, added by either of its two ways."""
-    return hasattr(auto_model, "peft_config") or bool(getattr(auto_model, "_hf_peft_config_loaded", False))
+from mipic_st.encoder.structure import encoders_in
 
 
 def merged_encoders(model: SentenceTransformer) -> dict[int, Any]:
     """Copies of the encoders that carry adapters, with what is switched on of these merged into the weights."""
-    encoders = [module.auto_model for module in model.modules() if isinstance(module, Transformer)]
-    return {id(encoder): _merged(encoder) for encoder in encoders if has_adapter(encoder)}
+    return {
+        id(encoder): _merged(encoder)
+        for encoder in encoders_in(model)
+        if hasattr(encoder, "peft_config") or getattr(encoder, "_hf_peft_config_loaded", False)  # PEFT's two ways
+    }
 
 
 def _merged(auto_model: Any) -> Any:

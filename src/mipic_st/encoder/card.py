@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
 
-from mipic_st.encoder.structure import embedding_width, full_width, layer_count, unwrap
+from mipic_st.encoder.structure import depth_of, embedding_width, encoders_in, full_width, unwrap
 from mipic_st.validation import checked_dims, checked_pairs
 
 logger = logging.getLogger(__name__)
@@ -26,9 +25,8 @@ def set_matryoshka_config(
     """Write into the model's config what serving engines read, so that every later ``save`` puts it in ``config.json``.
 
     The keys are ``is_matryoshka: true``, ``matryoshka_dimensions: [...]`` and, with a chain,
-    ``mipic_chain: [[dim, layer], ...]``. A model with several encoders (Router) gets them in each. Saving a model
-    with adapters (PEFT) writes no ``config.json``: call this again after merging them. The model card gets the tag
-    ``matryoshka`` and a line on loading with ``truncate_dim``.
+    ``mipic_chain: [[dim, layer], ...]``, in each encoder of a Router. A model with adapters (PEFT) is saved without
+    ``config.json``: call this again after merging them. The model card gets a tag and a line on ``truncate_dim``.
 
     Args:
         model: SentenceTransformer model.
@@ -37,30 +35,28 @@ def set_matryoshka_config(
 
     Raises:
         TypeError: If dims or the chain are of the wrong kind.
-        ValueError: If no dim is given, a dim or layer is out of range, or the model has no Transformer and hence no
-            config.
+        ValueError: If no dim is given, a dim or layer is out of range, or the model has no Transformer.
 
     Example:
         >>> set_matryoshka_config(model, [384, 128, 32])  # doctest: +SKIP
-        >>> model.save("my-model")  # doctest: +SKIP
     """
     inner = unwrap(model)
     extend_model_card(inner, _write_config(inner, matryoshka_dims, pic_chain))
 
 
-def _write_config(inner: nn.Module, matryoshka_dims: Sequence[int], pic_chain: Iterable[tuple[int, int]]) -> list[int]:
+def _write_config(
+    inner: SentenceTransformer, matryoshka_dims: Sequence[int], pic_chain: Iterable[tuple[int, int]]
+) -> list[int]:
     """The keys of :func:`set_matryoshka_config`; the dims, checked and ascending."""
     width = embedding_width(inner)
     dims = sorted(checked_dims("matryoshka_dims", matryoshka_dims, width))
-    transformers = [module for module in inner.modules() if isinstance(module, Transformer)]
-    if not transformers:
+    encoders = encoders_in(inner)
+    if not encoders:
         raise ValueError("The model has no Transformer module, so there is no config.json for the keys.")
-    depths = [depth for transformer in transformers if (depth := layer_count(transformer)) is not None]
+    depths = [depth for encoder in encoders if (depth := depth_of(encoder)) is not None]
     pairs = checked_pairs("pic_chain", pic_chain, min(depths, default=None), width)
-    for transformer in transformers:
-        config = transformer.auto_model.config
-        config.is_matryoshka = True
-        config.matryoshka_dimensions = dims
+    for config in (encoder.config for encoder in encoders):
+        config.is_matryoshka, config.matryoshka_dimensions = True, dims
         if pairs:
             config.mipic_chain = [list(pair) for pair in pairs]
         elif hasattr(config, "mipic_chain"):  # of a training before
@@ -73,24 +69,20 @@ def describe_dims(
 ) -> None:
     """Say at which dims the model can be used: in its config, where it has one, and in its card."""
     inner = unwrap(model)
-    if any(isinstance(module, Transformer) for module in inner.modules()):
+    if encoders_in(inner):
         _write_config(inner, sorted(dims), sorted(pic_chain))
     extend_model_card(inner, dims, introduction)
 
 
-def extend_model_card(model: nn.Module, dims: Iterable[int], introduction: str = "") -> None:
-    """Say in the model card at which dims the model can be used: the tag ``matryoshka``, and a line on how to load it.
+def extend_model_card(model: SentenceTransformer, dims: Iterable[int], introduction: str = "") -> None:
+    """Say in the model card how to load the model at other dims, in the place of what was said about dims before.
 
-    A card that sentence-transformers writes again, as after training, has the line behind what the model can be
-    used for. A card that came with the model is saved again as it is, so it gets a section. What was said about other
-    dims before is replaced.
+    A card that sentence-transformers writes again has the line behind what the model can be used for, one that came
+    with the model is saved as it is, so it gets a section.
     """
-    if not isinstance(model, SentenceTransformer):
-        return
     smaller = sorted(dim for dim in set(dims) if dim < full_width(model))
-    data = model.model_card_data
-    if data.task_name is not None:
-        data.task_name = data.task_name.partition(f". {_CUT}")[0]
+    data: Any = model.model_card_data
+    data.task_name = data.task_name and data.task_name.partition(f". {_CUT}")[0]
     if not smaller:
         data.tags = [tag for tag in data.tags or [] if tag != "matryoshka"]
         _extend_loaded_card(model, "")
@@ -137,10 +129,7 @@ def _extend_loaded_card(model: SentenceTransformer, text: str) -> None:
 def restate_config(exported: SentenceTransformer, layer: int | None, dim: int | None) -> None:
     """Keep of what the config says about dims and layers what still holds for a model that was cut."""
     width = dim or full_width(exported)
-    for module in exported.modules():
-        if not isinstance(module, Transformer):
-            continue
-        config = module.auto_model.config
+    for config in (encoder.config for encoder in encoders_in(exported)):
         dims = [value for value in getattr(config, "matryoshka_dimensions", None) or [] if value < width]
         for name in ("is_matryoshka", "matryoshka_dimensions"):
             if hasattr(config, name):
@@ -148,8 +137,7 @@ def restate_config(exported: SentenceTransformer, layer: int | None, dim: int | 
         if dims:
             config.is_matryoshka, config.matryoshka_dimensions = True, [*sorted(dims), width]
             extend_model_card(exported, dims)
-        pairs = getattr(config, "mipic_chain", None)
-        if pairs is not None:
-            delattr(config, "mipic_chain")
-            if kept := [pair for pair in pairs if pair[0] <= width and (layer is None or pair[1] <= layer)]:
-                config.mipic_chain = kept
+        if (pairs := getattr(config, "mipic_chain", None)) is not None:
+            config.mipic_chain = [pair for pair in pairs if pair[0] <= width and (layer is None or pair[1] <= layer)]
+            if not config.mipic_chain:
+                del config.mipic_chain

@@ -42,29 +42,11 @@ def encode_layers(
     before: Mapping[int, nn.Module] | None = None,
     **kwargs: Any,
 ) -> np.ndarray:
-    """Sentence vectors of several layers from one forward pass per batch.
+    """Sentence vectors of several layers from one forward pass per batch, (n, len(layers), D), float32.
 
-    The token states of each layer go through the model's own final norm (pre-norm backbones only), Pooling and all
-    remaining modules, so that the last layer gives what ``model.encode`` gives. That it does is checked once per model.
-
-    Args:
-        model: A SentenceTransformer whose first module is a Transformer.
-        texts: The texts, n of them.
-        layers: Layer numbers, 0 (embedding layer) to L (last).
-        prompt: Put before every text; None is the model's default prompt, as in ``model.encode``, "" is none.
-        batch_size: Texts per forward pass.
-        show_progress_bar: Show a bar over batches.
-        tail: Run the modules behind the pooling; without, the pooled states of each layer are given as they are.
-        before: By layer, a module that runs on its token states first, as one in front of the pooling would.
-        **kwargs: Passed on to ``model.preprocess``.
-
-    Returns:
-        float32 array of shape (n, len(layers), D); the hidden width without the tail.
-
-    Raises:
-        TypeError: If the model has no layers, does not show their states, or does something behind the last one that
-            cannot be done behind the others.
-        ValueError: If a layer number does not exist, or the model does not pool its last hidden state.
+    The token states of each layer go through what ``before`` has for it, the model's own final norm, Pooling and, with
+    ``tail``, all remaining modules. That the last layer then gives what ``model.encode`` gives is checked once per
+    model. Without a prompt, the model's default one is used; "" is none.
     """
     from tqdm.auto import trange
 
@@ -76,7 +58,11 @@ def encode_layers(
     with evaluation_mode(model), torch.inference_mode():
         if order and _checked.get(model) != module_identity(model):
             some = [texts[order[0]], texts[order[-1]]]
-            _require_own_vectors(model, walk, model.preprocess(some, prompt=prompt, **kwargs))
+            own, ours = (
+                batch_to_device(model.preprocess(some, prompt=prompt, **kwargs), model.device) for _ in range(2)
+            )
+            (last,) = walk(ours, [walk.depth])
+            require_same_vectors(model(own)["sentence_embedding"], last, model, "Leave layers out for this model.")
             _checked[model] = module_identity(model)
         for start in trange(0, len(order), batch_size, desc="Batches", disable=not show_progress_bar):
             rows = order[start : start + batch_size]
@@ -99,19 +85,12 @@ def prompt_of(model: SentenceTransformer, prompt: str | None) -> str | None:
 
 
 class TokenStates(NamedTuple):
-    """Token states of several layers, the texts one after another, without padding.
+    """Token states of several layers, the texts one after another, without padding."""
 
-    Attributes:
-        states: By layer, (T, H), bfloat16.
-        tokens: Their token numbers, (T,).
-        lengths: Tokens of each text, (n,).
-        pooled: The last layer's pooled states, (n, H), float32.
-    """
-
-    states: dict[int, Tensor]
-    tokens: Tensor
-    lengths: Tensor
-    pooled: Tensor
+    states: dict[int, Tensor]  # by layer, (T, H), bfloat16
+    tokens: Tensor  # their token numbers, (T,)
+    lengths: Tensor  # tokens of each text, (n,)
+    pooled: Tensor  # the last layer's pooled states, (n, H), float32
 
 
 def encode_tokens(
@@ -220,14 +199,6 @@ class _LayerWalk:
             ) from error
 
 
-def _require_own_vectors(model: SentenceTransformer, walk: _LayerWalk, features: dict[str, Any]) -> None:
-    """Compare the last layer's vectors with what the model gives by itself, asked for nothing more."""
-    copies = [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in features.items()} for _ in range(2)]
-    own = model(batch_to_device(copies[0], model.device))["sentence_embedding"]
-    (last,) = walk(copies[1], [walk.depth])
-    require_same_vectors(own, last, model, "Leave layers out for this model.")
-
-
 def encode_texts(
     model: SentenceTransformer,
     texts: Sequence[str],
@@ -261,10 +232,7 @@ def encode_columns(
     batch_size: int,
     show_progress_bar: bool | None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The vectors of some columns, where a text that is in several of them has the same vector to the last bit.
-
-    Encoded apart, it would stand in batches of other lengths, and rounding would make two texts of it.
-    """
+    """The vectors of some columns; a text that is in several of them has the same vector to the last bit."""
     alike: dict[tuple[str | None, str | None], list[str]] = {}
     for name in columns:
         alike.setdefault((prompts[name], routes[name]), []).append(name)

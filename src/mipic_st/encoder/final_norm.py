@@ -8,11 +8,10 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import Tensor, nn
 
 from mipic_st.encoder.capturing import no_hooks_left
-from mipic_st.encoder.structure import HINT, depth_of, evaluation_mode, module_identity, unwrap
+from mipic_st.encoder.structure import HINT, depth_of, encoders_in, evaluation_mode, module_identity, unwrap
 
 
 class _Call(NamedTuple):
@@ -24,15 +23,10 @@ class _Call(NamedTuple):
 
 
 class _Ending(NamedTuple):
-    """What was found out about an encoder.
+    """What was found out about an encoder."""
 
-    Attributes:
-        modules: Names of the modules between the last layer and the last hidden state, in order.
-        first: The layer after which the first of the hidden states is: 0, the embeddings; Mamba leaves these out.
-    """
-
-    modules: list[str]
-    first: int
+    modules: list[str]  # names of those between the last layer and the last hidden state, in order
+    first: int  # the layer after which the first of the hidden states is: 0, the embeddings; Mamba leaves these out
 
 
 # By encoder. Weak, so that no model is kept alive; names instead of modules, so that no cycle arises.
@@ -41,20 +35,16 @@ _endings: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], _Ending]] 
 
 def _ending(auto_model: nn.Module) -> _Ending:
     identity = module_identity(auto_model)
-    known = _endings.get(auto_model)
-    if known is None or known[0] != identity:
-        known = (identity, _find_ending(auto_model))
-        _endings[auto_model] = known
-    return known[1]
+    if auto_model not in _endings or _endings[auto_model][0] != identity:
+        _endings[auto_model] = identity, _find_ending(auto_model)
+    return _endings[auto_model][1]
 
 
 def final_norm(auto_model: nn.Module) -> nn.Module | None:
     """What a pre-norm encoder does between its last layer and ``last_hidden_state``, or None for the others.
 
-    A model cut after layer l still runs this norm (Qwen3, ModernBERT, Gemma3, T5, OPT ...), so a grid cell must too:
-    the grid scores what can be exported. There is no list of names: a handful of tokens is run through the encoder
-    once, and the modules that turn the last layer's own output into the last hidden state are those that were seen to
-    do it. Mode and random state of the model are left alone.
+    A model cut after layer l still runs it. There is no list of names: some tokens run through the encoder once, and
+    the modules that turn the last layer's own output into the last hidden state are those that were seen to do it.
     """
     modules = [auto_model.get_submodule(name) for name in _ending(auto_model).modules]
     if len(modules) > 1:
@@ -65,12 +55,11 @@ def final_norm(auto_model: nn.Module) -> nn.Module | None:
 def first_shown(model: nn.Module) -> int:
     """The layer after which the first of the encoder's hidden states is."""
     found = set()
-    for module in unwrap(model).modules():
-        if isinstance(module, Transformer):
-            try:
-                found.add(_ending(module.auto_model).first)
-            except TypeError:
-                found.add(0)
+    for encoder in encoders_in(unwrap(model)):
+        try:
+            found.add(_ending(encoder).first)
+        except TypeError:
+            found.add(0)
     if len(found) > 1:
         raise ValueError(f"The routes of the model's Router show the states of different layers. {HINT}")
     return found.pop() if found else 0
@@ -82,12 +71,7 @@ def layer_states(auto_model: nn.Module, hidden_states: Sequence[Tensor]) -> dict
 
 
 def states_by_layer(hidden_states: Sequence[Tensor], first: int) -> dict[int, Tensor]:
-    """Number hidden states; the last one is always the last layer's, as it is pooled.
-
-    Example:
-        >>> states_by_layer(["one", "two", "two, normed"], first=1)
-        {1: 'one', 2: 'two, normed'}
-    """
+    """Number hidden states; the last one is always the last layer's, as it is pooled."""
     states = dict(enumerate(hidden_states[: len(hidden_states) - first], start=first))
     states[len(hidden_states) - 1] = hidden_states[-1]
     return states
@@ -103,25 +87,21 @@ def _find_ending(auto_model: Any) -> _Ending:
             "last; leave layers out for this model."
         )
     stacks = {name for name, module in auto_model.named_modules() if isinstance(module, (nn.ModuleList, nn.Sequential))}
-    layers = [
-        (index, call)
-        for index, call in enumerate(calls)
-        if call.name.rpartition(".")[0] in stacks and call.output is not None
-    ]
+    layers = [call for call in calls if call.name.rpartition(".")[0] in stacks and call.output is not None]
     # The last layer: the outermost module of a stack that was given the last but one state. Or gave it, where the
     # states begin after the first layer.
-    found = [(index, call) for index, call in layers if any(_equal(states[-2], tensor) for tensor in call.inputs)]
+    found = [call for call in layers if any(_equal(states[-2], tensor) for tensor in call.inputs)]
     first = 0 if found else 1
-    found = found or [(index, call) for index, call in layers if _equal(states[-2], call.output)]
+    found = found or [call for call in layers if _equal(states[-2], call.output)]
     if not found:
         raise TypeError(
             f"layers need to know what {encoder} does behind its last layer, but no layer was seen to take the hidden "
             "state before the last; leave layers out for this model."
         )
-    position, block = min(found, key=lambda pair: pair[1].name.count("."))
-    current = block.output
-    assert current is not None
+    block = min(found, key=lambda call: call.name.count("."))
+    current: Any = block.output
     names: list[str] = []
+    position = next(index for index, call in enumerate(calls) if call is block)
     after = [call for call in calls[position + 1 :] if not f"{call.name}.".startswith(f"{block.name}.")]
     while not _equal(current, last):
         steps = [
@@ -138,7 +118,6 @@ def _find_ending(auto_model: Any) -> _Ending:
             )
         step = min(steps, key=lambda call: call.name.count("."))
         names.append(step.name)
-        assert step.output is not None
         current = step.output
     return _Ending(names, first)
 
@@ -180,10 +159,9 @@ def _probe(auto_model: Any) -> tuple[list[_Call], Sequence[Tensor], Tensor]:
     states, last = getattr(output, "hidden_states", None), getattr(output, "last_hidden_state", None)
     depth = depth_of(auto_model)
     if states is None or last is None or len(states) < 2 or len(states) - 1 != depth:
-        shown = "none" if states is None else len(states)
         raise TypeError(
-            f"layers need the hidden states of all {depth} layers and of the embeddings, but {encoder} shows {shown}; "
-            "leave layers out for this model."
+            f"layers need the hidden states of all {depth} layers and of the embeddings, but {encoder} shows "
+            f"{'none' if states is None else len(states)}; leave layers out for this model."
         )
     return calls, states, last
 

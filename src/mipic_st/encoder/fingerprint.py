@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -17,22 +16,8 @@ from torch import nn
 
 # Keys of a transformers config that say nothing about vectors, or that saving and loading changes.
 _NOT_ABOUT_VECTORS = (
-    "architectures",
-    "auto_map",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "name_or_path",
-    "is_matryoshka",
-    "matryoshka_dimensions",
-    "mipic_chain",
-    "output_hidden_states",
-    "output_attentions",
-    "return_dict",
-    "problem_type",
-    "id2label",
-    "label2id",
-    "use_cache",
+    "architectures auto_map dtype torch_dtype transformers_version name_or_path is_matryoshka matryoshka_dimensions "
+    "mipic_chain output_hidden_states output_attentions return_dict problem_type id2label label2id use_cache"
 )
 # Whose code a name and a version stand for; the code of all other modules counts.
 _KNOWN_PACKAGES = ("torch", "transformers", "sentence_transformers", "mipic_st", "peft")
@@ -56,25 +41,19 @@ def fingerprint(model: SentenceTransformer) -> str:
     """Sixteen hex digits that change with whatever changes the model's vectors; nothing is encoded.
 
     They are a hash of weights and buffers, the settings of all modules, the backbone's config, the tokenizer, prompts,
-    maximal length, similarity, active adapters, methods set on an instance (``encode``, for one) and the code of
-    modules of other packages. Where the model lies, its device, and ``truncate_dim`` do not count.
-
-    Args:
-        model: The model; it stays as it is.
-
-    Returns:
-        The digits.
+    maximal length, similarity, active adapters, methods set on an instance and the code of modules of other packages.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, value in model.state_dict().items():
         digest.update(f"{name} {_digest_of(value) if isinstance(value, torch.Tensor) else value!r}".encode())
+    tokenizers = {id(tokenizer): tokenizer for tokenizer in (getattr(m, "tokenizer", None) for m in model.modules())}
     state = {
         "prompts": model.prompts,
         "default": model.default_prompt_name,
         "similarity": str(model.similarity_fn_name),
         "length": model.max_seq_length,
         "modules": [(name, _module_state(module)) for name, module in model.named_modules()],
-        "tokenizers": [_tokenizer_state(tokenizer) for tokenizer in _tokenizers(model)],
+        "tokenizers": [_tokenizer_state(tokenizer) for tokenizer in tokenizers.values() if tokenizer is not None],
     }
     digest.update(json.dumps(state, sort_keys=True, default=str).encode())
     return digest.hexdigest()
@@ -103,7 +82,7 @@ def _about_vectors(config: Any) -> Any:
     return {
         str(key): _about_vectors(value)
         for key, value in config.items()
-        if value is not None and not str(key).startswith("_") and key not in _NOT_ABOUT_VECTORS
+        if value is not None and not str(key).startswith("_") and key not in _NOT_ABOUT_VECTORS.split()
     }
 
 
@@ -148,15 +127,6 @@ def _contents(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # not filled yet
         return None
-
-
-def _tokenizers(model: SentenceTransformer) -> Iterator[Any]:
-    seen = set()
-    for module in model.modules():
-        tokenizer = getattr(module, "tokenizer", None)
-        if tokenizer is not None and id(tokenizer) not in seen:
-            seen.add(id(tokenizer))
-            yield tokenizer
 
 
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:

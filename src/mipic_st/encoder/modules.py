@@ -24,7 +24,7 @@ def pooling_place(model: SentenceTransformer) -> int:
 
 
 def pooling_like(pooling: Any, *, mode: Any = None, width: int | None = None) -> Any:
-    """A pooling of another mode or width."""
+    """The pooling in another mode or for token states of another width."""
     return Pooling(
         width or pooling.embedding_dimension, mode or pooling.pooling_mode, include_prompt=pooling.include_prompt
     )

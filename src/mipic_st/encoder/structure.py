@@ -1,13 +1,7 @@
-"""What a model is made of, found once: depth, widths, final norm, pooling, tail, routes.
+"""What a model is made of: depth, widths, pooling, tail, routes, and why the loss cannot align the layers of some.
 
-The loss, the recording, evaluation, tails and export ask here, so that all of them see the same model. Nothing here
-changes a model. :func:`describe` reads a model off as far as that goes, and says why the loss cannot align the layers
-of some. Words used throughout:
-
-- *hidden width*: of the token states of the encoder; *width*, D: of the embedding that is served.
-- *tail*: the modules behind the pooling, e.g. Dense, Normalize. They may change the width.
-- *final norm*: what a pre-norm encoder does between its last layer and ``last_hidden_state``. A model that is cut after
-  an earlier layer still runs it.
+*Hidden width* is that of the encoder's token states; *width*, D, that of the embedding that is served; the *tail* are
+the modules behind the pooling, e.g. Dense, Normalize, which may change the width. Nothing here changes a model.
 """
 
 from __future__ import annotations
@@ -19,19 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import (
-    Dropout,
-    Normalize,
-    Pooling,
-    Router,
-    Transformer,
-)
+from sentence_transformers.sentence_transformer.modules import Dropout, Normalize, Pooling, Router, Transformer
 from torch import Tensor, nn
 
 from mipic_st.encoder.tail import TAIL_NAMES, not_a_step
 from mipic_st.numerics import compare_vectors
 from mipic_st.validation import checked_layers
 
+# encode(truncate_dim=None) falls back to the model's own truncate_dim; a slice this wide never cuts.
+NO_CUT = 2**31 - 1
 HINT = f"Use a model of Transformer + Pooling (+ any of {TAIL_NAMES}), or alpha=1 for plain Matryoshka training."
 
 
@@ -39,14 +29,8 @@ HINT = f"Use a model of Transformer + Pooling (+ any of {TAIL_NAMES}), or alpha=
 class Description:
     """What a model, or one route of a Router, is made of, as far as that can be said.
 
-    Attributes:
-        depth: Number of encoder layers, or None if there are none or the config does not say.
-        hidden_width: Width of the token states, or None.
-        width: Width D of the untruncated embedding, behind the tail, or None if no module says.
-        pooling: The model's own pooling module, or None.
-        tail: The modules behind the pooling, in order; without a pooling, those behind the first module.
-        routes: The routes of a Router by name; each has the modules behind the Router at the end of its tail.
-        obstacle: Why the loss cannot align the layers with the embedding; empty if it can.
+    Without a pooling, the tail are the modules behind the first one; a route's tail ends with those behind the Router.
+    ``obstacle`` says why the loss cannot align the layers with the embedding; it is empty if it can.
     """
 
     depth: int | None = None
@@ -59,11 +43,7 @@ class Description:
 
     @property
     def steps(self) -> tuple[nn.Module, ...]:
-        """What of the tail the loss's terms push states through: no Dropout, and no Normalize at the end.
-
-        Dropout would blur teacher and student each in its own way. Length is nothing that the terms look at: PIC
-        normalises by itself, SIA compares the tokens of one sentence, which a Normalize of the sentence leaves alone.
-        """
+        """What of the tail the loss pushes states through: no Dropout and no Normalize at the end."""
         steps = [module for module in self.tail if not isinstance(module, Dropout)]
         while steps and isinstance(steps[-1], Normalize):
             steps.pop()
@@ -71,16 +51,7 @@ class Description:
 
 
 class Backbone(NamedTuple):
-    """What the loss must know about a model whose layers it aligns.
-
-    Attributes:
-        depth: Number of encoder layers.
-        width: Width D of the untruncated embedding, behind the tail.
-        pooling: The model's own pooling module.
-        steps: The modules of the tail that states are pushed through, see :attr:`Description.steps`.
-        normalize: Whether the tail ends with a Normalize, of some route at least.
-        dropout: Whether the tail has a Dropout.
-    """
+    """What the loss must know about a model; ``normalize`` and ``dropout``: whether a tail has one beyond the steps."""
 
     depth: int
     width: int
@@ -108,14 +79,8 @@ def in_half_precision(model: nn.Module) -> bool:
     return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())
 
 
-# --- widths and depth -------------------------------------------------------------------------------------------------
-
-
 def embedding_width(model: nn.Module) -> int | None:
-    """Width of the embeddings that the model is trained on, whatever ``truncate_dim`` it was loaded with.
-
-    ``truncate_dim`` cuts in ``encode`` only; the forward passes of a training step have the full width.
-    """
+    """Width of the embeddings in training; ``truncate_dim`` cuts in ``encode`` only."""
     return _width_of(list(unwrap(model).children()))
 
 
@@ -129,18 +94,17 @@ def _width_of(modules: Sequence[nn.Module]) -> int | None:
 
 def full_width(model: SentenceTransformer) -> int:
     """The width D of the model's vectors, whatever ``truncate_dim`` it was loaded with."""
-    width = embedding_width(model)
-    return width or int(model.encode(["a"], truncate_dim=NO_CUT, show_progress_bar=False).shape[-1])
-
-
-def layer_count(transformer: Transformer) -> int | None:
-    """Number of encoder layers, the embedding layer not counted."""
-    return depth_of(transformer.auto_model)
+    return embedding_width(model) or int(model.encode(["a"], truncate_dim=NO_CUT, show_progress_bar=False).shape[-1])
 
 
 def depth_of(auto_model: Any) -> int | None:
-    """The same of an encoder of transformers."""
+    """Number of layers of an encoder of transformers, the embedding layer not counted."""
     return getattr(auto_model.config.get_text_config(), "num_hidden_layers", None)
+
+
+def encoders_in(model: nn.Module) -> list[Any]:
+    """The encoders of transformers in a model, those of all routes."""
+    return [module.auto_model for module in model.modules() if isinstance(module, Transformer)]
 
 
 def transformer_of(model: SentenceTransformer) -> Any:
@@ -154,12 +118,11 @@ def transformer_of(model: SentenceTransformer) -> Any:
 
 def model_depth(model: SentenceTransformer) -> int:
     """How many encoder layers the model has (layer 0 is the embedding layer)."""
-    transformer = transformer_of(model)
-    depth = layer_count(transformer)
-    if depth is None:
+    auto_model = transformer_of(model).auto_model
+    if (depth := depth_of(auto_model)) is None:
         raise TypeError(
-            f"layers need a depth, but the config of {type(transformer.auto_model).__name__} does not say "
-            "num_hidden_layers; leave layers out."
+            f"layers need a depth, but the config of {type(auto_model).__name__} does not say num_hidden_layers; leave "
+            "layers out."
         )
     return depth
 
@@ -169,37 +132,27 @@ def check_layers(layers: Sequence[int], model: SentenceTransformer) -> tuple[int
     return checked_layers("layers", layers, model_depth(model), least=0, otherwise=", or None for the final vector")
 
 
-# --- the description --------------------------------------------------------------------------------------------------
-
-
 def describe(model: nn.Module) -> Description:
-    """Read a model off: depth, widths, pooling, tail, routes, and what keeps the loss from aligning its layers.
-
-    Example:
-        >>> describe(model).width, describe(model).depth  # doctest: +SKIP
-        (384, 6)
-    """
+    """Read a model off."""
     modules = list(unwrap(model).children())
     if not modules or not isinstance(modules[0], Router):
         return _describe_route(modules)
     behind = tuple(modules[1:])
     routes = {name: _describe_route([*route.children(), *behind]) for name, route in modules[0].sub_modules.items()}
     first, *others = routes.values()
-    if any(_shape(route) != _shape(first) for route in others):
-        found = sorted({_shape(route)[:5] for route in routes.values()}, key=str)
+    found = sorted({_shape(route) for route in routes.values()}, key=str)
+    obstacle = next((route.obstacle for route in routes.values() if route.obstacle), "")
+    if not obstacle and len(found) > 1:
         obstacle = (
             "The routes of the model's Router differ in (depth, hidden width, width, pooling mode, include_prompt): "
             f"{found}. MIPIC needs routes of one shape; use alpha=1 for plain Matryoshka training."
         )
-        if len(found) == 1:
-            obstacle = (
-                f"The routes of the model's Router have tails of their own: "
-                f"{[_names(route.steps) for route in routes.values()]}. MIPIC needs one tail for all routes: put it "
-                "behind the Router, or use alpha=1 for plain Matryoshka training."
-            )
-    else:
-        obstacle = ""
-    obstacle = next((route.obstacle for route in routes.values() if route.obstacle), obstacle)
+    elif not obstacle and any(tuple(map(id, route.steps)) != tuple(map(id, first.steps)) for route in others):
+        obstacle = (
+            f"The routes of the model's Router have tails of their own: "
+            f"{[_names(route.steps) for route in routes.values()]}. MIPIC needs one tail for all routes: put it "
+            "behind the Router, or use alpha=1 for plain Matryoshka training."
+        )
     same = {
         name: getattr(first, name) if all(getattr(route, name) == getattr(first, name) for route in others) else None
         for name in ("depth", "hidden_width", "width")
@@ -210,10 +163,9 @@ def describe(model: nn.Module) -> Description:
 
 
 def _shape(route: Description) -> tuple[Any, ...]:
-    """What must be equal for one lift, one head and one tail to fit several routes."""
-    pooling = route.pooling
-    mode, include_prompt = (None, None) if pooling is None else (pooling.pooling_mode, pooling.include_prompt)
-    return route.depth, route.hidden_width, route.width, mode, include_prompt, tuple(map(id, route.steps))
+    """What must be equal for one lift and one head to fit several routes."""
+    pooled = [getattr(route.pooling, name, None) for name in ("pooling_mode", "include_prompt")]
+    return route.depth, route.hidden_width, route.width, *pooled
 
 
 def _names(modules: Sequence[nn.Module]) -> list[str]:
@@ -233,7 +185,7 @@ def _describe_route(modules: list[nn.Module]) -> Description:
             hidden_width = _width_of(modules[:1])
         except ValueError:  # its config has none that sentence-transformers knows
             hidden_width = None
-        description = replace(description, depth=layer_count(modules[0]), hidden_width=hidden_width)
+        description = replace(description, depth=depth_of(modules[0].auto_model), hidden_width=hidden_width)
     return replace(description, obstacle=_obstacle(modules, description))
 
 
@@ -279,9 +231,6 @@ def backbone_of(model: nn.Module) -> Backbone:
     )
 
 
-# --- the tail ---------------------------------------------------------------------------------------------------------
-
-
 def tail_of(model: nn.Module) -> list[nn.Module]:
     """The modules behind the model's pooling, in order."""
     modules = list(unwrap(model).children())
@@ -308,21 +257,14 @@ def require_same_vectors(own: Tensor, pooled: Tensor, model: nn.Module, fix: str
     )
 
 
-# --- the final norm ---------------------------------------------------------------------------------------------------
-
-
 def module_identity(model: nn.Module) -> tuple[int, ...]:
     """Changes when a module is put in, taken out or replaced: what was found out about the others may then be wrong."""
     return tuple(id(module) for module in model.modules())
 
 
-# encode(truncate_dim=None) falls back to the model's own truncate_dim; a slice this wide never cuts.
-NO_CUT = 2**31 - 1
-
-
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module has the mode that it had, also where they differ."""
+    """Evaluation mode inside the block; afterwards every module has the mode that it had."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

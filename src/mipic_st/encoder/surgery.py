@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer, WordWeights
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, WordWeights
 from torch import Tensor, nn
 
-from mipic_st.encoder.structure import transformer_of
+from mipic_st.encoder.modules import pooling_like
+from mipic_st.encoder.structure import encoders_in, transformer_of
 from mipic_st.encoder.tail import features_of, is_linear
 
 Undo = Callable[[], None]
-
-
-# --- modules of fitted maps -------------------------------------------------------------------------------------------
 
 
 def identity_dense(weight: Tensor, like: nn.Module | None = None, features: str = "sentence_embedding") -> Dense:
@@ -78,18 +76,12 @@ def input_embeddings(model: SentenceTransformer) -> Tensor:
     return transformer_of(model).auto_model.get_input_embeddings().weight.detach().cpu()
 
 
-# --- into a model and out again ---------------------------------------------------------------------------------------
-
-
 def put_in(model: nn.Sequential, modules: Sequence[nn.Module], *, at_the_end: bool = False) -> Undo:
-    """Put the modules of a fitted map into a model, in place.
+    """Put the modules of a fitted map into a model, in place; the function that takes them out again is returned.
 
     Modules that work on token states go in front of the pooling, others behind everything but a Normalize at the end
     (with ``at_the_end``, behind that too). A linear map is multiplied into the linear Dense that makes the vectors,
     where there is one. All modules get the model's device and, but for WordWeights, its precision.
-
-    Returns:
-        A function that takes them out again: modules, their names and weights are then what they were.
     """
     children = list(model.named_children())
     on_tokens = isinstance(modules[0], WordWeights) or features_of(modules[0])[1] == "token_embeddings"
@@ -104,7 +96,7 @@ def put_in(model: nn.Sequential, modules: Sequence[nn.Module], *, at_the_end: bo
     if dense is not None and len(modules) == 1 and is_linear(modules[0]):
         undo = _multiply(dense, modules[0])
         if isinstance(kept[-1][1], Pooling):
-            kept[-1] = kept[-1][0], _resized(kept[-1][1], dense.out_features)
+            kept[-1] = kept[-1][0], pooling_like(kept[-1][1], width=dense.out_features)
         _set_children(model, [*kept, *children[place:]])
     else:
         *_, like = model.parameters()
@@ -134,7 +126,7 @@ def with_map(modules: Sequence[nn.Module], new: Sequence[nn.Module]) -> list[nn.
 def _make_room(encoder: Any, modules: Sequence[nn.Module], rest: list[nn.Module]) -> Undo:
     """Fit the encoder in front and the pooling behind to modules that work on token states."""
     widths = [module.out_features for module in modules if isinstance(module, Dense)]
-    rest[0] = _resized(rest[0], widths[-1]) if widths else rest[0]
+    rest[0] = pooling_like(rest[0], width=widths[-1]) if widths else rest[0]
     unpadded = getattr(encoder, "unpad_inputs", None)
     if any(isinstance(module, WordWeights) for module in modules) and unpadded is not None:
         encoder.unpad_inputs = False  # they need the attention mask, also with flash attention
@@ -147,13 +139,6 @@ def _set_children(model: nn.Sequential, children: Sequence[tuple[str, nn.Module]
         delattr(model, name)
     for name, module in children:
         model.add_module(name, module)
-
-
-def _resized(pooling: Any, width: int) -> Any:
-    """The pooling for token states of another width."""
-    if pooling.embedding_dimension == width:
-        return pooling
-    return Pooling(width, pooling.pooling_mode, include_prompt=pooling.include_prompt)
 
 
 def linear_end(modules: Sequence[nn.Module]) -> Any:
@@ -191,8 +176,7 @@ def _multiply(dense: Any, new: Any) -> Undo:
 
 def keep_description(model: SentenceTransformer) -> Undo:
     """Note what the configs and the card of a model say; the function that brings it back is returned."""
-    configs = [module.auto_model.config for module in model.modules() if isinstance(module, Transformer)]
-    owners = [vars(owner) for owner in (model.model_card_data, *configs)]
+    owners = [vars(owner) for owner in (model.model_card_data, *(encoder.config for encoder in encoders_in(model)))]
     before = [
         {name: list(value) if isinstance(value, list) else value for name, value in each.items()} for each in owners
     ]
@@ -205,9 +189,6 @@ def keep_description(model: SentenceTransformer) -> Undo:
         model._model_card_text = text
 
     return undo
-
-
-# --- fewer layers -------------------------------------------------------------------------------------------------
 
 
 def cut_layers(auto_model: Any, layer: int) -> Any:

@@ -8,8 +8,6 @@ from sentence_transformers.sentence_transformer.modules import Dense, Dropout, L
 from torch import Tensor, nn
 
 TAIL_KINDS = (Dense, Normalize, LayerNorm, Dropout)
-
-
 TAIL_NAMES = ", ".join(kind.__name__ for kind in TAIL_KINDS)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from dataclasses import dataclass
 from inspect import signature
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvalu
 from sentence_transformers.sentence_transformer.evaluation import MSEEvaluator, MSEEvaluatorFromDataFrame
 
 from mipic_st.numerics import unit_length
+from mipic_st.validation import plain
 
 # Evaluators that compare the model's vectors with those of a teacher, which they hold.
 WITH_TEACHER = (MSEEvaluator, MSEEvaluatorFromDataFrame)
@@ -29,10 +31,21 @@ class Cell:
     texts: dict[str, Any]
     primary_key: str
 
+    @property
+    def main(self) -> float:
+        """The main score."""
+        return self.scores[self.primary_key]
+
 
 def name_of(evaluator: BaseEvaluator) -> str:
     """The evaluator's name; one without a name counts as ``dim``."""
     return getattr(evaluator, "name", "") or "dim"
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _held(evaluator: BaseEvaluator) -> dict[str, Any]:
@@ -44,14 +57,7 @@ def _held(evaluator: BaseEvaluator) -> dict[str, Any]:
     }
 
 
-def _listed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
 def _children(evaluator: BaseEvaluator) -> list[Any]:
-    """The evaluators that an evaluator holds."""
     return [child for value in _held(evaluator).values() for child in _listed(value)]
 
 
@@ -59,11 +65,6 @@ def leaves_of(evaluator: BaseEvaluator) -> list[Any]:
     """The evaluator and those inside it; of a sequence, those inside only."""
     own = [] if isinstance(evaluator, SequentialEvaluator) else [evaluator]
     return own + [leaf for child in _children(evaluator) for leaf in leaves_of(child)]
-
-
-def primary_keys(cell: Cell) -> set[str]:
-    """Names of the main scores of the evaluators inside."""
-    return {str(leaf.primary_metric) for leaf in leaves_of(cell.evaluator)}
 
 
 def metrics_of(cell: Cell) -> list[str]:
@@ -74,8 +75,7 @@ def metrics_of(cell: Cell) -> list[str]:
 def set_primary_metrics(evaluator: BaseEvaluator, like: BaseEvaluator) -> None:
     """Give a copy the primary metrics of another one, under its own names."""
     for leaf, other in zip(leaves_of(evaluator), leaves_of(like), strict=True):
-        metric = other.primary_metric
-        if metric is not None:
+        if (metric := other.primary_metric) is not None:
             if metric.startswith(f"{name_of(other)}_"):
                 metric = name_of(leaf) + metric[len(name_of(other)) :]
             with contextlib.suppress(AttributeError):  # a property of an evaluator of somebody's own
@@ -91,37 +91,35 @@ def is_greater_better(evaluator: BaseEvaluator) -> bool:
     return evaluator.greater_is_better
 
 
+def _teacher_vectors(leaf: Any) -> np.ndarray:
+    """The vectors that an evaluator compares the model's with, value by value; none for most."""
+    if isinstance(leaf, MSEEvaluatorFromDataFrame):
+        return np.asarray(list(leaf.teacher_embeddings.values()))
+    return np.asarray(leaf.source_embeddings if isinstance(leaf, MSEEvaluator) else [])
+
+
 def teachers_have_unit_length(evaluator: BaseEvaluator) -> bool:
-    """Whether all vectors that the model's are compared with, value by value, have length 1."""
-    for leaf in leaves_of(evaluator):
-        vectors: Any = ()
-        if isinstance(leaf, MSEEvaluator):
-            vectors = leaf.source_embeddings
-        elif isinstance(leaf, MSEEvaluatorFromDataFrame):
-            vectors = list(leaf.teacher_embeddings.values())
-        if len(vectors) and not np.allclose(np.linalg.norm(np.asarray(vectors), axis=1), 1, atol=1e-3):
-            return False
-    return True
+    """Whether all vectors of teachers have length 1."""
+    found = [vectors for leaf in leaves_of(evaluator) if len(vectors := _teacher_vectors(leaf))]
+    return all(np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3) for vectors in found)
 
 
 def cut_teachers(evaluator: BaseEvaluator, original: BaseEvaluator, dim: int, width: int, unit: bool) -> None:
     """Cut, and with ``unit`` renormalise, the teacher's vectors of a copy as those of the model are."""
-
-    def cut(vectors: Any) -> np.ndarray:
-        vectors = np.asarray(vectors)
-        if vectors.ndim == 2 and vectors.shape[1] != width:
+    for leaf, source in zip(leaves_of(evaluator), leaves_of(original), strict=True):
+        vectors = _teacher_vectors(source)
+        if not len(vectors):
+            continue
+        if vectors.shape[1] != width:
             raise ValueError(
                 f"the teacher of {type(original).__name__} gives {vectors.shape[1]} values and the model {width}, so "
                 "no cut of one can be compared with that of the other; use a teacher of the model's width."
             )
-        return unit_length(vectors[:, :dim]) if unit else vectors[:, :dim]
-
-    for leaf, source in zip(leaves_of(evaluator), leaves_of(original), strict=True):
+        vectors = unit_length(vectors[:, :dim]) if unit else vectors[:, :dim]
         if isinstance(leaf, MSEEvaluator):
-            leaf.source_embeddings = cut(source.source_embeddings)
-        elif isinstance(leaf, MSEEvaluatorFromDataFrame) and source.teacher_embeddings:
-            texts, vectors = zip(*source.teacher_embeddings.items(), strict=True)
-            leaf.teacher_embeddings = dict(zip(texts, cut(vectors), strict=True))
+            leaf.source_embeddings = vectors
+        else:
+            leaf.teacher_embeddings = dict(zip(source.teacher_embeddings, vectors, strict=True))
 
 
 def main_keys(evaluator: BaseEvaluator, scores: dict[str, float], primary_key: str, label: str) -> set[str]:
@@ -131,10 +129,8 @@ def main_keys(evaluator: BaseEvaluator, scores: dict[str, float], primary_key: s
         name, metric = getattr(child, "name", "") or f"dim-{label}", str(child.primary_metric)
         # the last is SequentialEvaluator's name for the score of an evaluator that returns a number
         wanted = [metric, f"{name}_{metric}", f"dim-{label}_{metric}", f"dim-{label}_evaluator_{number}"]
-        found = next(
-            (key for key in [*wanted, *scores] if key in scores and (key in wanted or key.startswith(name))), ""
-        )
-        keys |= main_keys(child, scores, found, label)
+        named = [key for key in wanted if key in scores] + [key for key in scores if key.startswith(name)]
+        keys |= main_keys(child, scores, named[0] if named else "", label)
     return keys & set(scores) or {primary_key}
 
 
@@ -152,15 +148,14 @@ def renamed_copy(evaluator: BaseEvaluator, label: str, made: dict[int, Any] | No
     twin: Any = copy.copy(evaluator)
     made[id(evaluator)] = twin
     for name in ("csv_headers", "similarity_fn_names", "score_function_names"):
-        if isinstance(getattr(twin, name, None), list):
-            setattr(twin, name, list(getattr(twin, name)))
+        if isinstance(value := getattr(twin, name, None), list):
+            setattr(twin, name, list(value))
     for name, value in _held(evaluator).items():
+        copies = [renamed_copy(child, label, made) for child in _listed(value)]
         if isinstance(value, dict):
-            setattr(twin, name, {key: renamed_copy(child, label, made) for key, child in value.items()})
-        elif isinstance(value, (list, tuple)):
-            setattr(twin, name, type(value)(renamed_copy(child, label, made) for child in value))
+            setattr(twin, name, dict(zip(value, copies, strict=True)))
         else:
-            setattr(twin, name, renamed_copy(value, label, made))
+            setattr(twin, name, type(value)(copies) if isinstance(value, (list, tuple)) else copies[0])
     old = getattr(evaluator, "name", "") or ""
     if hasattr(evaluator, "name"):
         twin.name = f"{name_of(evaluator)}-{label}"
@@ -182,9 +177,9 @@ def _labelled_file(file: str, name: str, label: str) -> str:
         head, _, tail = stem.rpartition(f"_{name}_")
         stem = f"{head}_{name}-{label}_{tail}"
     else:
-        kind = next((kind for kind in ("_results_", "_predictions_") if kind in stem), None)
-        head, _, tail = stem.partition(kind) if kind else (stem.removesuffix("_"), "", "")
-        stem = f"{head}_{label}{kind or '_'}{tail}"
+        kind = next((kind for kind in ("_results_", "_predictions_") if kind in stem), "_")
+        head, _, tail = stem.partition(kind) if kind != "_" else (path.stem, "", "")
+        stem = f"{head}_{label}{kind}{tail}"
     return str(path.with_name(stem.removesuffix("_") + path.suffix))
 
 
@@ -192,40 +187,25 @@ def named_scores(
     evaluator: BaseEvaluator, scores: float | dict[str, Any], label: str
 ) -> tuple[dict[str, float], dict[str, Any], str]:
     """All scores under names that hold the cell, the metrics that are no numbers, and the primary score's name."""
-    names = [leaf.name for leaf in leaves_of(evaluator) if getattr(leaf, "name", "")]
     if not isinstance(scores, dict):
         key = f"dim-{label}_score"
         return {key: float(scores)}, {}, key
+    if not scores:
+        raise ValueError(f"{type(evaluator).__name__} returned no scores.")
+    names = [leaf.name for leaf in leaves_of(evaluator) if getattr(leaf, "name", "")]
 
     def full(key: str) -> str:
         return key if any(key.startswith(f"{name}_") for name in names) else f"dim-{label}_{key}"
 
-    if not scores:
-        raise ValueError(f"{type(evaluator).__name__} returned no scores.")
-    numbers, texts = {}, {}
-    for key, value in scores.items():
-        try:
-            numbers[key] = value if isinstance(value, float) else _as_number(value)
-        except (TypeError, ValueError):
-            texts[full(key)] = value
+    numbers = {key: float(value) for key, value in scores.items() if isinstance(plain(value), Real)}
     primary = evaluator.primary_metric or next(iter(numbers or scores))
     if primary not in scores:
         # a primary metric without the evaluator's name, where the scores have it
         primary = next((f"{name}_{primary}" for name in names if f"{name}_{primary}" in scores), primary)
-    if primary not in scores:
-        raise ValueError(
-            f"{type(evaluator).__name__} says primary_metric={evaluator.primary_metric!r}, which is none of its scores "
-            f"{list(scores)}; set it to one of them."
-        )
     if primary not in numbers:
+        found = f"no number but {scores[primary]!r}" if primary in scores else f"none of its scores {list(scores)}"
         raise ValueError(
-            f"{type(evaluator).__name__} says primary_metric={primary!r}, which is no number but {scores[primary]!r}; "
-            "set it to a score."
+            f"{type(evaluator).__name__} says primary_metric={primary!r}, which is {found}; set it to a score."
         )
-    return {full(key): float(value) for key, value in numbers.items()}, texts, full(primary)
-
-
-def _as_number(value: Any) -> float:
-    if isinstance(value, (str, bytes)):
-        raise TypeError
-    return float(value)
+    texts = {full(key): value for key, value in scores.items() if key not in numbers}
+    return {full(key): value for key, value in numbers.items()}, texts, full(primary)

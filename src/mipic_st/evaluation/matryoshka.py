@@ -1,7 +1,4 @@
-"""Evaluation per dimension: one encoding, every dim, layer and precision, with sentence-transformers' own evaluators.
-
-`MatryoshkaEvaluator` wraps an evaluator; `ClassificationProbeEvaluator` is one more evaluator that it can wrap.
-"""
+"""Evaluation per dimension: one encoding, every dim, layer and precision, with any sentence-transformers evaluator."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +26,6 @@ from mipic_st.evaluation.cells import (
     metrics_of,
     name_of,
     named_scores,
-    primary_keys,
     renamed_copy,
     set_primary_metrics,
     teachers_have_unit_length,
@@ -44,57 +41,48 @@ logger = logging.getLogger(__name__)
 
 # In the place of a precision: float32 vectors of the uncut width, renormalised as those of all other dims are.
 UNIT = "unit"
+_Place = tuple[int | None, str, int]
+_When = tuple[str | None, int, int]
 
 
 class MatryoshkaEvaluator(BaseEvaluator):
     """Score a model at several dims (and layers, and precisions) with one pass over the texts.
 
-    Wraps any sentence-transformers evaluator that calls ``model.encode``, ``encode_query`` or ``encode_document``.
-    Every distinct text is encoded once at full width; each dim's vectors are cut from the store and renormalised (the
-    uncut width stays as the model gives it). Metrics carry the dim in the data set's name, so they land in trainer logs
-    and in the model card's tables: ``sts-dev-64_spearman_cosine``, with layers ``sts-dev-L4-64_spearman_cosine``, with
-    precisions ``sts-dev-64-int8_spearman_cosine``. The mean and the worst dim of the wrapped evaluator's primary metric
-    are added: ``sts-dev-mean_spearman_cosine``, ``sts-dev-worst_spearman_cosine``. An evaluator without a name
-    counts as ``dim``: ``dim-64_spearman_cosine``. Metrics that are texts are handed on and stay out of the report.
+    Wraps any sentence-transformers evaluator that calls ``encode``, ``encode_query`` or ``encode_document``. Every
+    distinct text is encoded once; each dim's vectors are cut and renormalised (the uncut width stays as the model gives
+    it). Metrics carry the dim in the data set's name: ``sts-dev-64_spearman_cosine``, with layers
+    ``sts-dev-L4-64_...``, with precisions ``sts-dev-64-int8_...``, without a name ``dim-64_...``. The mean and the
+    worst dim of the primary metric are added: ``sts-dev-mean_...``, ``sts-dev-worst_...``.
 
-    An evaluator that picks its primary metric by the scores (of several similarity functions, the best) picks it once,
-    at the largest dim; all other dims count by the same one. Where the metric depends on the vectors' length (a dot
-    product) and the model gives vectors of any length, the uncut width is also scored renormalised, as all other dims
-    are (``sts-dev-384-unit_spearman_dot``); mean and worst take that score, with a warning. `MSEEvaluator` compares
-    with the teacher's vectors, which are cut and renormalised in the same way.
-
-    For a pre-norm backbone (Qwen3, ModernBERT, Gemma3) the states of an intermediate layer pass the model's final norm:
-    a cell is the score of what `export_truncated` gives for it.
+    All dims count by the metric that the evaluator picks at the largest one. Where it depends on the vectors' length (a
+    dot product), the uncut width is also scored renormalised (``sts-dev-384-unit_...``), and mean and worst take that.
+    The teacher's vectors of an `MSEEvaluator` are cut and renormalised in the same way. States of an intermediate layer
+    pass the model's final norm, so a cell is the score of what `export_truncated` gives for it.
 
     Args:
-        evaluator: The evaluator to run per dim, or a `SequentialEvaluator` of several, whose main score is that of its
-            last one unless its ``main_score_function`` says otherwise: mean, worst and primary then follow that one
-            alone. Its ``truncate_dim`` is unset.
+        evaluator: The evaluator, or a `SequentialEvaluator` of several: its main score, the last one's by default,
+            makes mean, worst and primary. Its ``truncate_dim`` is unset.
         dims: Distinct dims, 1 to the model's width.
-        layers: Layer numbers, 0 (embeddings) to L (last), for a (layer, dim) grid out of one forward pass; None scores
-            the final vector.
+        layers: Layers, 0 (embeddings) to L (last), for a (layer, dim) grid; None scores the final vector.
         precisions: Columns, from ``"float32"`` (always there), ``"int8"``, ``"binary"``. int8 is calibrated at each dim
-            on all texts that the evaluator encoded in float32.
+            on all texts of the evaluator.
         primary: Which score selects checkpoints: one of ``dims``, ``"mean"`` or ``"worst"``, over float32 vectors of
             the deepest layer.
         normalize: Renormalise after the cut. With False the vectors are those of ``encode(truncate_dim=...)``.
-        memory_limit: Bytes of vectors that stay in memory, by default 512 MiB; above it they go to a temporary file
-            that is gone afterwards (see `EmbeddingStore`). None sets no limit.
-        device: Where to encode, as in ``model.encode``: one device, or a list of devices for one process each. None
-            takes the model's.
+        memory_limit: Bytes of vectors that stay in memory, 512 MiB by default; above it they go to a temporary file.
+            None sets no limit.
+        device: One device, or a list of devices for one process each; None takes the model's.
 
     Raises:
         TypeError: If ``evaluator`` is not an evaluator; on a call, if it does not use ``encode``.
-        ValueError: If dims, precisions or primary are out of range, the evaluator truncates itself, two evaluators
-            of a sequence share a name, or int8 or binary are asked of an evaluator that compares values with a
-            teacher's; on a call, if a dim exceeds the model's width, embeddings hold NaN, a teacher has another width,
-            or a dim lacks the primary metric.
+        ValueError: If an argument is out of range, the evaluator truncates itself, two evaluators share a name, or
+            precisions are asked of an evaluator with a teacher; on a call, if a dim exceeds the model's width,
+            embeddings hold NaN, a teacher has another width, or a dim lacks the primary metric.
 
     Example:
         >>> from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
         >>> sts = EmbeddingSimilarityEvaluator(["a", "b"], ["a", "c"], [1.0, 0.2], name="sts-dev")
-        >>> evaluator = MatryoshkaEvaluator(sts, dims=[8, 16], primary=8)
-        >>> evaluator.dims
+        >>> MatryoshkaEvaluator(sts, dims=[8, 16], primary=8).dims
         (8, 16)
     """
 
@@ -117,16 +105,15 @@ class MatryoshkaEvaluator(BaseEvaluator):
                 "put several into a SequentialEvaluator."
             )
         leaves = leaves_of(evaluator)
-        if any(isinstance(leaf, MatryoshkaEvaluator) for leaf in leaves):
-            raise TypeError("evaluator is, or holds, a MatryoshkaEvaluator already; give one all dims at once.")
         for leaf in leaves:
+            if isinstance(leaf, MatryoshkaEvaluator):
+                raise TypeError("evaluator is, or holds, a MatryoshkaEvaluator already; give one all dims at once.")
             if getattr(leaf, "truncate_dim", None) is not None:
                 raise ValueError(
                     f"evaluator {leaf.__class__.__name__} has truncate_dim={leaf.truncate_dim}; leave it unset, "
                     "dims says where to cut."
                 )
-        repeated = [name for name, count in Counter(name_of(leaf) for leaf in leaves).items() if count > 1]
-        if repeated:
+        if repeated := [name for name, count in Counter(map(name_of, leaves)).items() if count > 1]:
             raise ValueError(
                 f"evaluators share the name {repeated[0]!r}, their scores would overwrite each other; name each one."
             )
@@ -136,10 +123,9 @@ class MatryoshkaEvaluator(BaseEvaluator):
         if layers is not None:
             fix = ", or None for the final vector"
             self.layers = checked_layers("layers", layers, None, least=0, otherwise=fix)
-        primary = plain(primary)
+        self.primary = primary = plain(primary)
         if primary not in ("mean", "worst") and not (is_whole(primary) and primary in self.dims):
             raise ValueError(f"primary must be 'mean', 'worst' or one of dims {list(self.dims)}, got {primary!r}.")
-        self.primary = primary
         if self.precisions != ("float32",) and any(isinstance(leaf, WITH_TEACHER) for leaf in leaves):
             raise ValueError(
                 "precisions: an MSEEvaluator compares values with its teacher's, which int8 and binary codes have not; "
@@ -154,7 +140,8 @@ class MatryoshkaEvaluator(BaseEvaluator):
         self.records: list[dict[str, Any]] = []
         self._revision: str | None = None
         self.peak_store_bytes = 0
-        self._copies: dict[tuple[int | None, int, str], BaseEvaluator] = {}
+        # kept over calls: the model card files results under the evaluator object
+        self._copies: dict[_Place, BaseEvaluator] = {}
         self._warned: set[str] = set()
 
     def __call__(  # type: ignore[override]
@@ -173,62 +160,48 @@ class MatryoshkaEvaluator(BaseEvaluator):
         """
         checked_dims("dims", self.dims, full_width(model))
         layers: Sequence[int | None] = (None,) if self.layers is None else check_layers(self.layers, model)
-        metrics: dict[str, Any] = {}
-        records: list[dict[str, Any]] = []
-        main: dict[int, tuple[str, float]] = {}
         with EmbeddingStore(model, self.layers, memory_limit=self.memory_limit, device=self.device) as store:
-            cells = self._score_cells(store, layers, output_path, epoch, steps)
-            as_unit = self._score_uncut_as_unit(
-                store, cells[layers[-1], self.dims[-1], "float32"], layers[-1], epoch, steps
-            )
+            cells = self._score_cells(store, layers, (output_path, epoch, steps))
+            main = [cells[layers[-1], "float32", dim] for dim in self.dims]
+            as_unit = self._score_uncut_as_unit(store, main[-1], layers[-1], (None, epoch, steps))
             self.peak_store_bytes = store.nbytes
-        for layer in layers:
-            for precision in self.precisions:
-                for dim in self.dims:
-                    cell = cells[layer, dim, precision]
-                    metrics.update(cell.texts)
-                    metrics.update(cell.scores)
-                    records.extend(self._cell_records(cell, layer, dim, precision))
-                    if layer == layers[-1] and precision == "float32":
-                        main[dim] = (cell.primary_key, cell.scores[cell.primary_key])
+        metrics: dict[str, Any] = {}
+        self.records = []
+        for place in product(layers, self.precisions, self.dims):
+            metrics |= {**cells[place].texts, **cells[place].scores}
+            self.records += self._cell_records(cells[place], *place)
+        scores = [cell.main for cell in main]
         if as_unit is not None:
-            metrics.update(as_unit.scores)
-            main[self.dims[-1]] = (main[self.dims[-1]][0], as_unit.scores[as_unit.primary_key])
-        self.records = records
+            metrics |= as_unit.scores
+            scores[-1] = as_unit.main
         self._revision = fingerprint(model)
-        summary = self._summary(main, cells[layers[-1], self.dims[-1], "float32"])
-        metrics.update(summary)
+        metric = self._unlabelled(main[-1], main[-1].primary_key)
+        suffix = metric[len(self.name) :] if metric.startswith(f"{self.name}_") else f"_{metric}"
+        # NumPy's: a score that is not a number must not hide behind the others
+        worst = np.min(scores) if self.greater_is_better else np.max(scores)
+        summary = {f"{self.name}-mean{suffix}": float(np.mean(scores)), f"{self.name}-worst{suffix}": float(worst)}
+        if isinstance(self.primary, int):
+            self.primary_metric = main[self.dims.index(self.primary)].primary_key
+        else:
+            self.primary_metric = f"{self.name}-{self.primary}{suffix}"
         if getattr(model, "model_card_data", None) is not None:
             self.store_metrics_in_model_card_data(model, summary, epoch, steps)
-        return metrics
+        return metrics | summary
 
-    def _score_cells(
-        self, store: EmbeddingStore, layers: Sequence[int | None], output_path: str | None, epoch: int, steps: int
-    ) -> dict[tuple[int | None, int, str], Cell]:
+    def _score_cells(self, store: EmbeddingStore, layers: Sequence[int | None], when: _When) -> dict[_Place, Cell]:
         """Run the evaluator's copies, float32 first; the deepest layer's largest dim, which sets the metric, leads."""
-        cells: dict[tuple[int | None, int, str], Cell] = {}
+        cells: dict[_Place, Cell] = {}
         first: Cell | None = None
-        for precision in self.precisions:
-            if precision == "int8":
+        for precision, layer, dim in product(self.precisions, reversed(layers), reversed(self.dims)):
+            if precision == "int8" and not store.calibrated:
                 store.calibrate()
-            for layer in reversed(layers):
-                for dim in reversed(self.dims):
-                    cell = self._score(store, (layer, dim, precision), first, output_path, epoch, steps)
-                    first = first or cell
-                    cells[layer, dim, precision] = cell
+            cell = cells[layer, precision, dim] = self._score(store, (layer, precision, dim), first, when)
+            first = first or cell
         return cells
 
-    def _score(
-        self,
-        store: EmbeddingStore,
-        place: tuple[int | None, int, str],
-        first: Cell | None,
-        output_path: str | None,
-        epoch: int,
-        steps: int,
-    ) -> Cell:
-        layer, dim, precision = place
-        as_unit = precision == UNIT
+    def _score(self, store: EmbeddingStore, place: _Place, first: Cell | None, when: _When) -> Cell:
+        layer, precision, dim = place
+        as_unit, label = precision == UNIT, cell_label(layer, dim, precision)
         view = store.view(
             dim,
             layer=layer,
@@ -236,18 +209,19 @@ class MatryoshkaEvaluator(BaseEvaluator):
             normalize=self.normalize,
             normalize_uncut=as_unit,
         )
-        evaluator, label = self._copy(*place), cell_label(*place)
+        if place not in self._copies:
+            self._copies[place] = renamed_copy(self.evaluator, label)
+        evaluator = self._copies[place]
         cut_teachers(evaluator, self.evaluator, dim, store.width, as_unit or (self.normalize and dim < store.width))
         if first is not None:
             set_primary_metrics(evaluator, first.evaluator)
-        scores = evaluator(view, output_path, epoch, steps)  # type: ignore[arg-type]
+        scores = evaluator(view, *when)  # type: ignore[arg-type]
         if not view.encode_calls:
             raise TypeError(
                 f"{type(self.evaluator).__name__} never called model.encode, so its scores say nothing about dims; use "
                 "an evaluator that encodes."
             )
-        named, texts, primary_key = named_scores(evaluator, scores, label)
-        cell = Cell(evaluator, label, named, texts, primary_key)
+        cell = Cell(evaluator, label, *named_scores(evaluator, scores, label))
         return cell if first is None else self._with_metric_of(first, cell)
 
     def _with_metric_of(self, first: Cell, cell: Cell) -> Cell:
@@ -280,29 +254,25 @@ class MatryoshkaEvaluator(BaseEvaluator):
                 return name, key.removeprefix(start)
         return self.name, key
 
-    def _score_uncut_as_unit(
-        self, store: EmbeddingStore, uncut: Cell, layer: int | None, epoch: int, steps: int
-    ) -> Cell | None:
-        """The uncut width, renormalised as all other dims are; None where that changes nothing.
-
-        Otherwise a score that depends on the length of vectors would compare the model's with renormalised ones.
-        """
+    def _score_uncut_as_unit(self, store: EmbeddingStore, uncut: Cell, layer: int | None, when: _When) -> Cell | None:
+        """The uncut width, renormalised as all other dims are, where a score depends on the vectors' length."""
         dim = self.dims[-1]
-        if not self.normalize or dim < store.width or len(self.dims) == 1:
+        if (
+            not self.normalize
+            or dim < store.width
+            or len(self.dims) == 1
+            or (store.has_unit_length and teachers_have_unit_length(self.evaluator))
+            or all("cosine" in metric for metric in metrics_of(uncut))
+        ):
             return None
-        if store.has_unit_length and teachers_have_unit_length(self.evaluator):
-            return None
-        if all("cosine" in metric for metric in metrics_of(uncut)):
-            return None
-        as_unit = self._score(store, (layer, dim, UNIT), uncut, None, epoch, steps)
+        as_unit = self._score(store, (layer, UNIT, dim), uncut, when)
         key_of = {self._unlabelled(as_unit, key): key for key in as_unit.scores}
         twin = {key: key_of.get(self._unlabelled(uncut, key)) for key in uncut.scores}
+        main = {uncut.primary_key, *(leaf.primary_metric for leaf in leaves_of(uncut.evaluator))}
         changed = sorted(
             key
             for key, other in twin.items()
-            if other is not None
-            and key in {uncut.primary_key, *primary_keys(uncut)}
-            and abs(uncut.scores[key] - as_unit.scores[other]) > 1e-5
+            if other is not None and key in main and abs(uncut.scores[key] - as_unit.scores[other]) > 1e-5
         )
         if not changed:
             return None
@@ -319,46 +289,24 @@ class MatryoshkaEvaluator(BaseEvaluator):
             self._warned.add(message)
             logger.warning(message)
 
-    def _summary(self, main: dict[int, tuple[str, float]], widest: Cell) -> dict[str, float]:
-        values = [value for _, value in main.values()]
-        metric = self._unlabelled(widest, widest.primary_key)
-        suffix = metric[len(self.name) :] if metric.startswith(f"{self.name}_") else f"_{metric}"
-        # NumPy's: a score that is not a number must not hide behind the others
-        worst = np.min(values) if self.greater_is_better else np.max(values)
-        summary = {f"{self.name}-mean{suffix}": float(np.mean(values)), f"{self.name}-worst{suffix}": float(worst)}
-        if isinstance(self.primary, int):
-            self.primary_metric = main[self.primary][0]
-        else:
-            self.primary_metric = f"{self.name}-{self.primary}{suffix}"
-        return summary
-
-    def _copy(self, layer: int | None, dim: int, precision: str) -> BaseEvaluator:
-        # Kept over calls: the model card files results under the evaluator object.
-        cell = (layer, dim, precision)
-        if cell not in self._copies:
-            self._copies[cell] = renamed_copy(self.evaluator, cell_label(*cell))
-        return self._copies[cell]
-
-    def _cell_records(self, cell: Cell, layer: int | None, dim: int, precision: str) -> list[dict[str, Any]]:
+    def _cell_records(self, cell: Cell, layer: int | None, precision: str, dim: int) -> list[dict[str, Any]]:
         primaries = main_keys(cell.evaluator, cell.scores, cell.primary_key, cell.label)
         place = {"layer": layer, "dim": dim, "precision": precision, "bytes": bytes_per_vector(dim, precision)}
         records = []
-        for key, value in cell.scores.items():
+        for key, score in cell.scores.items():
             task, metric = self._task_and_metric(cell, key)
-            score = {"task": task, "metric": metric, "primary": key in primaries, "score": float(value)}
-            records.append({**place, **score})
+            records.append({**place, "task": task, "metric": metric, "primary": key in primaries, "score": score})
         return records
 
     def report(self, model: str = "model", seed: int | None = None) -> EvaluationReport:
-        """The last call's scores as a report (table, Markdown, plots).
+        """The last call's scores as a report.
 
         Args:
-            model: Name of the model in tables. Its `fingerprint` is kept too, so that reports of different models under
-                one name stay apart.
+            model: Name of the model in tables.
             seed: Training seed, if several runs of one model are to be averaged in tables and drawn as a band.
 
         Returns:
-            The report.
+            The report (table, Markdown, plots).
 
         Raises:
             RuntimeError: If nothing was evaluated yet.
@@ -382,6 +330,4 @@ class MatryoshkaEvaluator(BaseEvaluator):
             config["layers"] = list(self.layers)
         if self.precisions != ("float32",):
             config["precisions"] = list(self.precisions)
-        if not self.normalize:
-            config["normalize"] = False
-        return config
+        return config if self.normalize else {**config, "normalize": False}

@@ -38,16 +38,13 @@ _Cell = tuple[int, str]
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
     """Keep the caller's random state: mteb reseeds random, numpy and torch on import, per task, per run."""
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
 
 
 @_random_state_kept()
@@ -70,19 +67,15 @@ def evaluate_mteb(
 ) -> EvaluationReport:
     """Run MTEB tasks at several dims with one encoding of each task's texts.
 
-    Results are mteb's own files under ``output/results``, one folder per model and revision: the full width in the
-    folder itself, every other dim and precision as one of mteb's experiments, under mteb's own keys
-    (``.../experiments/embed_dim_64/STS13.json``, ``.../embed_dim_64__output_dtypes_int8/...``). So
-    ``mteb.ResultCache(output).load_results()`` gives the full width,
-    ``load_results(experiment_kwargs={"embed_dim": 64})`` one dim, and ``load_results(load_experiments="match_name")``
-    all (load one at a time for mteb's ``to_dataframe``, which averages over experiments). The revision is the model's
-    `fingerprint`, so neither two models nor two states of one model share a file. A task given by name is not run again
-    where its file is there; a task object is run each time and its scores are in the report only, for its class, data
-    and settings may be anything. Files are written whole or not at all, so several runs may share an output folder.
+    Results are mteb's own files under ``output/results``, one folder per model and revision (its `fingerprint`): the
+    full width in the folder itself, every other dim and precision as one of mteb's experiments
+    (``.../experiments/embed_dim_64__output_dtypes_int8/STS13.json``). ``mteb.ResultCache(output).load_results()`` gives
+    the full width, ``load_results(experiment_kwargs={"embed_dim": 64})`` one dim. A task given by name is not run again
+    where its file is there; a task object is run each time, and its scores are in the report only. Files are written
+    whole or not at all, so several runs may share a folder. The caller's random state is left as it was.
 
-    Prompts are chosen by mteb from ``model.prompts``. The vectors of a task are freed after it, and the caller's random
-    state is left as it was. A score is the mean over the task's own splits and subsets, whatever else is in the file.
-    A task that was narrowed to some languages or splits says so in its name: ``STS22 (en, fr)``.
+    A score is the mean over the task's own splits and subsets. A task that was narrowed to some of them says so in its
+    name: ``STS22 (en, fr)``.
 
     Args:
         model: The model.
@@ -94,19 +87,18 @@ def evaluate_mteb(
         data_dir: Folder with local data, looked at before the hub: ``<task>_<split>.csv`` in small letters without
             "Classification" (``sts13_test.csv``, ``banking77_train.csv``), or ``<Task>/<split>.csv`` (or ``.parquet``,
             ``.jsonl``). Columns: STS ``sentence1, sentence2, score``; classification ``text, label``; pairs
-            ``sentence1, sentence2, labels``. A file must hold as many rows as MTEB's set. Where the set's digest is
-            known (STS13, STS14, STS15, Banking77Classification) and the file has it, the task keeps its name; else it
-            is reported as local data, ``STS16-local-`` and a digest of the file's rows.
+            ``sentence1, sentence2, labels``. A file must hold as many rows as MTEB's set. Data that is not known to be
+            MTEB's own (STS13, STS14, STS15, Banking77Classification) is reported as local, ``STS16-local-`` and a
+            digest.
         precisions: ``"float32"`` and, if wanted, ``"int8"``, ``"binary"``.
         batch_size: Texts per forward pass.
         normalize: Renormalise after the cut; the full width stays as the model gives it.
         overwrite: Run again what is there; a damaged result file is replaced.
         skip_missing: Leave out tasks whose data is missing, with a warning, instead of raising.
         show_progress_bar: Show a bar over cells.
-        memory_limit: Bytes of a task's vectors that stay in memory, by default 512 MiB; above it they go to a
-            temporary file that is gone afterwards (see `EmbeddingStore`). None sets no limit.
-        device: Where to encode, as in ``model.encode``: one device, or a list of devices for one process each. None
-            takes the model's.
+        memory_limit: Bytes of a task's vectors that stay in memory, 512 MiB by default; above it they go to a
+            temporary file. None sets no limit.
+        device: One device, or a list of devices for one process each; None takes the model's.
 
     Returns:
         A report with one row per (task, dim, precision).
@@ -114,13 +106,11 @@ def evaluate_mteb(
     Raises:
         ImportError: If mteb is missing.
         ValueError: If a task is unknown, or given twice and once as an object, dims do not fit, a local file has other
-            columns or another number of rows than MTEB's set, or a result file in ``output`` is damaged.
-        FileNotFoundError: If a task's data is neither in ``data_dir`` nor can be loaded by the task itself, before
-            anything is encoded.
+            columns or rows than MTEB's set, or a result file is damaged.
+        FileNotFoundError: If a task's data cannot be had, before anything is encoded.
 
     Example:
-        >>> report = evaluate_mteb(model, "sts", [32, 64, 384], output="results")   # doctest: +SKIP
-        >>> print(report.to_markdown())                                             # doctest: +SKIP
+        >>> print(evaluate_mteb(model, "sts", [32, 384], output="results").to_markdown())  # doctest: +SKIP
     """
     precisions = check_precisions(precisions)
     normalize, overwrite = checked_flag("normalize", normalize), checked_flag("overwrite", overwrite)
@@ -139,17 +129,17 @@ def evaluate_mteb(
 def _with_data(jobs: list[Job], run: _Run, data_dir: Path | None, skip_missing: bool) -> list[Job]:
     """The jobs that have results or data; the others raise, or with ``skip_missing`` are named in a warning."""
     reasons = {job.label: [] if run.is_complete(job) else job.why_not_loaded() for job in jobs}
-    if absent := {label: found for label, found in reasons.items() if found}:
+    if absent := [label for label, found in reasons.items() if found]:
         where = "no data_dir was given" if data_dir is None else f"not in {str(data_dir)!r}"
+        why = "; ".join(reason for found in reasons.values() for reason in found)
         message = (
-            f"no data for {', '.join(absent)}: {where}, and loading it failed: "
-            f"{'; '.join(reason for found in absent.values() for reason in found)}. "
+            f"no data for {', '.join(absent)}: {where}, and loading it failed: {why}. "
             "Put files into data_dir (--data-dir), or leave these tasks out; skip_missing (--skip-missing) does."
         )
         if not skip_missing:
             raise FileNotFoundError(message)
         logger.warning(message)
-    return [job for job in jobs if not reasons[job.label]]
+    return [job for job in jobs if job.label not in absent]
 
 
 class _Run:
@@ -180,6 +170,7 @@ class _Run:
         from mipic_st.evaluation.report import EvaluationReport
 
         records: list[dict[str, Any]] = []
+        model_row = {"model": self.name, "revision": self.revision}
         total = len(self.cells) * sum(len(job.leaves()) for job in jobs)
         with tqdm(total=total, desc="MTEB", disable=not show_progress_bar) as progress:
             for job in jobs:
@@ -190,11 +181,10 @@ class _Run:
                         raise
                     logger.warning(str(error))
                     continue
-                for cell, result in found.items():
-                    row: dict[str, Any] = {"model": self.name, "revision": self.revision, "task": job.label}
-                    row |= {"metric": str(job.task.metadata.main_score), "score": _main_score(result)}
-                    row |= {"dim": cell[0], "precision": cell[1], "bytes": bytes_per_vector(*cell)}
-                    records.append(row)
+                job_row = {"task": job.label, "metric": str(job.task.metadata.main_score)}
+                for (dim, precision), result in found.items():
+                    cell = {"dim": dim, "precision": precision, "bytes": bytes_per_vector(dim, precision)}
+                    records.append({**model_row, **job_row, **cell, "score": _main_score(result)})
         return EvaluationReport(records)
 
     def scored(self, job: Job, progress: Any) -> dict[_Cell, Any]:
@@ -220,8 +210,7 @@ class _Run:
             if missing and cell[1] == "int8" and not self.store.calibrated:
                 # float32 results of an earlier run are not run again, so the store may hold a part of the texts
                 if not complete:
-                    for _ in self._evaluated(job, (cell[0], "float32"), everything):
-                        pass
+                    list(self._evaluated(job, (cell[0], "float32"), everything))
                 self.store.calibrate()
             complete |= missing == everything
             for result in self._evaluated(job, cell, missing):
@@ -245,15 +234,8 @@ class _Run:
                 part = copy.copy(task)
                 vars(part).update(generators, hf_subsets=together)
                 part.filter_eval_splits([split])
-                (result,) = self.mteb.evaluate(
-                    encoder,
-                    part,
-                    co2_tracker=False,
-                    encode_kwargs=dict(self.encode_kwargs),
-                    cache=None,
-                    show_progress_bar=False,
-                ).task_results
-                yield result
+                kwargs = {"encode_kwargs": dict(self.encode_kwargs), "cache": None, "show_progress_bar": False}
+                yield self.mteb.evaluate(encoder, part, co2_tracker=False, **kwargs).task_results[0]
 
     # Files ------------------------------------------------------------------------------------------------------------
 

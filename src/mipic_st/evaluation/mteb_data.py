@@ -21,6 +21,13 @@ KNOWN_SETS = {
 }
 
 
+_COLUMNS = {
+    "STS": ["sentence1", "sentence2", "score"],
+    "Classification": ["text", "label"],
+    "PairClassification": ["sentence1", "sentence2", "labels"],
+}
+
+
 def _local_file(task_name: str, split: str, data_dir: Path) -> Path | None:
     short = task_name.removesuffix("Classification").lower()
     candidates = [data_dir / task_name / f"{split}{ending}" for ending in (".csv", ".parquet", ".jsonl")]
@@ -36,24 +43,16 @@ def with_local_data(task: Any, data_dir: Path | None) -> Any:
     from datasets import Dataset, DatasetDict
 
     name, kind = task.metadata.name, task.metadata.type
-    columns = {
-        "STS": ["sentence1", "sentence2", "score"],
-        "Classification": ["text", "label"],
-        "PairClassification": ["sentence1", "sentence2", "labels"],
-    }.get(kind)
+    columns = _COLUMNS.get(kind)
     if columns is None or list(task.hf_subsets) != ["default"]:
         return None
-    splits = list(task.eval_splits)
-    if kind == "Classification":
-        splits = list(dict.fromkeys([task.train_split, *splits]))
-    files = {split: _local_file(name, split, data_dir) for split in splits}
-    if any(path is None for path in files.values()):
+    splits = [*([task.train_split] if kind == "Classification" else []), *task.eval_splits]
+    files = {split: path for split in splits if (path := _local_file(name, split, data_dir))}
+    if not set(splits) <= set(files):
         return None
-    stats = task.metadata.descriptive_stats or {}
-    texts = dict.fromkeys((column for column in columns if column.startswith(("sentence", "text"))), str)
+    texts = dict.fromkeys(columns[:-1], str)
     parts = {}
     for split, path in files.items():
-        assert path is not None
         try:
             if path.suffix == ".parquet":
                 frame = pd.read_parquet(path)
@@ -75,14 +74,12 @@ def with_local_data(task: Any, data_dir: Path | None) -> Any:
                     f"{frame['score'][wrong].iloc[0]!r}."
                 )
             frame["score"] = scores
-        for column in {"label", "labels"} & set(columns):
-            labels = frame[column]
-            if (wrong := labels.isna() | (labels.astype(str).str.strip() == "")).any():
-                raise ValueError(
-                    f"{str(path)!r} has {int(wrong.sum())} rows without a label, the first is row "
-                    f"{int(wrong.to_numpy().argmax()) + 1}; they would be a class of their own. Fill them."
-                )
-        expected = stats.get(split, {}).get("num_samples")
+        elif (wrong := frame[columns[-1]].isna() | (frame[columns[-1]].astype(str).str.strip() == "")).any():
+            raise ValueError(
+                f"{str(path)!r} has {int(wrong.sum())} rows without a label, the first is row "
+                f"{int(wrong.to_numpy().argmax()) + 1}; they would be a class of their own. Fill them."
+            )
+        expected = (task.metadata.descriptive_stats or {}).get(split, {}).get("num_samples")
         if expected is not None and expected != len(frame):
             raise ValueError(
                 f"{str(path)!r} has {len(frame)} rows, {name}'s {split} part has {expected}: scores of partial data "
@@ -101,18 +98,10 @@ def short_hash(value: Any) -> str:
 
 
 def set_digest(kind: str, columns: Mapping[str, Sequence[Any]]) -> str:
-    """Digest of a whole set as MTEB scores it.
+    """Digest of a whole set as MTEB scores it, 32 hex digits.
 
-    Texts count by their letters and digits, for copies of one set differ in white space and quotes; gold scores by
-    three decimals, labels by which rows share one. Pairs count in any order. Classification draws its training texts by
-    row, so there the order counts.
-
-    Args:
-        kind: mteb's task type.
-        columns: The set's columns.
-
-    Returns:
-        32 hex digits.
+    Copies of one set differ in white space and quotes, so texts count by their letters and digits, gold scores by three
+    decimals, labels by which rows share one; pairs in any order. Classification draws training texts by row.
     """
     texts = [columns[name] for name in ("text", "sentence1", "sentence2") if name in columns]
     if "score" in columns:
@@ -130,27 +119,13 @@ def set_digest(kind: str, columns: Mapping[str, Sequence[Any]]) -> str:
 
 
 def is_known_set(task: Any) -> bool:
-    """Whether the task's data is MTEB's own set, as far as that is known here."""
-    known = KNOWN_SETS.get(task.metadata.name)
-    if known is None or not isinstance(task.dataset, Mapping):
-        return False
-    try:
-        return all(
-            set_digest(
-                task.metadata.type, {name: task.dataset[split][name] for name in task.dataset[split].column_names}
-            )
-            == digest
-            for split, digest in known.items()
-        )
-    except (KeyError, AttributeError, TypeError, ValueError):  # data of another form is another set
-        return False
+    """Whether the local data of a task is MTEB's own set, as far as that is known here."""
+    known, kind = KNOWN_SETS.get(task.metadata.name), task.metadata.type
+    return known == {split: set_digest(kind, part.to_dict()) for split, part in task.dataset.items()}
 
 
 def with_listed_columns(task: Any) -> Any:
-    """A copy of a classification task whose data gives columns as lists: speed only, the numbers stay.
-
-    mteb asks for each label of a column on its own, and a column of a data set reads a table for each.
-    """
+    """A copy of a classification task whose data gives columns as lists: mteb asks for each label on its own."""
     from datasets import Dataset
 
     class Listed(Dataset):
@@ -161,8 +136,8 @@ def with_listed_columns(task: Any) -> Any:
     def listed(data: Any) -> Any:
         if isinstance(data, dict):
             return type(data)({key: listed(part) for key, part in data.items()})
-        data = copy.copy(data)
         if type(data) is Dataset:
+            data = copy.copy(data)
             data.__class__ = Listed
         return data
 

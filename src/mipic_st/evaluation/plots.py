@@ -1,4 +1,4 @@
-"""The plots of `EvaluationReport`: scores by dim, what small dims keep, scores by bytes, and by layer and dim."""
+"""The plots of `EvaluationReport`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SCORE = "score (x 100)"
 
 
 class _Point(NamedTuple):
-    """A point of a plot: the row of the table, the run (revision, seed), and what is drawn."""
+    """A point of a plot; a run is (revision, seed)."""
 
     row: str
     run: tuple[Any, ...]
@@ -50,9 +50,7 @@ def score_by_dim(report: EvaluationReport, path: str | Path | None, task: str | 
 def retained(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
     """Share of the largest dim's score that each dim keeps."""
     curves, title = _curves(report, task), _title(report, task)
-    largest: dict[str, int] = {}
-    for point in curves:
-        largest[point.row] = max(point.dim, largest.get(point.row, 0))
+    largest = {point.row: point.dim for point in sorted(curves, key=lambda point: point.dim)}
     widest = {(point.row, point.run): point for point in curves if point.dim == largest[point.row]}
     if without := sorted({(point.row, *map(str, point.run)) for point in curves if point[:2] not in widest}):
         named = (f"{row} at {largest[row]} (revision {revision}, seed {seed})" for row, revision, seed in without)
@@ -93,19 +91,18 @@ def layer_dim(report: EvaluationReport, path: str | Path | None, task: str | Non
     if not cells:
         raise ValueError("the report holds no layers; evaluate with layers=[...].")
     models = list(dict.fromkeys(key[0] for key in cells))
-    if model is None and len(models) > 1:
-        raise ValueError(f"model must be one of {models}, got None.")
-    if model is not None and model not in models:
-        raise ValueError(f"no scores for model {model!r}; model must be one of {models}.")
-    shown = model or models[0]
+    shown = models[0] if model is None and len(models) == 1 else model
+    if shown not in models:
+        raise ValueError(f"model must be one of {models}, got {model!r}.")
     cells = _of_task({key: cell for key, cell in cells.items() if key[0] == shown}, task)
     layers, dims = sorted({key[1] for key in cells}, reverse=True), sorted({key[3] for key in cells})
     columns = {key[4:] for key in cells}
     figure, axes = _pyplot().subplots(figsize=(1.6 + 0.75 * len(dims), 1.4 + 0.45 * len(layers)), layout="constrained")
-    values = np.full((len(layers), len(dims)), np.nan)
-    for (row, layer), (column, dim) in ((a, b) for a in enumerate(layers) for b in enumerate(dims)):
-        found = [cells.get((shown, layer, "float32", dim, *task_metric)) for task_metric in columns]
-        values[row, column] = 100 * np.mean([np.nan if cell is None else cell.mean() for cell in found])
+    places = [(shown, layer, "float32", dim) for layer in layers for dim in dims]
+    scores = [
+        [cells[*place, *key].mean() if (*place, *key) in cells else np.nan for key in columns] for place in places
+    ]
+    values = 100 * np.mean(scores, axis=1).reshape(len(layers), len(dims))
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     middle = image.norm.vmin + (image.norm.vmax - image.norm.vmin) / 2
     for (row, column), value in np.ndenumerate(values):
@@ -137,11 +134,7 @@ def _of_task(cells: dict[tuple[Any, ...], Cell], task: str | None) -> dict[tuple
 
 
 def _curves(report: EvaluationReport, task: str | None, precisions: Sequence[str] = ("float32",)) -> list[_Point]:
-    """Score x 100 per (row, run, precision, dim), of one task or the mean over all, of the final vector.
-
-    A row of layers only is drawn at its deepest one and says so. A mean that lacks a task, or holds a score that is not
-    a number, is NaN: drawn as a gap.
-    """
+    """Score x 100 per (row, run, precision, dim), of the final vector or the deepest layer; NaN if a task lacks."""
     cells = {key: cell for key, cell in report.cells().items() if key[2] in precisions}
     if not cells:
         raise ValueError(f"the report holds no scores at precisions {list(precisions)}.")
@@ -183,10 +176,7 @@ def _title(report: EvaluationReport, task: str | None) -> str:
 def _line_plot(
     points: Sequence[tuple[str, tuple[Any, ...], float]], y_label: str, title: str, x: str = "dimensions"
 ) -> Figure:
-    """One line per name through the means of its (name, place, y), a band from the lowest to the highest.
-
-    What has one place is one point, drawn at the first number of it.
-    """
+    """One line per name through the means of each place (drawn at its first number), a band from lowest to highest."""
     if not any(y == y for *_, y in points):
         raise ValueError(f"nothing to draw: {y_label} is not a number at any point.")
     figure, axes = _pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from mipic_st.validation import as_list, checked_count, checked_flag, require
 class ClassificationProbeEvaluator(BaseEvaluator):
     """Accuracy and macro-F1 of a logistic regression on frozen embeddings.
 
-    With ``n_experiments`` unset, one classifier is fitted on all training texts. With it set, the protocol is MTEB's:
-    in each experiment ``samples_per_label`` texts of each label are drawn with the seed, a classifier is fitted on them
-    and scored on all test texts; scores are averaged. Wrap it into `MatryoshkaEvaluator` for scores per dim.
+    Without ``n_experiments``, one classifier is fitted on all training texts. With it, each experiment draws
+    ``samples_per_label`` texts of each label, as in MTEB, and scores are averaged. Wrap it into `MatryoshkaEvaluator`
+    for scores per dim.
 
     Args:
         train_texts: Training texts.
@@ -37,13 +36,11 @@ class ClassificationProbeEvaluator(BaseEvaluator):
         write_csv: Write a CSV file when an output path is given.
 
     Raises:
-        TypeError: If texts are no list of strings, or labels neither all strings nor all whole numbers.
-        ValueError: If lengths differ, texts are missing, there is one class only, a test label was never trained, or a
-            number is out of range.
+        TypeError: If texts are no strings, or labels neither all strings nor all whole numbers.
+        ValueError: If lengths differ, texts or classes are missing, or a number is out of range.
 
     Example:
-        >>> probe = ClassificationProbeEvaluator(["a", "b"], [0, 1], ["c", "d"], [0, 1], name="tiny")
-        >>> probe.primary_metric
+        >>> ClassificationProbeEvaluator(["a", "b"], [0, 1], ["c", "d"], [0, 1], name="tiny").primary_metric
         'accuracy'
     """
 
@@ -87,18 +84,13 @@ class ClassificationProbeEvaluator(BaseEvaluator):
         """Training rows of each experiment; the shuffles build on each other, as in MTEB."""
         if self.n_experiments is None:
             return [np.arange(len(self.train_texts))]
-        rows = list(range(len(self.train_texts)))
+        rows = np.arange(len(self.train_texts))
         draws = []
         for _ in range(self.n_experiments):
             np.random.RandomState(self.seed).shuffle(rows)
-            taken: Counter[Any] = Counter()
-            chosen = []
-            for row in rows:
-                label = self.train_labels[row]
-                if taken[label] < self.samples_per_label:
-                    taken[label] += 1
-                    chosen.append(row)
-            draws.append(np.array(chosen))
+            labels = self.train_labels[rows]
+            first = [np.flatnonzero(labels == label)[: self.samples_per_label] for label in np.unique(labels)]
+            draws.append(rows[np.sort(np.concatenate(first))])
         return draws
 
     def __call__(  # type: ignore[override]
@@ -122,20 +114,23 @@ class ClassificationProbeEvaluator(BaseEvaluator):
         linear_model, scores = require("sklearn.linear_model", *needs), require("sklearn.metrics", *needs)
         draws = self._draws()
         used = np.unique(np.concatenate(draws))
-        position = {row: i for i, row in enumerate(used.tolist())}
         options: dict[str, Any] = {"batch_size": self.batch_size, "show_progress_bar": self.show_progress_bar}
         train = model.encode([self.train_texts[row] for row in used], **options)
         test = model.encode(self.test_texts, **options)
         accuracies, f1s = [], []
         for draw in draws:
             classifier = linear_model.LogisticRegression(max_iter=self.max_iter, random_state=self.seed)
-            classifier.fit(train[[position[row] for row in draw.tolist()]], self.train_labels[draw])
+            classifier.fit(train[np.searchsorted(used, draw)], self.train_labels[draw])
             predicted = classifier.predict(test)
             accuracies.append(scores.accuracy_score(self.test_labels, predicted))
             f1s.append(scores.f1_score(self.test_labels, predicted, average="macro"))
         metrics = {"accuracy": float(np.mean(accuracies)), "macro_f1": float(np.mean(f1s))}
         if output_path is not None and self.write_csv:
-            _append_csv(Path(output_path) / self.csv_file, {"epoch": epoch, "steps": steps, **metrics})
+            path = Path(output_path, self.csv_file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [(epoch, steps, *metrics.values())]
+            with path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(rows if file.tell() else [("epoch", "steps", *metrics), *rows])
         metrics = self.prefix_name_to_metrics(metrics, self.name)
         self.store_metrics_in_model_card_data(model, metrics, epoch, steps)
         return metrics
@@ -169,13 +164,3 @@ def _checked_part(part: str, texts: Any, labels: Any) -> tuple[list[str], np.nda
                 "texts without a label and turn floats into integers."
             )
     return texts, np.asarray(labels)
-
-
-def _append_csv(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if fresh:
-            writer.writeheader()
-        writer.writerow(row)

@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("model", "revision", "seed", "task", "metric", "primary", "layer", "dim", "precision", "bytes", "score")
 _REQUIRED = ("model", "task", "metric", "dim", "score")
 _DEFAULTS = {"revision": None, "seed": None, "primary": True, "layer": None, "precision": "float32", "bytes": None}
-_MAY_BE_NONE = ("revision", "seed", "layer", "bytes")
 # Scores of one identity that differ by less are one score: below the last digit that tables show.
 _SAME_SCORE = 5e-5
 NOT_A_NUMBER = "n/a"
@@ -40,12 +39,12 @@ class Cell:
     scores: dict[tuple[Any, Any], float] = field(default_factory=dict)
 
     def mean(self) -> float:
-        """Over the seeds."""
+        """The mean over seeds."""
         return float(np.mean(list(self.scores.values())))
 
 
 def _or_none(value: Any) -> Any:
-    """What frames and CSV files write for "none" (NaN, NA) as None."""
+    """A plain value; what frames and CSV files write for "none" (NaN, NA) as None."""
     value = plain(value)
     missing = type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
     return None if missing else value
@@ -59,22 +58,20 @@ def _checked_record(given: Any) -> dict[str, Any]:
     unknown = sorted(set(given) - set(COLUMNS))
     if missing or unknown:
         raise ValueError(f"a record lacks {missing} or has unknown keys {unknown}; keys are {list(COLUMNS)}.")
-    record = {key: given.get(key, _DEFAULTS.get(key)) for key in COLUMNS}
-    for key in _MAY_BE_NONE:
-        record[key] = _or_none(record[key])
+    record = {key: _or_none(given.get(key, _DEFAULTS.get(key))) for key in COLUMNS}
     for key in ("dim", "layer", "bytes", "seed"):
-        value = plain(record[key])
+        value = record[key]
         if isinstance(value, float) and value.is_integer():  # a frame's column with gaps
             value = record[key] = int(value)
-        if not (is_whole(value) or (value is None and key in _MAY_BE_NONE)):
+        if not (is_whole(value) or (value is None and key != "dim")):
             raise ValueError(f"{key} of a record must be a whole number, got {value!r} in {dict(given)}.")
     if record["score"] is None:  # what JSON has for nan
         record["score"] = float("nan")
-    if not is_number(plain(record["score"])):
+    if not is_number(record["score"]):
         raise ValueError(
             f"score of a record must be a number, nan or None for none, got {record['score']!r} in {dict(given)}."
         )
-    if not isinstance(plain(record["primary"]), bool):
+    if not isinstance(record["primary"], bool):
         raise ValueError(f"primary of a record must be True or False, got {record['primary']!r} in {dict(given)}.")
     return record
 
@@ -107,38 +104,24 @@ def _row_names(records: Iterable[dict[str, Any]]) -> dict[tuple[str, Any, Any], 
                 rows[revision, seed] = f"{model}{at} (seed {seed})"
         alone = len(set(rows.values())) == 1
         names |= {(model, *run): model if alone else row for run, row in rows.items()}
-    models_of: dict[str, set[str]] = {}
-    for (model, *_), row in names.items():
-        models_of.setdefault(row, set()).add(model)
-    if same := {row: sorted(models) for row, models in models_of.items() if len(models) > 1}:
+    models_of = {row: sorted({run[0] for run, name in names.items() if name == row}) for row in names.values()}
+    if same := {row: models for row, models in models_of.items() if len(models) > 1}:
         raise ValueError(f"models share a row of the table, {same}: give them other names.")
     return names
-
-
-def _warn_of_missing_seeds(cells: dict[tuple[Any, ...], Cell]) -> None:
-    """A mean over fewer seeds than the row has elsewhere is shown, but not in silence."""
-    runs_of: dict[str, set[Any]] = {}
-    for (row, *_), cell in cells.items():
-        runs_of.setdefault(row, set()).update(cell.scores)
-    fewer = sorted(
-        {f"{row}, {task}" for (row, _, _, _, task, _), cell in cells.items() if set(cell.scores) != runs_of[row]}
-    )
-    if fewer:
-        logger.warning("means over fewer seeds than the model has elsewhere: %s", "; ".join(fewer))
 
 
 class EvaluationReport:
     """Scores of models by task, metric, dim, layer and precision.
 
-    A row is a model with its name and its revision. Tables and plots average declared seeds and nothing else: two
-    revisions under one name become two rows, ``name@revision``, and two different scores of one and the same row are an
-    error. A score that is not a number stays one in every mean (``n/a`` in text, a gap in plots).
+    Tables and plots average declared seeds and nothing else: two revisions under one name become two rows,
+    ``name@revision``, and two different scores of one row are an error. A score that is not a number makes every mean
+    none either (``n/a`` in text, a gap in plots).
 
     Args:
         records: One dict per score with ``model``, ``task``, ``metric``, ``dim``, ``score`` and, if they apply,
-            ``revision`` (which state of the model), ``seed`` (of the training run; runs of one model that differ in it
-            are averaged), ``layer``, ``precision``, ``bytes``, ``primary`` (whether it is the task's main metric).
-        info: Anything to keep with the scores (peak memory, revision); written to JSON.
+            ``revision`` (which state of the model), ``seed`` (of the training run), ``layer``, ``precision``,
+            ``bytes``, ``primary`` (whether it is the task's main metric).
+        info: Anything to keep with the scores; written to JSON.
 
     Raises:
         TypeError: If a record is no dict.
@@ -168,21 +151,15 @@ class EvaluationReport:
         return frame.astype({"layer": "Int64", "seed": "Int64"})
 
     def cells(self) -> dict[tuple[Any, ...], Cell]:
-        """Main scores by (row's name, layer, precision, dim, task, metric), in the order of the records.
-
-        Raises:
-            ValueError: If there are none, or two different ones of one model, revision and seed.
-        """
+        """Main scores by (row's name, layer, precision, dim, task, metric), in the order of the records."""
         main = [record for record in self.records if record["primary"]]
         if not main:
             raise ValueError("the report holds no main scores.")
         row_of = _row_names(main)
         cells: dict[tuple[Any, ...], Cell] = {}
         for record in main:
-            run = _run(record)
-            row = row_of[run]
-            layer, dim = record["layer"], plain(record["dim"])
-            key = (row, layer, record["precision"], dim, record["task"], record["metric"])
+            run, layer, dim = _run(record), record["layer"], record["dim"]
+            key = (row_of[run], layer, record["precision"], dim, record["task"], record["metric"])
             cell = cells.setdefault(key, Cell(record["bytes"]))
             score = float(record["score"])
             known = cell.scores.setdefault(run[1:], score)
@@ -193,20 +170,21 @@ class EvaluationReport:
                     f"{'' if layer is None else f', layer {layer}'}: only runs of different seeds are averaged. Give "
                     "models different names, runs their seed, or evaluators different names."
                 )
-        _warn_of_missing_seeds(cells)
+        runs_of: dict[str, set[Any]] = {}
+        for (row, *_), cell in cells.items():
+            runs_of.setdefault(row, set()).update(cell.scores)
+        if fewer := {f"{key[0]}, {key[4]}" for key, cell in cells.items() if set(cell.scores) != runs_of[key[0]]}:
+            logger.warning("means over fewer seeds than the model has elsewhere: %s", "; ".join(sorted(fewer)))
         return cells
 
     def table(self, average: bool = True) -> pd.DataFrame:
         """Main metrics x 100: one row per (model, layer, precision, dim), one column per task; seeds are averaged.
 
-        Revisions of one name have rows of their own, ``name@revision``. A task whose scores are of several metrics has
-        a column for each. A mean over seeds or tasks of which one is not a number is none either.
-
         Args:
             average: Add the mean over tasks as the last column, if there are several tasks.
 
         Returns:
-            The wide frame; what all rows share (one precision, no layers) is left out of its index.
+            The wide frame; a precision or layer that all rows share is left out of its index.
 
         Raises:
             ValueError: If the report holds no main scores, or two different ones of one model, revision and seed.
@@ -236,7 +214,7 @@ class EvaluationReport:
         layers, precisions = any(row[1] is not None for row in rows), len({row[2] for row in rows}) > 1
         shown = {"model": True, "layer": layers, "precision": precisions, "dim": True, "bytes": precisions}
         index = [
-            tuple("" if part is None else part for part, name in zip((*row, size), shown, strict=True) if shown[name])
+            tuple("" if part is None else part for part, show in zip((*row, size), shown.values(), strict=True) if show)
             for row, size in rows.items()
         ]
         return [name for name in shown if shown[name]], columns, index, values, there
@@ -244,11 +222,7 @@ class EvaluationReport:
     def to_markdown(self, path: str | Path | None = None) -> str:
         """The table as Markdown; with several models the highest per column and dim is bold.
 
-        Args:
-            path: File to write to, if any.
-
-        Returns:
-            The table as text; ``n/a`` is a score that is not a number, an empty cell one that is not there.
+        ``n/a`` is a score that is not a number, an empty cell one that is not there; ``path`` is a file to write to.
         """
         keys, columns, index, values, there = self._wide()
         shown = np.round(values, 2)
@@ -267,12 +241,10 @@ class EvaluationReport:
             lines.append([str(model), *map(str, rest), *cells])
         lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         widths = [max(4, *map(len, column)) for column in zip(*lines, strict=True)]
-        lines.insert(1, ["-" * width for width in widths[: len(keys)]])
-        lines[1] += ["-" * (width - 1) + ":" for width in widths[len(keys) :]]
-        padded = (
-            [cell.ljust(width) if i < len(keys) else cell.rjust(width) for i, (cell, width) in enumerate(pairs)]
-            for pairs in (zip(line, widths, strict=True) for line in lines)
-        )
+        rules = ["-" * width if i < len(keys) else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+        sides = [str.ljust if i < len(keys) else str.rjust for i in range(len(widths))]
+        padded = [[side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)] for line in lines]
+        padded.insert(1, rules)
         return _written("".join(f"| {' | '.join(line)} |\n" for line in padded), path)
 
     def to_latex(self, path: str | Path | None = None) -> str:
@@ -285,26 +257,17 @@ class EvaluationReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """All scores and ``info``, for `from_json`; ``path`` is a file to write to. NaN becomes null."""
-        records = [
-            {**record, "score": None if record["score"] != record["score"] else record["score"]}
-            for record in self.records
-        ]
-        return _written(json.dumps({"info": self.info, "records": records}, indent=1, default=_jsonable) + "\n", path)
+        records = [{**record, "score": _or_none(record["score"])} for record in self.records]
+        text = json.dumps(
+            {"info": self.info, "records": records},
+            indent=1,
+            default=lambda value: plain(value) if hasattr(value, "tolist") else str(value),
+        )
+        return _written(text + "\n", path)
 
     @classmethod
     def from_json(cls, path: str | Path) -> EvaluationReport:
-        """Read what `to_json` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            A report of the same scores.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it holds something else; the message names it.
-        """
+        """The report that `to_json` wrote; ValueError for a file that holds something else."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls(content["records"], content["info"])
@@ -318,33 +281,21 @@ class EvaluationReport:
     def plot_score_by_dim(self, path: str | Path | None = None, task: str | None = None) -> Figure:
         """Score against dim, one line per model, a band from the lowest to the highest seed.
 
-        A report of layers only is drawn at the deepest one, and the line says so.
-
         Args:
             path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
             task: One task; None draws the mean over tasks.
 
         Returns:
-            The figure.
+            The figure. A report of layers only is drawn at the deepest one.
         """
         return plots.score_by_dim(self, path, task)
 
     def plot_retained(self, path: str | Path | None = None, task: str | None = None) -> Figure:
-        """Share of the largest dim's score that each dim keeps, in percent; each model has a largest dim of its own.
-
-        Arguments as for `plot_score_by_dim`.
-
-        Raises:
-            ValueError: If a largest dim's score is below 0, as those of MSEEvaluator are: a share of it says nothing.
-        """
+        """Percent of its model's largest dim's score that each dim keeps; arguments as for `plot_score_by_dim`."""
         return plots.retained(self, path, task)
 
     def plot_quality_by_bytes(self, path: str | Path | None = None, task: str | None = None) -> Figure:
-        """Score against bytes per vector, one line per model and precision; arguments as for `plot_score_by_dim`.
-
-        Raises:
-            ValueError: If the records do not say their bytes.
-        """
+        """Score against bytes per vector, one line per model and precision; arguments as for `plot_score_by_dim`."""
         return plots.quality_by_bytes(self, path, task)
 
     def plot_layer_dim(
@@ -353,16 +304,8 @@ class EvaluationReport:
         """Heatmap of the score by layer (rows, deepest on top) and dim; arguments as for `plot_score_by_dim`.
 
         ``model`` says which, if the report holds several: the name that the table has.
-
-        Raises:
-            ValueError: If there are no layers, or it has to be said which of several models is meant.
         """
         return plots.layer_dim(self, path, task, model)
-
-
-def _jsonable(value: Any) -> Any:
-    """What JSON does not know: NumPy and tensor values as plain ones, anything else as text."""
-    return plain(value) if hasattr(value, "tolist") else str(value)
 
 
 def _written(text: str, path: str | Path | None) -> str:

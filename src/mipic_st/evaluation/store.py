@@ -1,9 +1,7 @@
 """Encode every distinct text once; answer ``encode`` calls at any dimension, layer and precision from the store.
 
-`EmbeddingStore` holds full-width vectors, `DimView` stands in for the model: it answers ``encode``,
-``encode_query`` and ``encode_document`` from the store. New texts are encoded by the very method that was called, with
-the very arguments that were given, so prompts, tasks and routes are the model's own business. No model object is
-patched. Symbols: n texts, S stored states (1, or one per requested layer), D full width, d the cut width.
+New texts are encoded by the very method that was called, with the very arguments that were given, so prompts, tasks and
+routes are the model's own business. No model object is patched. n texts, S states (1, or one per layer), D full width.
 """
 
 from __future__ import annotations
@@ -24,9 +22,8 @@ from mipic_st.evaluation.view import DimView
 from mipic_st.numerics import compare_vectors, unit_length
 from mipic_st.validation import checked_count, checked_number
 
+# Bytes of vectors that stay in memory by default: 350,000 vectors of 384 values.
 MEMORY_LIMIT = 2**29
-"""Bytes of vectors that stay in memory by default: 350,000 vectors of 384 values."""
-
 # Bytes of vectors that one call of the model gives: what an evaluation holds besides the store does not grow with it.
 _PORTION_BYTES = 2**26
 # Arguments of encode that say how to compute, and so change no vector.
@@ -46,25 +43,10 @@ class EmbeddingStore:
     """Full-width vectors of every distinct text, encoded once per method and prompt.
 
     A call with further arguments (a task, processing options) is encoded with exactly these each time. Several threads
-    may use a store, and several stores a model.
-
-    Args:
-        model: The SentenceTransformer that encodes.
-        layers: Keep the vectors of these layers (0..L) instead of the final one; None keeps the final vector only.
-        memory_limit: Bytes of vectors that stay in memory. Above it they go to a temporary file (in the folder that
-            ``TMPDIR`` names), which is gone when the store is, even if the process is killed. So do results of one
-            ``encode`` call that are larger. None sets no limit.
-        device: Where to encode, as in ``model.encode``: one device, or a list of devices for one process each. The
-            processes are started once and run until :meth:`clear`. Not with ``layers`` if it is a list. A pool that is
-            running already is given to :meth:`DimView.encode`, and stays the caller's.
-
-    Raises:
-        ValueError: If ``memory_limit`` is negative, or processes are asked for together with layers.
-
-    Example:
-        >>> store = EmbeddingStore(model)                                            # doctest: +SKIP
-        >>> store.view(64).encode(["a text", "another"]).shape                       # doctest: +SKIP
-        (2, 64)
+    may use a store, and several stores a model. ``layers`` keeps the vectors of these layers instead of the final one.
+    Vectors above ``memory_limit`` bytes, and larger results of one ``encode`` call, go to temporary files (in
+    ``TMPDIR``), which are gone afterwards, even if the process is killed. ``device`` is one device, or a list of
+    devices for one process each, which run until :meth:`clear`.
     """
 
     def __init__(
@@ -87,8 +69,7 @@ class EmbeddingStore:
         self._ranges: dict[tuple[int, int, bool], np.ndarray] = {}
         self._pools: dict[tuple[str, ...], Any] = {}
         self._stop_pools: Any = None
-        self.has_unit_length = True
-        """Whether all stored vectors of the deepest state have length 1 at full width."""
+        self.has_unit_length = True  # all stored vectors of the deepest state, at full width
         self._lock = threading.RLock()
 
     def __enter__(self) -> EmbeddingStore:
@@ -99,7 +80,7 @@ class EmbeddingStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored vectors, in memory or in the file."""
+        """Bytes of the stored vectors."""
         return self._vectors.nbytes
 
     @property
@@ -121,8 +102,7 @@ class EmbeddingStore:
             self._vectors.close()
             self._rows.clear()
             self._ranges.clear()
-            self._calibration = None
-            self.has_unit_length = True
+            self._calibration, self.has_unit_length = None, True
             if self._stop_pools is not None:
                 self._stop_pools()
                 self._stop_pools = None
@@ -136,11 +116,7 @@ class EmbeddingStore:
         normalize: bool = True,
         normalize_uncut: bool = False,
     ) -> DimView:
-        """A stand-in for the model at one dim, layer and precision; int8 needs :meth:`calibrate` first.
-
-        ``normalize`` renormalises after the cut, ``normalize_uncut`` also the uncut float32 vectors, which otherwise
-        stay as the model gives them.
-        """
+        """A stand-in for the model; ``normalize`` renormalises after a cut, ``normalize_uncut`` also without one."""
         dim = checked_count("dim", dim)
         if dim > self.width:
             raise ValueError(f"dim must be from 1 to the model's width {self.width}, got {dim}.")
@@ -149,10 +125,7 @@ class EmbeddingStore:
         return DimView(self, dim, layer, precision, normalize, normalize_uncut)
 
     def rows_of(self, texts: Sequence[str], method: str = "encode", **given: Any) -> np.ndarray:
-        """Row numbers for :meth:`vectors`, (n,), after encoding the texts that are new.
-
-        ``method`` is the model's method that encodes, ``given`` what it gets besides the texts: exactly this.
-        """
+        """Row numbers for :meth:`vectors`, (n,), after encoding new texts by the model's method with what is given."""
         if isinstance(texts, str):
             raise TypeError("texts must be a list of texts, got one text.")
         for text in texts:
@@ -221,10 +194,7 @@ class EmbeddingStore:
             yield rows[start : start + self._vectors.block_rows]
 
     def calibrate(self) -> None:
-        """Declare the texts that are stored now the ones on which int8 is calibrated, at every dim and layer.
-
-        Call it when all texts of an evaluation are stored. Values of texts that come later are clipped to the range.
-        """
+        """Calibrate int8 on the texts that are stored now; values of later ones are clipped to the range."""
         with self._lock:
             self._calibration = len(self._vectors)
             self._ranges.clear()
@@ -240,8 +210,9 @@ class EmbeddingStore:
         with self._lock:
             if key not in self._ranges:
                 low, high = np.full(dim, np.inf, dtype=np.float32), np.full(dim, -np.inf, dtype=np.float32)
-                for block in self._vectors.leading(self._calibration, self._state(layer), dim):
-                    vectors = unit_length(block) if normalize else block
+                for rows in self.portions(np.arange(self._calibration)):
+                    vectors = self._vectors.gather(rows, self._state(layer), dim)
+                    vectors = unit_length(vectors) if normalize else vectors
                     low, high = np.minimum(low, vectors.min(axis=0)), np.maximum(high, vectors.max(axis=0))
                 self._ranges[key] = np.stack([low, high])
             return self._ranges[key]

@@ -19,14 +19,10 @@ _HUB_TIMEOUT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class TaskGroup:
-    """A named set of MTEB tasks.
+    """A named set of MTEB tasks, how many texts it encodes, and how long that takes.
 
-    Attributes:
-        tasks: MTEB task names.
-        texts: Texts to encode, before repeats are dropped; pairs count two, classification its test part and the drawn
-            training texts.
-        minutes: Expected minutes for all dims together with a 22-million-parameter model of 6 layers on two CPU cores:
-            an estimate from 300 sentences or 50 documents a second, not a timing; a GPU takes a fraction.
+    The minutes are for all dims, with 22 million parameters in 6 layers on two CPU cores: an estimate from 300
+    sentences or 50 documents a second, not a timing.
     """
 
     tasks: tuple[str, ...]
@@ -34,6 +30,8 @@ class TaskGroup:
     minutes: float
 
 
+_NANO = "ArguAna ClimateFever DBPedia FEVER FiQA2018 HotpotQA MSMARCO NFCorpus NQ Quora SCIDOCS SciFact Touche2020"
+# Groups of tasks by name, as ``mipic-st tasks`` lists them.
 TASK_GROUPS: dict[str, TaskGroup] = {
     "sts": TaskGroup(("STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark"), 27_846, 2.0),
     # what three small files give without a network
@@ -42,27 +40,8 @@ TASK_GROUPS: dict[str, TaskGroup] = {
         ("Banking77Classification", "EmotionClassification", "TweetSentimentExtractionClassification"), 16_500, 2.0
     ),
     "pair": TaskGroup(("TwitterSemEval2015", "SprintDuplicateQuestions", "TwitterURLCorpus"), 338_622, 20.0),
-    "nano-retrieval": TaskGroup(
-        (
-            "NanoArguAnaRetrieval",
-            "NanoClimateFeverRetrieval",
-            "NanoDBPediaRetrieval",
-            "NanoFEVERRetrieval",
-            "NanoFiQA2018Retrieval",
-            "NanoHotpotQARetrieval",
-            "NanoMSMARCORetrieval",
-            "NanoNFCorpusRetrieval",
-            "NanoNQRetrieval",
-            "NanoQuoraRetrieval",
-            "NanoSCIDOCSRetrieval",
-            "NanoSciFactRetrieval",
-            "NanoTouche2020Retrieval",
-        ),
-        57_372,
-        20.0,
-    ),
+    "nano-retrieval": TaskGroup(tuple(f"Nano{name}Retrieval" for name in _NANO.split()), 57_372, 20.0),
 }
-"""Groups of tasks by name, as ``mipic-st tasks`` lists them."""
 
 
 class NotLoadedError(FileNotFoundError):
@@ -71,14 +50,10 @@ class NotLoadedError(FileNotFoundError):
 
 @dataclass
 class Job:
-    """A task to run, with what its scores are called.
+    """A task to run (mteb's, the caller's or a copy with local data), with what its scores are called.
 
-    Attributes:
-        task: mteb's task object, the caller's own or a copy with local data.
-        name: The task's name in results: mteb's, or one that says local data.
-        by_name: Whether class and data are mteb's own, or local data that the name tells from others: then a result
-            file of this name is this task's. An object of the caller's may be anything, and is run again.
-        parts: The jobs of an aggregate task, which has no data of its own.
+    ``by_name``: a result file of this name is this task's, for the name tells its data; an object of the caller's may
+    be anything. ``parts`` are the jobs of an aggregate task, which has no data of its own.
     """
 
     task: Any
@@ -117,26 +92,21 @@ class Job:
 
     def missing(self, result: Any) -> dict[str, list[str]]:
         """Subsets by split that a result lacks; all for None."""
-        there = {} if result is None else result.scores
-        lacking = {}
-        for split in self.splits:
-            found = {scores["hf_subset"] for scores in there.get(split, [])}
-            lacking[split] = [name for name in self.subsets if name not in found]
+        scores = {} if result is None else result.scores
+        there = {(split, entry["hf_subset"]) for split, entries in scores.items() for entry in entries}
+        lacking = {split: [name for name in self.subsets if (split, name) not in there] for split in self.splits}
         return {split: names for split, names in lacking.items() if names}
 
     @contextlib.contextmanager
     def data(self) -> Iterator[None]:
         """Load the task's data if it is not loaded, and then free it again."""
-        if self.task.data_loaded:
-            yield
-            return
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(_loaded(self.task))
+                if not self.task.data_loaded:
+                    stack.enter_context(_loaded(self.task))
             except Exception as error:
-                raise NotLoadedError(
-                    f"no data for {self.label}: the hub has it, but {_reason(self.task, error)}."
-                ) from error
+                reason = _reason(self.task, error)
+                raise NotLoadedError(f"no data for {self.label}: the hub has it, but {reason}.") from error
             yield
 
     def why_not_loaded(self) -> list[str]:
@@ -173,24 +143,23 @@ def resolve_tasks(tasks: str | Sequence[Any]) -> list[tuple[Any, bool]]:
     if isinstance(tasks, str) and tasks not in TASK_GROUPS:
         with contextlib.suppress(KeyError):
             return [(task, True) for task in mteb.get_benchmark(tasks).tasks]
+    groups = ", ".join(TASK_GROUPS)
     given = [tasks] if isinstance(tasks, str) else list(tasks)
     if not given:
-        raise ValueError(f"tasks is empty; give task names or a group: {', '.join(TASK_GROUPS)}.")
+        raise ValueError(f"tasks is empty; give task names or a group: {groups}.")
     resolved: list[tuple[Any, bool]] = []
     for task in given:
         if isinstance(task, mteb.AbsTask):
             resolved.append((task, False))
-        elif not isinstance(task, str):
+            continue
+        if not isinstance(task, str):
             raise TypeError(f"tasks: {task!r} is neither a name nor a task object of mteb.")
-        else:
-            for name in TASK_GROUPS[task].tasks if task in TASK_GROUPS else (task,):
-                try:
-                    resolved.append((mteb.get_task(name), True))
-                except KeyError as error:
-                    raise ValueError(
-                        f"tasks: {name!r} is neither a group ({', '.join(TASK_GROUPS)}) nor a task or benchmark of "
-                        "mteb."
-                    ) from error
+        for name in TASK_GROUPS[task].tasks if task in TASK_GROUPS else (task,):
+            try:
+                resolved.append((mteb.get_task(name), True))
+            except KeyError as error:
+                what = f"neither a group ({groups}) nor a task or benchmark of mteb"
+                raise ValueError(f"tasks: {name!r} is {what}.") from error
     return resolved
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,9 @@ _BLOCK_BYTES = 2**24
 
 
 class Vectors:
-    """Vectors in the order in which they came: in memory up to a limit, in a temporary file above it.
+    """Rows in the order in which they came. The file has no name, so the system frees it however the process ends.
 
-    The file has no name, so the system frees it with the last handle, however the process ends. Blocks of it are
-    mapped for as long as they are read: resident memory does not grow with the file.
+    Its blocks are mapped for as long as they are read: resident memory does not grow with the file.
     """
 
     def __init__(self, states: int, width: int, limit: int | None) -> None:
@@ -86,11 +84,6 @@ class Vectors:
             block = self._block(int(index))
             out[inside] = block[rows[inside] - index * self.block_rows, state, :dim]
         return out
-
-    def leading(self, count: int, state: int, dim: int) -> Iterator[np.ndarray]:
-        """The first ``count`` rows, block by block, (k, dim) each."""
-        for first in range(0, count, self.block_rows):
-            yield self.gather(np.arange(first, min(first + self.block_rows, count)), state, dim)
 
     def close(self) -> None:
         """Forget the rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+from functools import partialmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class DimView:
     """What an evaluator gets in place of the model: vectors of one dim, layer and precision, read from the store.
 
-    Attributes that are not about encoding (``similarity``, ``similarity_fn_name``, ``model_card_data``, ``device``,
-    ``prompts`` ...) are the model's; none can be set. What would give vectors of another width is refused.
+    Attributes that are not about encoding are the model's; none can be set. What would give vectors of another width is
+    refused.
     """
 
     def __init__(
@@ -83,23 +84,6 @@ class DimView:
         """``SentenceTransformer.evaluate`` at this dim."""
         return evaluator(self, output_path)
 
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        """``SentenceTransformer.encode`` at this dim; its arguments, in its order."""
-        return self._encode("encode", args, kwargs)
-
-    def encode_query(self, *args: Any, **kwargs: Any) -> Any:
-        """``SentenceTransformer.encode_query`` at this dim; its arguments, in its order."""
-        return self._encode("encode_query", args, kwargs)
-
-    def encode_document(self, *args: Any, **kwargs: Any) -> Any:
-        """``SentenceTransformer.encode_document`` at this dim; its arguments, in its order."""
-        return self._encode("encode_document", args, kwargs)
-
-    def encode_multi_process(self, *args: Any, **kwargs: Any) -> Any:
-        """``SentenceTransformer.encode_multi_process`` at this dim; its arguments, in its order."""
-        inputs, given = self._arguments("encode_multi_process", args, kwargs)
-        return self._encode("encode", (inputs,), given)
-
     def _arguments(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The inputs of a call, and by name whatever else it gives, as the method of the model's class reads them."""
         for alias in ("inputs", "sentences"):
@@ -116,7 +100,8 @@ class DimView:
         del given[own]
         return given.pop(first), given
 
-    def _encode(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _encode(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        """SentenceTransformer's method of this name at this dim; its arguments, in its order."""
         self.encode_calls += 1
         inputs, given = self._arguments(method, args, kwargs)
         output_value = given.pop("output_value", "sentence_embedding")
@@ -143,20 +128,29 @@ class DimView:
             result = list(torch.as_tensor(result))
         return result[0] if single else result
 
+    encode = partialmethod(_encode, "encode")
+    encode_query = partialmethod(_encode, "encode_query")
+    encode_document = partialmethod(_encode, "encode_document")
+
+    def encode_multi_process(self, *args: Any, **kwargs: Any) -> Any:
+        """``SentenceTransformer.encode_multi_process`` at this dim; its arguments, in its order."""
+        inputs, given = self._arguments("encode_multi_process", args, kwargs)
+        return self.encode(inputs, **given)
+
     def _collect(self, rows: np.ndarray, unit: bool) -> np.ndarray:
         """(n, d), in memory, or mapped from a temporary file if it is larger than the store's limit."""
         shape = (len(rows), self._dim)
         limit = self._store.memory_limit
+        parts = (self._finished(part, unit) for part in self._store.portions(rows))
         if len(rows) == 0 or limit is None or 4 * len(rows) * self._dim <= limit:
-            out = np.empty(shape, dtype=np.float32)
-            done = 0
-            for part in self._store.portions(rows):
-                out[done : done + len(part)] = self._finished(part, unit)
+            out, done = np.empty(shape, dtype=np.float32), 0
+            for part in parts:
+                out[done : done + len(part)] = part
                 done += len(part)
             return out
         with tempfile.TemporaryFile(prefix="mipic-st-") as file:
-            for part in self._store.portions(rows):
-                write_array(file, self._finished(part, unit))
+            for part in parts:
+                write_array(file, part)
             # copy-on-write: the evaluator may change its vectors, as it may change those of the model
             return np.memmap(file, dtype=np.float32, mode="c", shape=shape)
 
