@@ -6,13 +6,13 @@ import numpy as np
 from sentence_transformers.sentence_transformer.modules import Dense
 
 from conftest import sentences
-from mipic_st.transforms.rotation import rotate_model
+from mipic_st.transforms.model_rotation import rotate_model
 
-# small enough for tests, on data where every value is reached in a few steps
-QUICK = {"batch_size": 64, "max_steps": 30, "learning_rate": 0.03}
+# few steps, on data where these are enough
+QUICK = {"max_steps": 40}
 DIMS = [4, 8]
 TEXTS = sentences(300, seed=7, shortest=3)
-ROTATE = {"fit_batch_size": 64, "max_steps": 60, "learning_rate": 0.02, "held_out": 0.2}
+ROTATE = {"max_steps": 40, "held_out": 0.2}
 
 
 def hidden_signal(count=400, width=32, signal=4, seed=0):

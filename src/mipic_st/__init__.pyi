@@ -14,8 +14,8 @@ from .losses.distillation import add_teacher_vectors as add_teacher_vectors
 from .losses.mipic import MIPICLoss as MIPICLoss
 from .transforms.layer_cut import LayerCuts as LayerCuts
 from .transforms.layer_cut import fit_layer_cuts as fit_layer_cuts
+from .transforms.model_rotation import rotate_model as rotate_model
 from .transforms.rotation import Rotation as Rotation
 from .transforms.rotation import fit_rotation as fit_rotation
-from .transforms.rotation import rotate_model as rotate_model
 
 __version__: str

@@ -6,7 +6,7 @@ import pytest
 
 from mipic_st.transforms.columns import as_dataset, text_columns
 from mipic_st.transforms.layer_cut import fit_layer_cuts
-from mipic_st.transforms.rotation import rotate_model
+from mipic_st.transforms.model_rotation import rotate_model
 from transforms_fixtures import DIMS
 
 

@@ -11,7 +11,7 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from conftest import TAILS, WIDTH
 from mipic_st.deploy.truncated import export_truncated
 from mipic_st.transforms.layer_cut import fit_layer_cuts
-from mipic_st.transforms.rotation import rotate_model
+from mipic_st.transforms.model_rotation import rotate_model
 from transforms_fixtures import DIMS, ROTATE, TEXTS, cosines, rotate_until_gained, unit
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 
+from mipic_st.transforms.model_rotation import rotate_model
 from mipic_st.transforms.pairs import Pairs
-from mipic_st.transforms.rotation import rotate_model
-from transforms_fixtures import DIMS, ROTATE, TEXTS, hidden_signal, unit
+from transforms_fixtures import DIMS, ROTATE, TEXTS, hidden_signal
 
 
-def test_repeated_texts_are_no_negatives_and_never_on_both_sides():
-    """A text that comes twice stays on one side of the split, and its copies are masked in a batch."""
+def test_repeated_texts_are_no_negatives():
+    """Copies of a pair, and an anchor among the positives, are masked in a batch."""
     anchors, positives = hidden_signal(60)
     anchors, positives = (torch.tensor(np.concatenate([vectors, vectors[:30]])) for vectors in (anchors, positives))
     pairs = Pairs.of(anchors, positives)
@@ -23,15 +25,37 @@ def test_repeated_texts_are_no_negatives_and_never_on_both_sides():
     assert [len(part) for part in (first, second, others)] == [2, 2, 1]
 
 
-def test_repeated_rows_of_texts_count_once():
-    """Texts only: copies are left out, and no text is its own neighbour."""
-    vectors = torch.tensor(hidden_signal(50)[0])
-    pairs = Pairs.of(torch.cat([vectors, vectors[:10]]), None).with_positives()
-    assert len(pairs) == 50
-    assert (pairs.ids[:, 0] != pairs.ids[:, 1]).all()
-    cosines = unit(vectors.numpy()) @ unit(vectors.numpy()).T
-    np.fill_diagonal(cosines, -2)
-    np.testing.assert_array_equal(pairs.rows[:, 1].numpy(), cosines.argmax(axis=1))
+@pytest.mark.parametrize("shared", [False, True])
+def test_several_positives_of_one_query(caplog, shared):
+    """Held out by query, none the other's negative, no row lost unless the log says how many."""
+    random = np.random.default_rng(0)
+    queries = random.normal(size=(100, 8)).astype(np.float32)
+    answers = random.normal(size=(300 if shared else 2000, 8)).astype(np.float32)
+    number = np.arange(2000) % 300 if shared else np.arange(2000)
+    pairs = Pairs.of(torch.tensor(queries[np.arange(2000) % 100]), torch.tensor(answers[number]))
+    with caplog.at_level(logging.INFO):
+        training, test = pairs.split(0.1, torch.Generator().manual_seed(0))
+    assert (len(training), len(test)) == (1800, 200)
+    assert not set(training.ids[:, 0].tolist()) & set(test.ids[:, 0].tolist())
+    assert caplog.text == ""
+    rows = torch.arange(250)
+    *_, same = training.batch(rows, 100)
+    known = {tuple(pair) for pair in pairs.ids.tolist()}
+    anchor, positive = training.ids[:100, 0].tolist(), training.ids[rows, 1].tolist()
+    assert same.tolist() == [[j != i and (a, p) in known for j, p in enumerate(positive)] for i, a in enumerate(anchor)]
+    assert same.any()
+
+
+def test_rows_that_share_a_text_with_held_out_queries_are_counted(caplog):
+    """A chain: each positive is the next anchor."""
+    chain = torch.tensor(hidden_signal(101)[0])
+    with caplog.at_level(logging.INFO):
+        training, test = Pairs.of(chain[:100], chain[1:]).split(0.1, torch.Generator().manual_seed(0))
+    left_out = 100 - len(training) - len(test)
+    assert left_out > 10
+    assert f"{left_out} of 100 pairs share a text with held-out queries" in caplog.text
+    # an anchor of a training pair is nothing that was held out
+    assert not set(training.ids[:, 0].tolist()) & set(test.ids.flatten().tolist())
 
 
 def test_a_text_of_both_columns_is_one_text(tiny_model):
@@ -46,5 +70,7 @@ def test_a_text_of_both_columns_is_one_text(tiny_model):
         patch.setattr(Pairs, "of", classmethod(lambda cls, *given: fitted.append(original(cls, *given)) or fitted[-1]))
         rotate_model(model, Dataset.from_dict(columns), DIMS, **ROTATE)
     (pairs,) = fitted
-    assert pairs.texts == len({*columns["anchor"], *columns["positive"]})
+    assert len(pairs.ids.unique()) == len(
+        {text for one, other in zip(*columns.values(), strict=True) if one != other for text in (one, other)}
+    )
     assert len(pairs) == sum(one != other for one, other in zip(*columns.values(), strict=True))

@@ -24,7 +24,8 @@ from sentence_transformers.sentence_transformer.modules import (
 from conftest import TAILS, WIDTH, column_features
 from mipic_st import MIPICLoss
 from mipic_st.transforms.layer_cut import fit_layer_cuts
-from mipic_st.transforms.rotation import Rotation, rotate_model
+from mipic_st.transforms.model_rotation import rotate_model
+from mipic_st.transforms.rotation import Rotation
 from transforms_fixtures import DIMS, ROTATE, TEXTS, cosines, dense_count, rotate_until_gained, unit
 
 
@@ -80,10 +81,11 @@ def test_rotated_folder_loads_without_this_package(tiny_model, tmp_path):
     assert "Dense" in card
 
 
-def test_the_card_of_a_loaded_model_says_it(tiny_model, tmp_path):
+def test_the_card_of_a_loaded_model_says_it(tiny_model, tmp_path, monkeypatch):
     """A card that came with the model is kept, and gets the tag and one section, which names the last dims."""
     tiny_model(normalize=True).save_pretrained(str(tmp_path / "plain"))
     model = SentenceTransformer(str(tmp_path / "plain"), device="cpu")
+    monkeypatch.setattr(Rotation, "gained", True)
     for dims in ([4], DIMS, DIMS):
         rotate_model(model, TEXTS, dims, **ROTATE)
     model.save_pretrained(str(tmp_path / "rotated"))
@@ -100,7 +102,7 @@ def test_a_second_rotation_is_folded(tiny_model, monkeypatch):
     model = tiny_model(normalize=True)
     before = cosines(model)
     monkeypatch.setattr(Rotation, "gained", True)
-    rotate_model(model, TEXTS, [2], **ROTATE | {"max_steps": 30})
+    rotate_model(model, TEXTS, [2], **ROTATE)
     module = next(module for module in model if isinstance(module, Dense))
     weight = module.linear.weight.detach().clone()
     rotate_model(model, TEXTS, [8, 16], **ROTATE)
@@ -124,7 +126,7 @@ def test_static_embeddings_can_be_rotated_but_not_cut(tiny_model):
         fit_layer_cuts(model, TEXTS, layers=[1])
 
 
-def test_a_router_is_rotated_behind_its_routes(transformer_folder):
+def test_a_router_is_rotated_behind_its_routes(transformer_folder, monkeypatch):
     """One rotation for both routes; texts are encoded by the route of their column."""
     from datasets import Dataset
 
@@ -136,8 +138,21 @@ def test_a_router_is_rotated_behind_its_routes(transformer_folder):
     ).eval()
     data = Dataset.from_dict({"query": TEXTS[:150], "answer": TEXTS[150:]})
     before = [model.encode(TEXTS[:20], task=task) for task in ("query", "document")]
-    rotation = rotate_model(model, data, DIMS, router_mapping={"query": "query", "answer": "document"}, **ROTATE)
-    assert rotation.gained
+    monkeypatch.setattr(Rotation, "gained", True)  # of texts that have nothing to do with each other
+    calls, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda texts, **kw: calls.append((len(texts), kw)) or encode(texts, **kw))
+    rotation = rotate_model(
+        model,
+        data,
+        DIMS,
+        documents=[f"{text} two" for text in TEXTS],
+        queries=TEXTS[:40],
+        router_mapping={"query": "query", "answer": "document"},
+        **ROTATE,
+    )
+    # documents and queries go the way of the data's own
+    assert [(count, options["task"]) for count, options in calls[:2]] == [(150, "query"), (450, "document")]
+    monkeypatch.setattr(model, "encode", encode)
     assert isinstance(model[-1], Normalize)
     for task, vectors in zip(("query", "document"), before, strict=True):
         np.testing.assert_allclose(model.encode(TEXTS[:20], task=task), rotation(vectors), atol=1e-5)
@@ -239,14 +254,11 @@ def test_options_that_fit_no_column_are_named(tiny_model, options, message):
         ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
         ({"held_out": 0.9}, ValueError, "held_out must be"),
         ({"max_steps": 0}, ValueError, "max_steps must be an integer >= 1"),
-        ({"learning_rate": 0}, ValueError, "learning_rate must be > 0"),
-        ({"fit_batch_size": 1}, ValueError, "batch_size must be an integer >= 2"),
-        ({"negatives": 0}, ValueError, "negatives must be an integer >= 1"),
-        ({"similarity_temperature": 0}, ValueError, "similarity_temperature must be > 0"),
-        ({"contrastive_dims": [16]}, ValueError, r"contrastive_dims must be among dims \[4, 8\]"),
+        ({"documents": ["a text", 5]}, TypeError, "documents must be a list of texts, it holds 5"),
+        ({"queries": {"text": TEXTS}}, TypeError, r"queries must be a list of texts, got a table with the columns"),
         ({"dims": [WIDTH]}, ValueError, f"must hold a dimension below the vectors' width of {WIDTH}"),
         ({"dims": [WIDTH + 1]}, ValueError, "exceed the model's width"),
-        ({"data": TEXTS[:5]}, ValueError, "5 distinct texts cannot say which 8 values to keep"),
+        ({"data": TEXTS[:5]}, ValueError, "5 distinct documents are too few"),
         ({"steps": 5}, TypeError, r"rotate_model has no arguments \['steps'\], and neither has fit_rotation"),
     ],
     ids=str,
@@ -265,7 +277,7 @@ def test_the_log_says_what_was_used(tiny_model, caplog):
     from datasets import Dataset
 
     data = Dataset.from_dict({"number": list(range(150)), "anchr": TEXTS[:150], "postive": TEXTS[150:]})
-    with caplog.at_level(logging.INFO, logger="mipic_st.transforms.rotation"):
+    with caplog.at_level(logging.INFO, logger="mipic_st.transforms.model_rotation"):
         rotate_model(tiny_model(), data, DIMS, **ROTATE)
         rotate_model(tiny_model(), data.remove_columns("postive"), DIMS, **ROTATE)
     assert "fitted on 150 pairs of 'anchr' and 'postive'" in caplog.text
@@ -274,13 +286,16 @@ def test_the_log_says_what_was_used(tiny_model, caplog):
 
 def test_nothing_gained_nothing_changed(tiny_model, caplog):
     """A fit that improves no dim leaves the model as it was and says so."""
+    from datasets import Dataset
+
     model = tiny_model(normalize=True)
     modules, before = list(model.children()), model.encode(TEXTS[:5])
-    with caplog.at_level(logging.WARNING, logger="mipic_st.transforms.rotation"):
-        rotation = rotate_model(model, TEXTS, DIMS, fit_batch_size=64, max_steps=1)
+    unlike = Dataset.from_dict({"one": TEXTS[:150], "other": TEXTS[150:]})
+    with caplog.at_level(logging.WARNING, logger="mipic_st.transforms.model_rotation"):
+        rotation = rotate_model(model, unlike, [31], documents=TEXTS[:20])
     assert not rotation.gained
     assert "No dim gained on held-out data, so the model was left as it is" in caplog.text
-    assert f"fitted on {len(TEXTS)} texts of a list" in caplog.text
+    assert "fitted on 150 pairs of 'one' and 'other' and 20 documents" in caplog.text
     assert list(model.children()) == modules
     np.testing.assert_array_equal(model.encode(TEXTS[:5]), before)
     assert not hasattr(model[0].auto_model.config, "is_matryoshka")

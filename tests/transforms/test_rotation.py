@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from conftest import WIDTH
 from mipic_st import MIPICLoss
-from mipic_st.transforms.pairs import Pairs
-from mipic_st.transforms.rotation import fit_rotation
+from mipic_st.transforms.rotation import Rotation, fit_rotation
 from transforms_fixtures import DIMS, QUICK, hidden_signal, unit
 
 
@@ -33,10 +30,11 @@ def test_rotation_is_orthogonal_and_keeps_cosines(pairs, as_tensor):
 def test_rotation_finds_the_signal():
     """Pairs that agree in their last four values only: at four dims from chance to nearly all found."""
     anchors, positives = hidden_signal()
-    rotation = fit_rotation(anchors, positives, dims=[4], **QUICK | {"max_steps": 150})
+    rotation = fit_rotation(anchors, positives, dims=[4])
     (row,) = rotation.report
-    assert row["accuracy_before"] < 0.2
-    assert row["accuracy_after"] > 0.8
+    assert (rotation.measure, rotation.chosen[:21]) == ("nDCG@10", "rotation of the pairs")
+    assert row["truncated"] < 0.2
+    assert row["rotated"] > 0.8
     fresh = hidden_signal(seed=5)
     first, second = (rotation(vectors, dim=4) for vectors in fresh)
     assert ((first @ second.T).argmax(axis=1) == np.arange(400)).mean() > 0.5
@@ -47,22 +45,12 @@ def test_rotation_finds_the_signal():
 def test_columns_behind_the_largest_dim_follow_their_variance():
     """The completion is ordered, so that a cut beyond the fitted dims loses the least."""
     anchors, positives = hidden_signal()
-    anchors *= np.linspace(0.1, 2, 32, dtype=np.float32)
+    for vectors in (anchors, positives):
+        vectors *= np.linspace(0.1, 2, 32, dtype=np.float32)
     rotation = fit_rotation(anchors, positives, dims=[4], **QUICK)
-    variance = (unit(rotation(anchors))[:, 4:] ** 2).mean(axis=0)
-    assert np.corrcoef(_ranks(variance), -np.arange(28))[0, 1] > 0.95
+    variance = (unit(rotation(positives))[:, 4:] ** 2).mean(axis=0)
+    assert np.corrcoef(variance.argsort().argsort(), -np.arange(28))[0, 1] > 0.95
     assert variance[:5].mean() > 2 * variance[-5:].mean()
-
-
-def test_texts_only_are_passed_over_eight_times_at_most():
-    """More steps than that change nothing, fewer do."""
-    anchors, _ = hidden_signal(count=100)
-    options = {**QUICK, "batch_size": 30, "held_out": 0.1}
-    most, more, fewer = (
-        fit_rotation(anchors, dims=[4], **options | {"max_steps": steps}).matrix for steps in (24, 500, 12)
-    )
-    torch.testing.assert_close(most, more, rtol=0, atol=0)
-    assert (most - fewer).abs().max() > 1e-4
 
 
 def test_wide_vectors_solve_no_large_system():
@@ -86,28 +74,11 @@ def test_the_same_seed_gives_the_same_rotation_and_leaves_generators_alone():
     assert (states[1] == np.random.get_state()[1]).all()
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"contrastive_dims": [8]},
-        {"contrastive_dims": []},
-        {"similarity_weight": 5.0},
-        {"contrastive_temperature": 0.5},
-        {"similarity_temperature": 1.0},
-        {"batch_size": 32},
-        {"negatives": 64},
-        {"max_steps": 5},
-        {"learning_rate": 0.001},
-        {"held_out": 0.4},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("change", [{"max_steps": 5}, {"held_out": 0.4}, {"seed": 1}], ids=str)
 def test_every_argument_changes_the_fit(change):
     """No dead options."""
     anchors, positives = hidden_signal()
-    both_terms = QUICK | {"contrastive_dims": [4]}
-    plain = fit_rotation(anchors, positives, dims=DIMS, **both_terms)
-    changed = fit_rotation(anchors, positives, dims=DIMS, **both_terms | change)
+    plain, changed = (fit_rotation(anchors, positives, dims=DIMS, **QUICK | options) for options in ({}, change))
     assert (plain.matrix - changed.matrix).abs().max() > 1e-4
 
 
@@ -118,20 +89,12 @@ def test_progress_is_shown_when_asked_for(capsys):
         assert ("Rotation" in capsys.readouterr().err) is shown
 
 
-def test_the_fit_stops_at_its_best_step():
-    """Steps that make the held-out part worse are not kept: a rate far too high leaves no worse objective than none."""
-    anchors, positives = hidden_signal(150)
-    rotation = fit_rotation(anchors, positives, dims=DIMS, **QUICK | {"learning_rate": 100.0})
-    for row in rotation.report:
-        assert row["change"] >= -2 * row["error"]
-
-
 def test_lengths_do_not_count():
     """Vectors of any length give the rotation of their directions."""
     anchors, positives = hidden_signal()
     scale = np.random.default_rng(0).uniform(0.5, 20, size=(400, 1)).astype(np.float32)
     one, other = (fit_rotation(vectors, positives, dims=DIMS, **QUICK) for vectors in (anchors, anchors * scale))
-    torch.testing.assert_close(one.matrix[:, :8], other.matrix[:, :8], atol=0.03, rtol=0)
+    torch.testing.assert_close(one.matrix[:, :8], other.matrix[:, :8], atol=0.15, rtol=0)
     assert (one.matrix[:, :8] - torch.eye(32, 8)).abs().max() > 0.3
 
 
@@ -168,25 +131,9 @@ def test_vectors_of_any_length_are_rotated(rotation, kind, length):
 def test_a_fit_does_not_depend_on_lengths(rotation, kind, length):
     """The same rotation, but for the rounding of the given vectors."""
     given = [(length * vectors.astype(np.float64)).astype(kind) for vectors in hidden_signal()]
-    assert (fit_rotation(*given, dims=DIMS, **QUICK).matrix - rotation.matrix)[:, :8].abs().max() < 0.05
+    assert (fit_rotation(*given, dims=DIMS, **QUICK).matrix - rotation.matrix)[:, :8].abs().max() < 0.15
     powers = [vectors * np.float32(2.0**-60) for vectors in hidden_signal()]
     assert torch.equal(fit_rotation(*powers, dims=DIMS, **QUICK).matrix, rotation.matrix)
-
-
-HARM = {"dim": 8, "accuracy_before": 0.9, "accuracy_after": 0.5, "similarity_before": 0.8, "similarity_after": 0.7,
-        "change": -0.4, "error": 0.1}  # fmt: skip
-
-
-@pytest.mark.parametrize(("error", "warned"), [(0.1, True), (0.3, False)])
-def test_a_rotation_that_harms_says_so(caplog, monkeypatch, error, warned):
-    """Held-out dims below truncation by two standard errors are named with the figures, smaller changes are not."""
-    monkeypatch.setattr("mipic_st.transforms.rotation.held_out_report", lambda *_: [HARM | {"error": error}])
-    with caplog.at_level(logging.WARNING, logger="mipic_st.transforms.rotation"):
-        rotation = fit_rotation(*hidden_signal(50), dims=[8], **QUICK | {"max_steps": 2})
-    assert rotation.worse_dims == ((8,) if warned else ())
-    assert not rotation.gained
-    assert ("worse than plain truncation at dims [8]" in caplog.text) is warned
-    assert ("90.0" in caplog.text and "50.0" in caplog.text) is warned
 
 
 @pytest.mark.parametrize("switched_off", [torch.no_grad, torch.inference_mode])
@@ -237,20 +184,16 @@ def test_autocast_does_not_reach_the_fit():
         ({"anchors": np.full((50, 32), np.nan)}, ValueError, "anchors holds NaN or infinite values in 50 of 50 rows"),
         ({"positives": np.zeros((50, 32))}, ValueError, "positives holds 50 zero vectors, the first in row 0"),
         ({"positives": np.ones((49, 32))}, ValueError, "anchors and positives must have one vector for each other"),
-        ({"positives": np.ones((50, 16))}, ValueError, "anchors and positives must have one vector for each other"),
+        ({"positives": np.ones((50, 16))}, ValueError, "positives have width 16, anchors 32"),
         ({"dims": [64]}, ValueError, "exceed the model's width of 32"),
         ({"dims": [32]}, ValueError, "must hold a dimension below the vectors' width of 32"),
         ({"dims": [0]}, ValueError, "dims must be > 0"),
         ({"dims": []}, ValueError, "dims is empty"),
-        ({"contrastive_dims": [16]}, ValueError, r"contrastive_dims must be among dims \[4, 8\], got \[16\]"),
-        ({"similarity_weight": -1}, ValueError, "similarity_weight must be >= 0"),
-        ({"similarity_weight": 0, "contrastive_dims": [4]}, ValueError, r"leaves nothing to fit at dims \[8\]"),
-        ({"contrastive_temperature": 0}, ValueError, "contrastive_temperature must be > 0"),
-        ({"similarity_temperature": float("nan")}, ValueError, "similarity_temperature must be > 0"),
-        ({"negatives": 0}, ValueError, "negatives must be an integer >= 1"),
-        ({"batch_size": 1}, ValueError, "batch_size must be an integer >= 2"),
+        ({"documents": np.ones((50, 16))}, ValueError, "documents have width 16, anchors 32"),
+        ({"documents": np.zeros((50, 32))}, ValueError, "documents holds 50 zero vectors"),
+        ({"queries": np.ones((0, 32))}, ValueError, "queries must have the shape"),
+        ({"queries": np.full((5, 32), np.inf)}, ValueError, "queries holds NaN or infinite values in 5 of 5 rows"),
         ({"max_steps": 0}, ValueError, "max_steps must be an integer >= 1"),
-        ({"learning_rate": 0}, ValueError, "learning_rate must be > 0"),
         ({"held_out": 0}, ValueError, "held_out must be > 0"),
         ({"held_out": 0.9}, ValueError, "held_out must be .* <= 0.5"),
         ({"seed": -1}, ValueError, "seed must be an integer >= 0"),
@@ -265,12 +208,21 @@ def test_bad_arguments_are_named(change, error, message):
         fit_rotation(arguments.pop("anchors"), arguments.pop("positives"), **arguments)
 
 
-def test_too_few_texts_are_refused():
-    """Fewer distinct texts than the largest dim cannot choose among so many values; copies do not count."""
-    vectors = hidden_signal(6)[0]
+@pytest.mark.parametrize("count", [1, 6, 11])
+def test_too_few_documents_are_refused(count):
+    """Among so few, ten neighbours are found whatever is done; copies do not count, nor do empty arrays pass."""
+    vectors = hidden_signal(count)[0]
     for few in (vectors, np.repeat(vectors, 10, axis=0)):
-        with pytest.raises(ValueError, match="6 distinct texts cannot say which 8 values to keep"):
+        with pytest.raises(ValueError, match=f"{count} distinct documents are too few"):
             fit_rotation(few, dims=DIMS)
+    with pytest.raises(ValueError, match=r"anchors must have the shape \(N, D\)"):
+        fit_rotation(vectors[:0], dims=DIMS)
+
+
+def test_fewer_documents_than_the_largest_dim():
+    """The PCA is completed, and the map is as orthogonal."""
+    rotation = fit_rotation(hidden_signal(20)[0], dims=[4, 30], **QUICK)
+    assert (rotation.matrix.T @ rotation.matrix - torch.eye(32)).abs().max() < 1e-5
 
 
 def test_pairs_of_equal_texts_are_refused():
@@ -314,25 +266,50 @@ def test_application_checks_its_vectors(rotation):
 
 
 def test_report_is_readable(rotation):
-    """One line per dim, as text and as a frame; figures are those of the held-out rows, recomputed here."""
-    assert len(str(rotation).splitlines()) == 2 + len(DIMS)
-    assert str(rotation).splitlines()[1].split("  ")[1] == "found, truncated"
+    """One line per dim and a verdict, as text; a frame and a table for notebooks; one short line for a prompt."""
+    lines = str(rotation).splitlines()
+    assert len(lines) == 3 + len(DIMS)
+    assert lines[0].startswith("nDCG@10 of queries that no step has seen")
+    assert lines[1].split()[:6] == ["dim", "truncated", "PCA", "rotated", "change", "error"]
+    assert lines[-1] == rotation.verdict
     assert rotation.to_frame()["dim"].tolist() == DIMS
-    anchors, positives = (torch.tensor(vectors) for vectors in hidden_signal())
-    _, test = Pairs.of(anchors, positives).split(0.1, torch.Generator().manual_seed(0))
-    first, second = test.anchors[test.rows[:, 0]].numpy(), test.positives[test.rows[:, 1]].numpy()
-    for row in rotation.report:
-        for when, turn in (("before", lambda v: v), ("after", rotation)):
-            cosines = unit(turn(first)[:, : row["dim"]]) @ unit(turn(second)[:, : row["dim"]]).T
-            accuracy = (cosines.argmax(axis=1) == np.arange(len(first))).mean()
-            assert row[f"accuracy_{when}"] == pytest.approx(accuracy, abs=1e-6)
-            assert row[f"similarity_{when}"] == pytest.approx(
-                np.corrcoef(*(_ranks(x.ravel()) for x in (cosines, unit(first) @ unit(second).T)))[0, 1], abs=1e-3
-            )
+    assert {"MRR@10_rotated", "recall@10_pca", "similarity_truncated"} <= set(rotation.to_frame())
+    assert rotation._repr_html_().startswith("<table")
+    assert repr(rotation) == "Rotation(matrix (32, 32), dims [4, 8])"
 
 
-def _ranks(values):
-    return np.argsort(np.argsort(values))
+def test_the_report_survives_saving(rotation, tmp_path):
+    """Also what was chosen, and by which measure."""
+    rotation.save(tmp_path / "rotation.safetensors")
+    loaded = Rotation.load(tmp_path / "rotation.safetensors")
+    assert str(loaded) == str(rotation)
+    assert (loaded.chosen, loaded.measure) == (rotation.chosen, rotation.measure)
+
+
+def test_evaluate_is_a_report_of_other_vectors(rotation, caplog):
+    """The signal lies elsewhere: worse than truncation, said in the log; queries may be given."""
+    strange = hidden_signal(300, seed=4)[0][:, ::-1] * np.linspace(3, 0.2, 32, dtype=np.float32)
+    judged = rotation.evaluate(strange)
+    assert judged.measure == "recall@10"
+    assert torch.equal(judged.matrix, rotation.matrix)
+    assert judged.worse_dims == tuple(DIMS)
+    assert not judged.gained
+    assert "On these vectors the rotation is worse than plain truncation at dims [4, 8]" in caplog.text
+    assert "LESS than by truncation at 4, 8" in judged.verdict
+    for row, matrix in (("truncated", np.eye(32)), ("rotated", rotation.matrix.numpy())):
+        found = [_nearest(unit(vectors)) for vectors in (strange, (strange @ matrix)[:, :4])]
+        by_hand = np.mean([len(set(one) & set(other)) / 10 for one, other in zip(*found, strict=True)])
+        assert judged.report[0][row] == pytest.approx(by_hand, abs=1e-6)
+    asked = rotation.evaluate(strange, queries=strange[:40])
+    assert asked.report[0]["rotated"] != judged.report[0]["rotated"]
+    with pytest.raises(ValueError, match="vectors have width 16, this rotation is for 32"):
+        rotation.evaluate(strange[:, :16])
+
+
+def _nearest(vectors):
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, -2)
+    return np.argsort(-cosines, axis=1)[:, :10]
 
 
 def test_generators_of_gpus_are_left_alone(tiny_model, monkeypatch):

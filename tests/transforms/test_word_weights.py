@@ -21,7 +21,8 @@ from mipic_st.deploy.truncated import export_truncated
 from mipic_st.encoder.encoding import encode_layers, encode_tokens
 from mipic_st.encoder.surgery import no_word_weights, word_weights_module
 from mipic_st.transforms.layer_cut import LayerCuts, fit_layer_cuts
-from mipic_st.transforms.rotation import Rotation, rotate_model
+from mipic_st.transforms.model_rotation import rotate_model
+from mipic_st.transforms.rotation import Rotation
 from mipic_st.transforms.word_weights import WordWeights, fit_word_weights, weighted_means
 
 TEXTS = list(dict.fromkeys(sentences(220, seed=3, shortest=3)))[:200]
@@ -326,7 +327,7 @@ def test_further_maps_go_before_the_mean_too(model, monkeypatch):
     rotated = copy.deepcopy(cut)
     # of a random model no more is wanted than some rotation; whether it gains differs between machines
     monkeypatch.setattr(Rotation, "gained", True)
-    rotation = rotate_model(rotated, TEXTS, [4, 2], max_steps=60, learning_rate=0.05, fit_batch_size=32)
+    rotation = rotate_model(rotated, TEXTS, [4, 2], max_steps=60)
     assert not torch.allclose(rotation.matrix, torch.eye(16), atol=0.1)
     assert [type(module).__name__ for module in rotated] == [type(module).__name__ for module in cut]
     expected = unit(by_hand(model, cuts, TEXTS[:9], 2, 16) @ rotation.matrix.double().numpy())

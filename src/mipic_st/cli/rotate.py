@@ -13,7 +13,8 @@ from mipic_st.cli import options
 
 EXAMPLES = """examples:
   mipic-st rotate ./run-a --pairs pairs.csv --dims 16 32 64 128 --output ./run-a-rotated
-  mipic-st rotate ./run-a --texts corpus.txt --dims 16,64 --output ./run-a-rotated"""
+  mipic-st rotate ./run-a --texts corpus.txt --dims 16,64 --output ./run-a-rotated
+  mipic-st rotate ./run-a --pairs qa.csv --documents corpus.txt --check other.txt --output ./run-a-rotated"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="csv, tsv, jsonl or parquet: anchor, positive, or STS columns",
     )
-    data.add_argument("--texts", type=options.given, metavar="FILE", help="txt (a text a line), or a table with texts")
+    data.add_argument(
+        "--texts", type=options.given, metavar="FILE", help="the documents: txt (a text a line), or a table with texts"
+    )
     data.add_argument("--dataset", type=options.given, metavar="NAME", help="pairs from the hub: NAME or NAME:CONFIG")
+    for name, text in (
+        ("documents", "further documents, as --texts"),
+        ("queries", "queries without answers, as --texts"),
+        ("check", "texts that the rotation is judged on too, e.g. of another domain, as --texts"),
+    ):
+        parser.add_argument(f"--{name}", type=options.given, metavar="FILE", help=text)
     options.add_dims(parser, "powers of 2 from 8")
     options.add_output(parser)
     options.add_batch_size(parser)
@@ -38,9 +47,10 @@ def run(args: argparse.Namespace) -> None:
     """Fit, save, and say what each dim gained."""
     from mipic_st.data import load_texts_file, load_training_file, load_training_hub
     from mipic_st.deploy.written import require_same_when_loaded
+    from mipic_st.encoder.encoding import encode_texts
     from mipic_st.encoder.structure import full_width
     from mipic_st.files import new_folder
-    from mipic_st.transforms.rotation import rotate_model
+    from mipic_st.transforms.model_rotation import rotate_model
     from mipic_st.validation import checked_count, checked_dims, powers_of_two
 
     options.check_places([args.model])
@@ -52,14 +62,19 @@ def run(args: argparse.Namespace) -> None:
             data = load_texts_file(args.texts)
         else:
             data = load_training_file(args.pairs) if args.pairs else load_training_hub(args.dataset)
+        documents, queries, other = (
+            load_texts_file(file) if file else None for file in (args.documents, args.queries, args.check)
+        )
         model = options.load_model(args.model, args)
         width = full_width(model)
         dims = args.dims or powers_of_two(8, width)
         if not dims:
             raise ValueError(f"the model's {width} dims leave no power of 2 from 8 on below them: give --dims.")
-        rotation = rotate_model(
-            model, data, dims, batch_size=args.batch_size, seed=args.seed, show_progress_bar=not args.quiet
-        )
+        shown = {"batch_size": args.batch_size, "show_progress_bar": not args.quiet}
+        # before the model is rotated
+        checked = None if other is None else encode_texts(model, other, prompt=None, **shown)
+        rotation = rotate_model(model, data, dims, documents=documents, queries=queries, seed=args.seed, **shown)
+        judged = None if checked is None else rotation.evaluate(checked)
         if not rotation.gained:
             raise ValueError("no dim gained, nothing was saved.")
         model.save_pretrained(str(new))
@@ -67,5 +82,7 @@ def run(args: argparse.Namespace) -> None:
         rotation.save(new / "rotation.safetensors")
     if not args.quiet:
         print(rotation)
+        if judged is not None:
+            print(f"\n{args.check}: {judged}")
         print(f"written to {args.output}", file=sys.stderr)
         print(f"next: mipic-st eval {args.model} {args.output} --tasks sts --output results", file=sys.stderr)

@@ -30,9 +30,10 @@ class MIPICLoss(nn.Module):
     its own forward passes are recorded. On them, SIA asks each prefix to see the tokens of a sentence as the full width
     does (by default a constant), and PIC, if it is switched on, chains narrow, early sentence vectors to wide, late
     ones. With ``distill_weight``, which is no part of MIPIC, the similarities within a batch follow those that a larger
-    model sees. For small dimensions start from a rotated model (:func:`mipic_st.transforms.rotation.rotate_model`):
-    from there the loss scores as ``MatryoshkaLoss`` does, and a larger model adds to it. From a plain start, SIA helps
-    a weak encoder. The trained model is a plain SentenceTransformer.
+    model sees. For small dimensions start from a model that was rotated
+    (:func:`mipic_st.transforms.model_rotation.rotate_model`): from there the loss scores as ``MatryoshkaLoss`` does,
+    and a larger model adds to it. From a plain start, SIA helps a weak encoder. The trained model is a plain
+    SentenceTransformer.
 
     .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC} + L_{distillation}) \qquad \text{(Eq. 18)}
 

@@ -12,6 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from html import escape
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
@@ -173,12 +174,21 @@ class Transform(ABC):
         return require("pandas", "the table needs pandas", "eval").DataFrame(self.report)
 
     def __str__(self) -> str:
-        rows = [list(self.headings.values())]
+        keys = [key for key in self.headings if all(key in row for row in self.report)]
+        rows = [[self.headings[key] for key in keys]]
         for row in self.report:
-            values = (row[key] for key in self.headings)
+            values = (row[key] for key in keys)
             rows.append([str(value) if isinstance(value, int) else f"{100 * value:.1f}" for value in values])
         lines = ("  ".join(cell.rjust(len(head)) for cell, head in zip(row, rows[0], strict=True)) for row in rows)
         return "\n".join([self.caption, *lines]) if self.headings else repr(self)
+
+    def _repr_html_(self) -> str | None:
+        """The report in a notebook; None, which stands for the plain text, where pandas is missing."""
+        try:
+            table = self.to_frame()
+        except ImportError:
+            return None
+        return f"{table.to_html(index=False, float_format='{:.3f}'.format)}<p>{escape(repr(self))}</p>"
 
     def __repr__(self) -> str:
         parts = {

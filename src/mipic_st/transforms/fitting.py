@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -73,6 +74,17 @@ def row_orders(count: int, batch_size: int, generator: torch.Generator) -> Itera
         order = torch.randperm(count, generator=generator)
         for position in range(0, count - batch_size + 1, batch_size):
             yield order.roll(-position)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of the CPU: matrices are small, and threads that wait for each other cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def minimise(

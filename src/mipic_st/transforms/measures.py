@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Scores of one block of queries with the whole corpus: as many values at most.
-_VALUES = 2**25
+_VALUES = 2**22
 
 
 def cosine_scores(queries: Tensor, corpus: Tensor) -> Callable[[slice], Tensor]:

@@ -1,4 +1,4 @@
-"""Vectors that belong together: which of them are the same text, rows held out, neighbours, batches."""
+"""Vectors that belong together: which of them are the same text, queries held out, batches."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mipic_st.transforms.fitting import BLOCK, split_rows
+from mipic_st.transforms.fitting import split_rows
 
 logger = logging.getLogger(__name__)
-
-# Texts whose nearest neighbours are looked for: all pairs of them are compared.
-_NEIGHBOURHOOD = 20_000
 
 
 def _digest(row: np.ndarray) -> bytes:
@@ -24,86 +21,109 @@ def _digest(row: np.ndarray) -> bytes:
     return hashlib.blake2b(row.tobytes(), digest_size=16).digest()
 
 
+def numbered(*columns: Tensor) -> list[Tensor]:
+    """One number per distinct vector, over all columns, in the order in which they come first."""
+    known: dict[bytes, int] = {}
+    return [
+        torch.tensor([known.setdefault(_digest(row), len(known)) for row in column.cpu().numpy()], dtype=torch.long)
+        for column in columns
+    ]
+
+
+def first_rows(ids: Tensor) -> Tensor:
+    """The row in which each number comes first, in this order."""
+    return torch.as_tensor(np.sort(np.unique(ids.numpy(), return_index=True)[1]))
+
+
 @dataclass(frozen=True, eq=False)
 class Pairs:
     """Which vectors belong together, and which of them are the same text. The vectors stay where they came in.
 
     Attributes:
-        anchors: (A, D).
-        positives: (P, D), or None where there are texts only.
-        rows: (N, 2), of anchors and positives, or (N, 1) where there are texts only, each once.
-        ids: As rows: one number per distinct vector, of anchors and positives.
-        texts: Number of distinct vectors.
+        anchors: (A, D), queries.
+        positives: (P, D), what belongs to them.
+        rows: (N,), of anchors and positives.
+        ids: (N, 2), one number per distinct vector, of anchors and positives.
+        known: All pairs of ids that belong together, also those of other parts, (K, 2), sorted; None where no anchor
+            has several positives.
     """
 
     anchors: Tensor
-    positives: Tensor | None
+    positives: Tensor
     rows: Tensor
     ids: Tensor
-    texts: int
+    known: Tensor | None
 
     @classmethod
-    def of(cls, anchors: Tensor, positives: Tensor | None) -> Pairs:
-        """Number the texts; repeated texts, and pairs of equal ones, are left out."""
-        known: dict[bytes, int] = {}
-        columns = [anchors] if positives is None else [anchors, positives]
-        ids = torch.tensor(
-            [[known.setdefault(_digest(row), len(known)) for row in column.cpu().numpy()] for column in columns]
-        ).T
-        if positives is None:
-            rows = torch.as_tensor(np.sort(np.unique(ids[:, 0].numpy(), return_index=True)[1]))
-        else:
-            rows = (ids[:, 0] != ids[:, 1]).nonzero().flatten()
-            if not len(rows):
-                raise ValueError("anchors and positives are the same vectors: give anchors only.")
+    def of(cls, anchors: Tensor, positives: Tensor, ids: Tensor | None = None) -> Pairs:
+        """Number the texts, unless ``ids`` does; pairs of equal texts are left out."""
+        ids = torch.stack(numbered(anchors, positives), dim=1) if ids is None else ids
+        rows = (ids[:, 0] != ids[:, 1]).nonzero().flatten()
+        if not len(rows):
+            raise ValueError("anchors and positives are the same vectors: give anchors only.")
         if len(rows) < len(anchors):
-            logger.info("%d of %d rows repeat a text and are left out.", len(anchors) - len(rows), len(anchors))
-        return cls(anchors, positives, rows[:, None].expand(-1, len(columns)), ids[rows], len(known))
+            logger.info("%d of %d pairs hold the same text twice and are left out.", len(ids) - len(rows), len(ids))
+        known = ids[rows].unique(dim=0)
+        several = len(known) > len(known[:, 0].unique())
+        return cls(anchors, positives, rows, ids[rows], known if several else None)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def take(self, chosen: Tensor) -> Pairs:
-        """Some of the rows."""
-        return Pairs(self.anchors, self.positives, self.rows[chosen], self.ids[chosen], self.texts)
+        """Some of the pairs."""
+        return Pairs(self.anchors, self.positives, self.rows[chosen], self.ids[chosen], self.known)
 
     def split(self, share: float, generator: torch.Generator) -> tuple[Pairs, Pairs]:
-        """Rows to fit on and rows held out, none of whose texts is in the others."""
-        order = torch.randperm(len(self), generator=generator)
-        if self.positives is None:
-            order = order[:_NEIGHBOURHOOD]
-        test, rest = split_rows(order, share)
-        inside = torch.zeros(self.texts, dtype=torch.bool)
-        inside[self.ids[test].flatten()] = True
-        training = rest[~inside[self.ids[rest]].any(dim=1)]
+        """Pairs to fit on and pairs held out: whole queries, whose texts are in no other pair.
+
+        A positive of a held-out query may be one of another query too: it is a document that both find.
+        """
+        queries, group = self.ids[:, 0].unique(return_inverse=True)
+        drawn = torch.randperm(len(queries), generator=generator)
+        held, _ = split_rows(drawn, share)
+        turn = drawn.argsort()[group]
+        order = turn.argsort(stable=True)
+        test, rest = order.tensor_split([int((turn < len(held)).sum())])
+        asked, answers = self.ids[test, 0], self.ids[test, 1]
+        shared = torch.isin(self.ids[rest, 1], asked) | torch.isin(self.ids[rest, 0], answers)
+        training = rest[~shared]
         if len(training) < 2:
             raise ValueError(
-                f"the {len(order)} rows share so few texts that none is left next to the held-out ones: give more "
-                "distinct texts, or texts only."
+                f"the {len(self)} pairs share so few texts that none is left next to the held-out ones: give pairs of "
+                "more queries, or texts only."
+            )
+        if len(training) < len(rest):
+            logger.info(
+                "%d of %d pairs share a text with held-out queries and are left out.", int(shared.sum()), len(self)
             )
         return self.take(training), self.take(test)
 
-    def with_positives(self) -> Pairs:
-        """Pairs as they are; texts with their nearest neighbours at full width."""
-        if self.positives is not None:
-            return self
-        vectors = F.normalize(self.anchors[self.rows[:, 0].to(self.anchors.device)], dim=1)
-        found = []
-        for start in range(0, len(vectors), BLOCK):
-            cosines = vectors[start : start + BLOCK] @ vectors.T
-            cosines.diagonal(start).fill_(-2.0)
-            found.append(cosines.argmax(dim=1))
-        nearest = torch.cat(found).cpu()
-        rows, ids = (torch.cat([part, part[nearest]], dim=1) for part in (self.rows, self.ids))
-        return Pairs(self.anchors, self.anchors, rows, ids, self.texts)
-
     def batch(self, chosen: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Anchors and positives of the first ``size`` pairs, positives of the others, and which are no negatives."""
-        assert self.positives is not None
-        rows = self.rows[chosen].to(self.anchors.device)
-        anchor, positive = self.ids[chosen[:size], :1], self.ids[chosen, 1]
-        same = (positive == positive[:size, None]) | (positive == anchor)
+        device = self.anchors.device
+        rows = self.rows[chosen].to(device)
+        anchor, positive = self.ids[chosen[:size], 0], self.ids[chosen, 1]
+        same = (positive == positive[:size, None]) | (positive == anchor[:, None])
+        if self.known is not None:
+            same |= self._answers(anchor, positive)
         same.fill_diagonal_(False)
-        positives = F.normalize(self.positives[rows[:, 1]], dim=1)
-        mask = same.to(self.anchors.device) if bool(same.any()) else None
-        return F.normalize(self.anchors[rows[:size, 0]], dim=1), positives[:size], positives[size:], mask
+        positives = F.normalize(self.positives[rows], dim=1)
+        mask = same.to(device) if bool(same.any()) else None
+        return F.normalize(self.anchors[rows[:size]], dim=1), positives[:size], positives[size:], mask
+
+    def _answers(self, anchor: Tensor, positive: Tensor) -> Tensor:
+        """Where a positive is known to belong to an anchor, (B, M)."""
+        assert self.known is not None
+        # pairs of the batch's anchors, then a table of anchors and distinct positives
+        left, right = (torch.searchsorted(self.known[:, 0].contiguous(), anchor, right=side) for side in (False, True))
+        counts = right - left
+        row = torch.repeat_interleave(torch.arange(len(anchor)), counts)
+        of_row = torch.arange(len(row)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        answer = self.known[left[row] + of_row, 1]
+        distinct, column = positive.unique(return_inverse=True)
+        at = torch.searchsorted(distinct, answer).clamp(max=len(distinct) - 1)
+        there = distinct[at] == answer
+        table = torch.zeros(len(anchor), len(distinct), dtype=torch.bool)
+        table[row[there], at[there]] = True
+        return table[:, column]

@@ -1,56 +1,36 @@
 """The rotation: an orthogonal map of embeddings after which their first values are worth keeping.
 
 Rotated vectors have the same full-width cosines; what changes is what is left when they are truncated.
-:func:`fit_rotation` works on vectors, :func:`rotate_model` puts the result into a model. What is minimised:
-:class:`mipic_st.transforms.objectives.RotationObjective`.
+:func:`fit_rotation` works on vectors, :func:`mipic_st.transforms.model_rotation.rotate_model` puts the result into a
+model. How it is found: :mod:`mipic_st.transforms.candidates`.
 
-Symbols: N vectors (or pairs), D their width, ``dims`` the truncation dimensions d_1 < ... < d_n, m the largest of them,
-``frame`` the first m columns of R, (D, m). Related work: AdaWidth (arXiv 2608.23862) learns a product of Householder
-reflections, Matryoshka-Adaptor (arXiv 2407.20243) a residual network that changes the full width too.
+Related work: AdaWidth (arXiv 2608.23862) learns a product of Householder reflections, Matryoshka-Adaptor (arXiv
+2407.20243) a residual network that changes the full width too.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from mipic_st.encoder.card import describe_dims
-from mipic_st.encoder.encoding import encode_columns
-from mipic_st.encoder.structure import evaluation_mode, full_width, in_half_precision, unwrap
-from mipic_st.encoder.surgery import identity_dense, keep_description
-from mipic_st.numerics import compare_vectors, no_autocast, unit_length
+from mipic_st.encoder.surgery import identity_dense
+from mipic_st.numerics import no_autocast
 from mipic_st.transforms.base import Transform, Vectors, apply_matrix
-from mipic_st.transforms.columns import as_dataset, text_columns
-from mipic_st.transforms.fitting import checked_vectors
-from mipic_st.transforms.frames import Candidate, checked_settings, completed, held_out_report, off_orthogonal
-from mipic_st.transforms.objectives import RotationObjective
-from mipic_st.transforms.pairs import Pairs
-from mipic_st.validation import checked_count, checked_dims, per_column
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from datasets import Dataset
+from mipic_st.transforms.candidates import Given, best_of
+from mipic_st.transforms.fitting import checked_vectors, one_thread
+from mipic_st.transforms.orthogonal import off_orthogonal
+from mipic_st.transforms.search import Search, most_queries, report, verdict
+from mipic_st.validation import checked_count, checked_dims, checked_number
 
 logger = logging.getLogger(__name__)
-
-# Texts whose full-width cosines are compared before and after a model was changed.
-_PROBES = 32
-# Passes over texts that come without pairs.
-_TEXT_PASSES = 8
-
-
-# --- on arrays --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,11 +40,13 @@ class Rotation(Transform):
     Attributes:
         matrix: R, (D, D), float32, on the CPU. Vectors are rows: rotated vectors are ``vectors @ R``.
         dims: The truncation dimensions that it was fitted for, ascending.
-        report: What a held-out part of the data says, one dict per dim: ``accuracy_before`` and ``accuracy_after``, the
-            share of anchors that find their own positive among the held-out ones (texts only: that find what is nearest
-            at full width); ``similarity_before`` and ``similarity_after``, Spearman correlation of cosines with those
-            at full width; ``change``, accuracy after minus before, and ``error``, its standard error. "before" is plain
-            truncation.
+        report: How queries that were held out search the given documents, one dict per dim. ``truncated``, ``pca`` and
+            ``rotated`` are the values of ``measure`` for plain truncation, for the PCA of the documents and for this
+            map; ``change`` is rotated minus truncated and ``error`` its standard error, ``pca_change`` and
+            ``pca_error`` the same for the PCA; other measures stand as ``similarity_truncated`` and so on (Spearman
+            correlation of cosines with those at full width), where pairs were given also recall@10 and MRR@10.
+        chosen: Which way to a rotation was best on the held-out part.
+        measure: ``nDCG@10`` of the positives where pairs were given, else ``recall@10`` of what the full width finds.
 
     Example:
         >>> rotation = Rotation(torch.eye(4)[:, [2, 0, 1, 3]], (1, 2))
@@ -75,17 +57,22 @@ class Rotation(Transform):
     """
 
     kind: ClassVar[str] = "rotation"
-    caption = "held-out data, x100; found: own pair comes first; similarity: correlation of cosines with full width"
     headings: ClassVar[dict[str, str]] = {
         "dim": "dim",
-        "accuracy_before": "found, truncated",
-        "accuracy_after": "found, rotated",
-        "similarity_before": "similarity, truncated",
-        "similarity_after": "similarity, rotated",
+        "truncated": "truncated",
+        "pca": "PCA",
+        "rotated": "rotated",
+        "change": "change",
+        "error": "error",
+        "similarity_truncated": "similarity, truncated",
+        "similarity_pca": "similarity, PCA",
+        "similarity_rotated": "similarity, rotated",
     }
     matrix: Tensor
     dims: tuple[int, ...]
     report: list[dict[str, float]] = field(default_factory=list)
+    chosen: str = ""
+    measure: str = ""
 
     def __call__(self, vectors: Vectors, dim: int | None = None) -> Vectors:
         """Rotate vectors; with ``dim``, truncate them and scale them to unit length too.
@@ -114,21 +101,93 @@ class Rotation(Transform):
         """
         return [identity_dense(self.matrix)]
 
+    def evaluate(self, vectors: np.ndarray | Tensor, queries: np.ndarray | Tensor | None = None) -> Rotation:
+        """Judge the rotation on any vectors, e.g. on the documents of another domain than it was fitted on.
+
+        The PCA that it is compared with is that of these very vectors: what a fit on them would give at the least.
+
+        Args:
+            vectors: (N, D) documents to search.
+            queries: (Q, D), what to search for. Default: up to 1,000 of the documents, which do not find themselves.
+
+        Returns:
+            The same rotation, with the report of these vectors. Warnings in the log name the dims that are worse than
+            plain truncation, and those where their PCA alone has a tenth more: the sign of another domain.
+
+        Raises:
+            TypeError: If the vectors are no arrays of floating numbers.
+            ValueError: If they do not fit the rotation, are not finite, or are too few.
+
+        Example:
+            >>> print(rotation.evaluate(other_vectors).verdict)  # doctest: +SKIP
+        """
+        anchors, _, _, asked = _checked(vectors, None, None, queries)
+        if anchors.shape[1] != len(self.matrix):
+            raise ValueError(f"vectors have width {anchors.shape[1]}, this {self.kind} is for {len(self.matrix)}.")
+        with no_autocast(anchors), torch.inference_mode(), one_thread():
+            given = Given.of(anchors, queries=asked)
+            most = most_queries(len(given.documents))
+            generator = torch.Generator().manual_seed(0)
+            own = torch.randperm(len(given.documents if asked is None else given.queries), generator=generator)[:most]
+            if asked is None:
+                search = Search(given.documents, given.documents[own], own)
+            else:
+                search = Search(given.documents, given.queries[own], given.row_of[given.query_ids[own]])
+            device = anchors.device
+            bases = {"truncated": torch.eye(len(self.matrix), device=device), "pca": given.pca}
+            results = search.judge(bases | {"rotated": self.matrix.to(device)}, self.dims)
+            judged = replace(self, report=report(results, self.dims, search.measure), measure=search.measure)
+        judged._warn("these vectors")
+        if judged.foreign_dims:
+            logger.warning(
+                "On these vectors the rotation keeps far fewer neighbours than their own PCA at dims %s, as one that "
+                "was fitted on another domain does: fit it on the documents that will be searched.\n%s",
+                list(judged.foreign_dims),
+                judged,
+            )
+        return judged
+
+    def _warn(self, data: str) -> None:
+        if self.worse_dims:
+            logger.warning(
+                "On %s the rotation is worse than plain truncation at dims %s: fit it on the documents that will be "
+                "searched.\n%s",
+                data,
+                list(self.worse_dims),
+                self,
+            )
+
+    @property
+    def caption(self) -> str:  # type: ignore[override]
+        """First line of the report as a text."""
+        return f"{self.measure} of queries that no step has seen, x100; similarity: correlation of cosines"
+
+    @property
+    def verdict(self) -> str:
+        """The report in one line."""
+        return verdict(self.report, self.measure, self.chosen)
+
     @property
     def gained(self) -> bool:
-        """Whether any dim is better than plain truncation on the held-out part.
-
-        That is, by two standard errors of its accuracy, or by 0.01 of its similarity.
-        """
-        return any(
-            row["change"] > 2 * row["error"] or row["similarity_after"] > row["similarity_before"] + 0.01
-            for row in self.report
-        )
+        """Whether any dim is better than plain truncation, by two standard errors."""
+        return any(row["change"] > 2 * row["error"] for row in self.report)
 
     @property
     def worse_dims(self) -> tuple[int, ...]:
-        """Dims that are worse than plain truncation on the held-out part, by two standard errors or more."""
+        """Dims that are worse than plain truncation, by two standard errors or more."""
         return tuple(int(row["dim"]) for row in self.report if row["change"] < -2 * row["error"])
+
+    @property
+    def foreign_dims(self) -> tuple[int, ...]:
+        """Dims at which the PCA of the searched documents has a tenth more, by two standard errors or more."""
+        return tuple(
+            int(row["dim"])
+            for row in self.report
+            if row.get("pca_change", 0) < min(-0.1 * row.get("pca", 0), -2 * row.get("pca_error", 0))
+        )
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{self.verdict}"
 
     def check(self) -> None:
         """Shape, orthogonality and dims, too."""
@@ -144,8 +203,11 @@ class Rotation(Transform):
     @classmethod
     def _read(cls, tensors: dict[str, Tensor], notes: dict[str, str]) -> dict[str, Any]:
         if "kind" not in notes and set(tensors) == {"rotation"}:  # a file of an earlier version
-            dims, report = (json.loads(notes[name]) for name in ("dims", "report"))
-            return {"matrix": tensors["rotation"], "dims": tuple(dims), "report": report}
+            dims, rows = (json.loads(notes[name]) for name in ("dims", "report"))
+            names = {"accuracy_before": "truncated", "accuracy_after": "rotated"}
+            names |= {"similarity_before": "similarity_truncated", "similarity_after": "similarity_rotated"}
+            rows = [{names.get(name, name): value for name, value in row.items()} for row in rows]
+            return {"matrix": tensors["rotation"], "dims": tuple(dims), "report": rows, "measure": "pairs found"}
         return super()._read(tensors, notes)
 
 
@@ -154,42 +216,33 @@ def fit_rotation(
     positives: np.ndarray | Tensor | None = None,
     *,
     dims: Sequence[int],
-    contrastive_dims: Sequence[int] | None = None,
-    similarity_weight: float = 10.0,
-    contrastive_temperature: float = 0.1,
-    similarity_temperature: float = 0.07,
-    batch_size: int = 512,
-    negatives: int = 4096,
-    max_steps: int = 250,
-    learning_rate: float = 3e-3,
+    documents: np.ndarray | Tensor | None = None,
+    queries: np.ndarray | Tensor | None = None,
+    max_steps: int | None = None,
     held_out: float = 0.1,
     seed: int = 0,
     show_progress_bar: bool | None = None,
 ) -> Rotation:
     """Learn an orthogonal map after which the first values of an embedding say most, from vectors alone.
 
-    Works on vectors of any origin: a model, an API, a database. All dims learn to keep the full-width similarities,
-    the smallest also what belongs together: the two texts of a pair or, with texts only, a text and its nearest
-    neighbour at full width. A part of the data is held out: on it the fit is stopped at its best step and compared with
-    plain truncation. The fit runs on the device of the vectors, and in float32.
+    Works on vectors of any origin: a model, an API, a database. Give the documents that will be searched; pairs of a
+    query and its answer, if there are any; queries without answers, if there are any. A part is held out, and searches
+    all documents after truncation, after their PCA, after a rotation of the documents and, with pairs, after a rotation
+    that is fitted to these. What ranks best is kept (``rotation.chosen``) and fitted again on everything, but for the
+    rotation of the pairs, which is stopped at its best step on the held-out part. The report is of the first fit.
+
+    The fit runs on the device of the vectors, in float32, and on one thread of a CPU.
 
     Args:
-        anchors: (N, D) vectors of the texts, or of the first text of each pair. Of any length: directions count.
-        positives: (N, D) vectors of the second texts, row by row. None if there are texts only, of which 20,000 at
-            most are used.
+        anchors: (N, D) vectors of the documents or, with ``positives``, of the queries or first texts of pairs. Of any
+            length: directions count.
+        positives: (N, D) vectors of the answers or second texts, row by row; a query with several answers stands in
+            several rows. They are among the documents.
         dims: The truncation dimensions to serve, each up to D. D itself needs no fit and is left out.
-        contrastive_dims: Those of ``dims`` that take the contrastive term. Default: those up to 32, where it helped.
-        similarity_weight: lambda, weight of the similarity term, >= 0.
-        contrastive_temperature: tau_c of InfoNCE, > 0.
-        similarity_temperature: tau_s of the similarity term, > 0.
-        batch_size: Rows per step; memory grows with its square.
-        negatives: How many positives each anchor of a step is compared with in the contrastive term, its own among
-            them; at least ``batch_size`` are. Many help the smallest dims, and cost little without an encoder.
-        max_steps: Steps; the best of them on the held-out part is kept. With texts only, also no more than eight passes
-            over them: nearest neighbours are weak labels, which 1,000 texts followed for longer than that made STS
-            worse than truncation.
-        learning_rate: Adam's first learning rate, decayed along a cosine, > 0.
-        held_out: Share of the rows that is held out, in (0, 0.5]; at most 2,048 rows are.
+        documents: (M, D) vectors of further documents.
+        queries: (Q, D) vectors of queries without answers.
+        max_steps: Steps of each fit. Default: 150 on documents, 250 on pairs.
+        held_out: Share of the queries, or documents where there are no pairs, that is held out, in (0, 0.5].
         seed: Seeds the held-out part and the batches; the global generators are left alone.
         show_progress_bar: Show a bar over steps. Default: as the log level says, like ``encode``.
 
@@ -198,199 +251,64 @@ def fit_rotation(
 
     Raises:
         TypeError: If the vectors are no arrays of floating numbers.
-        ValueError: If shapes do not fit, a value is not finite, a vector is zero, there are fewer distinct texts than
-            the largest dim, or another argument is out of its range.
-
-    Source:
-        Defaults were chosen on STS13 and SICK validation with
-        all-MiniLM-L6-v2: weights of the similarity term from 4 to 20 and temperatures from 0.05 to 0.1 are within 0.3
-        of each other, a weight of 1 loses half a point at 64 dims.
+        ValueError: If shapes do not fit, a value is not finite, a vector is zero, there are fewer than 12 distinct
+            documents, or another argument is out of its range.
 
     Example:
-        >>> rotation = fit_rotation(anchor_vectors, positive_vectors, dims=[128, 64, 32, 16, 8])  # doctest: +SKIP
-        >>> small = rotation(vectors, dim=16)                                                  # doctest: +SKIP
+        >>> rotation = fit_rotation(document_vectors, dims=[128, 64, 32, 16, 8])  # doctest: +SKIP
+        >>> small = rotation(vectors, dim=16)                                     # doctest: +SKIP
     """
-    anchors = checked_vectors("anchors", anchors, directions=True)
-    if positives is not None:
-        positives = checked_vectors("positives", positives, directions=True)
-        if positives.shape != anchors.shape:
-            raise ValueError(
-                f"anchors and positives must have one vector for each other, got {tuple(anchors.shape)} and "
-                f"{tuple(positives.shape)}."
-            )
-        positives = positives.to(anchors.device)
-    objective, options, held_out = checked_settings(
-        anchors.shape[1],
-        dims=dims,
-        contrastive_dims=contrastive_dims,
-        similarity_weight=similarity_weight,
-        contrastive_temperature=contrastive_temperature,
-        similarity_temperature=similarity_temperature,
-        batch_size=batch_size,
-        negatives=negatives,
-        max_steps=max_steps,
-        learning_rate=learning_rate,
-        held_out=held_out,
-        seed=seed,
-        show_progress_bar=show_progress_bar,
+    arrays = _checked(anchors, positives, documents, queries)
+    width = arrays[0].shape[1]
+    dims, options = checked_settings(
+        width, dims, max_steps=max_steps, held_out=held_out, seed=seed, show_progress_bar=show_progress_bar
     )
-    pairs = Pairs.of(anchors, positives)
-    _require_texts(pairs.texts, objective)
-    candidate = Candidate("rotation", objective)
     # the fit needs gradients, also where the caller switched them off for its encoder
-    with no_autocast(anchors), torch.inference_mode(False), torch.enable_grad():
-        training, test = (part.with_positives() for part in pairs.split(held_out, options["generator"]))
-        if positives is None:
-            passes = math.ceil(_TEXT_PASSES * len(training) / options["batch_size"])
-            options["max_steps"] = min(options["max_steps"], passes)
-        frame = candidate.fit(training, test, **options)
-        matrix = completed(frame, training)
-        rotation = Rotation(matrix.cpu(), tuple(objective.dims), held_out_report(test, matrix, objective.dims))
-    if rotation.worse_dims:
-        logger.warning(
-            "On held-out data the rotation is worse than plain truncation at dims %s:\n%s\nGive more data, or data "
-            "nearer to what will be searched.",
-            list(rotation.worse_dims),
-            rotation,
-        )
+    with no_autocast(arrays[0]), torch.inference_mode(False), torch.enable_grad(), one_thread():
+        matrix, chosen, measure, rows = best_of(Given.of(*arrays), dims, prefer_pairs=documents is None, **options)
+    rotation = Rotation(matrix.cpu(), tuple(dims), rows, chosen, measure)
+    rotation._warn("held-out data")
     return rotation
 
 
-def _require_texts(count: int, objective: RotationObjective) -> None:
-    if count < max(objective.dims):
+def _checked(anchors: Any, positives: Any, documents: Any, queries: Any) -> tuple[Any, ...]:
+    """The vectors, on one device and of one width."""
+    given = {"anchors": anchors, "positives": positives, "documents": documents, "queries": queries}
+    arrays = {
+        name: None if vectors is None else checked_vectors(name, vectors, directions=True)
+        for name, vectors in given.items()
+    }
+    first = arrays["anchors"]
+    assert first is not None
+    for name, vectors in arrays.items():
+        if vectors is not None and vectors.shape[1] != first.shape[1]:
+            raise ValueError(f"{name} have width {vectors.shape[1]}, anchors {first.shape[1]}: encode both alike.")
+    if (second := arrays["positives"]) is not None and len(second) != len(first):
         raise ValueError(
-            f"{count} distinct texts cannot say which {max(objective.dims)} values to keep: give more, or leave dims "
-            f"from {count} on out of dims."
+            f"anchors and positives must have one vector for each other, got {tuple(first.shape)} and "
+            f"{tuple(second.shape)}."
         )
+    return tuple(None if vectors is None else vectors.to(first.device) for vectors in arrays.values())
 
 
-# --- on models --------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode(False)  # what is put into the model must be trainable, wherever the call stands
-def rotate_model(
-    model: SentenceTransformer,
-    data: Dataset | pd.DataFrame | Mapping[str, Sequence[Any]] | Iterable[str],
+def checked_settings(
+    width: int,
     dims: Sequence[int],
     *,
-    prompts: str | Mapping[str, str] | None = None,
-    router_mapping: Mapping[str, str] | None = None,
-    batch_size: int = 32,
-    show_progress_bar: bool | None = None,
-    **fit_options: Any,
-) -> Rotation:
-    """Fit a rotation on texts and put it into the model, in place: one call makes an encoder Matryoshka.
-
-    Every distinct text is encoded once, at full width. The rotation becomes a bias-free identity ``Dense`` before
-    Normalize; a model that already ends in a linear Dense (a rotation put in earlier, for one) gets it multiplied into
-    that layer's weight. Full-width cosines stay as they are, which is checked before the function returns. The model is
-    changed in place, because a loss, a trainer and an evaluator hold this very object; :meth:`Rotation.save` keeps the
-    matrix. If no dim gained on the held-out part, the model is left as it was, and a warning says so.
-
-    In a model of half precision the Dense has that precision too, so cosines move by its rounding (about 1e-2 in
-    bfloat16); ``Rotation.matrix`` is float32.
-
-    Args:
-        model: Any SentenceTransformer, also one of StaticEmbedding or with a Router.
-        data: A ``datasets.Dataset``, a data frame, a dict of columns, a stream (its first 100,000 rows), or a list of
-            texts. Of the text columns the first two are taken as pairs, in the order in which the trainer takes them;
-            further ones (negatives) are not used. Of two text columns with scores or labels (``score``, ``label`` and
-            the other names of :mod:`mipic_st.data`), only pairs that say yes are used: 1 of labels 0 and 1, or scores
-            from 80% of the range on (from 0 to the highest of 1, 5 or 10 that covers them). One text column, or a list,
-            is texts only.
-        dims: The truncation dimensions to serve. The full width may be among them.
-        prompts: As in the trainer's arguments: one prompt for all columns, or one per column name. Default: what
-            ``encode`` does by default.
-        router_mapping: As in the trainer's arguments: column name to route, for models with a Router. Default: the
-            Router's own default route.
-        batch_size: Texts per forward pass.
-        show_progress_bar: Show bars while encoding and fitting. Default: as the log level says, like ``encode``.
-        **fit_options: Any other keyword of :func:`fit_rotation`, e.g. ``seed``, ``max_steps``, ``held_out``; there
-            ``batch_size`` is called ``fit_batch_size``.
-
-    Returns:
-        :class:`Rotation`: the matrix and the held-out report.
-
-    Raises:
-        TypeError: If data or an option is of the wrong kind.
-        ValueError: If data has no usable column or too few texts, dims do not fit the model, or ``prompts`` or
-            ``router_mapping`` name a column that data does not have.
-        RuntimeError: If full-width cosines changed. Whatever is raised, the model is then as it was.
-
-    Example:
-        >>> rotation = rotate_model(model, train_dataset, [384, 128, 64, 32, 16, 8])  # doctest: +SKIP
-        >>> print(rotation)  # doctest: +SKIP
-        >>> model.save_pretrained("rotated")  # doctest: +SKIP
-    """
-    dims = checked_dims("dims", dims, full_width(model))
-    if "fit_batch_size" in fit_options:
-        fit_options["batch_size"] = fit_options.pop("fit_batch_size")
-    batch_size = checked_count("batch_size", batch_size)
-    defaults = dict(fit_rotation.__kwdefaults__ or {})
-    if wrong := sorted(set(fit_options) - set(defaults)):
-        raise TypeError(f"rotate_model has no arguments {wrong}, and neither has fit_rotation.")
-    # before anything is encoded
-    objective, *_ = checked_settings(full_width(model), **(defaults | fit_options | {"dims": dims}))
-    data = as_dataset(data)
-    columns = text_columns(data)
-    _require_texts(len({text for texts in columns.values() for text in texts}), objective)
-    names = " and ".join(map(repr, columns)) if any(columns) else "a list"
-    used = f"{len(next(iter(columns.values())))} {'pairs' if len(columns) == 2 else 'texts'} of {names}"
-    logger.info("The rotation is fitted on %s.", used)
-    present = getattr(data, "column_names", [])
-    encode = partial(
-        encode_columns,
-        model,
-        prompts=per_column("prompts", prompts, [*columns], present),
-        routes=per_column("router_mapping", router_mapping, [*columns], present),
-        batch_size=batch_size,
-        show_progress_bar=show_progress_bar,
-    )
-    inner = unwrap(model)
-    training, known = inner.training, list(inner.children())
-    with evaluation_mode(model):
-        vectors = dict(encode(columns))
-        arrays = [vectors[name] for name in columns]
-        rotation = fit_rotation(*arrays, dims=dims, show_progress_bar=show_progress_bar, **fit_options)
-        if not rotation.gained:
-            logger.warning(
-                "No dim gained on held-out data, so the model was left as it is. It was fitted on %s; more texts, or "
-                "pairs in the place of texts, may help.\n%s",
-                used,
-                rotation,
-            )
-            return rotation
-        # of every column: with a Router each has its own way through the model
-        probes = {name: list(dict.fromkeys(texts))[:_PROBES] for name, texts in columns.items()}
-        before = dict(encode(probes))
-        with ExitStack() as undo:  # all or nothing: whatever fails, the model is then what it was
-            undo.callback(keep_description(inner))
-            undo.callback(rotation.put_in(inner))
-            for name, after in encode(probes):
-                _check_cosines(before[name], after, rotation, half=in_half_precision(model))
-            describe_dims(
-                model,
-                {*dims, len(rotation.matrix)},
-                introduction="The embedding space was rotated with mipic-st, so that the first values of a vector say "
-                "most. Full-width cosine similarities are those of the original model.",
-            )
-            undo.pop_all()
-    for module in inner.children():
-        if all(module is not other for other in known):
-            module.train(training)
-    return rotation
-
-
-def _check_cosines(before: np.ndarray, after: np.ndarray, rotation: Rotation, half: bool) -> None:
-    """Full-width cosines must not move, and the leading values must be the rotation's."""
-    first, second, rotated = (unit_length(vectors) for vectors in (before, after, rotation(before)))
-    moved = compare_vectors(first @ first.T, second @ second.T, half=half, allowed=1e-5)
-    wrong = compare_vectors(rotated, second, half=half, allowed=1e-4)
-    off = off_orthogonal(rotation.matrix)
-    if not (moved.same and wrong.same and off <= 1e-5):
-        raise RuntimeError(
-            f"The rotation changed full-width cosines by {moved.worst:.1e} (allowed {3e-2 if half else 1e-5:.0e}; "
-            f"orthogonal to {off:.1e}, vectors off by {wrong.worst:.1e}), so the model was left as it was. A "
-            "module behind the pooling does more than this function knows; fit_rotation rotates vectors outside of it."
+    max_steps: int | None,
+    held_out: float,
+    seed: int,
+    show_progress_bar: bool | None,
+) -> tuple[list[int], dict[str, Any]]:
+    """Arguments of :func:`fit_rotation`: dims below the width, ascending, and the options of the fit."""
+    dims = sorted(dim for dim in checked_dims("dims", dims, width) if dim < width)
+    if not dims:
+        raise ValueError(
+            f"dims must hold a dimension below the vectors' width of {width}, else there is nothing to do."
         )
-    logger.info("Full-width cosines moved by %.1e at most.", moved.worst)
+    return dims, {
+        "max_steps": max_steps if max_steps is None else checked_count("max_steps", max_steps),
+        "held_out": checked_number("held_out", held_out, 0, 0.5, exclusive=True),
+        "seed": checked_count("seed", seed, least=0),
+        "show_progress_bar": show_progress_bar,
+    }

@@ -1,0 +1,104 @@
+"""What a rotation is judged by: queries that search a corpus at full width, and again at each dim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mipic_st.numerics import spearman
+from mipic_st.transforms.measures import cosine_scores, ndcg, ranked, recall, reciprocal_rank
+
+K = 10
+RECALL, NDCG = f"recall@{K}", f"nDCG@{K}"
+_SAMPLED = 256, 512
+# Queries at most, fewer where the corpus is large: so many scores at most, but 100 queries.
+_MOST_QUERIES, _MOST_SCORES = 1000, 2 * 10**7
+
+
+def most_queries(documents: int) -> int:
+    """How many queries judge a corpus of so many documents."""
+    return min(_MOST_QUERIES, max(100, _MOST_SCORES // documents))
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """Queries and the corpus that they search, all of unit length.
+
+    Attributes:
+        documents: (N, D), each once.
+        queries: (Q, D).
+        own: (Q,), the row of the documents that is the query itself, and no answer; -1 for none.
+        relevant: Rows that answer each query, where that is known.
+    """
+
+    documents: Tensor
+    queries: Tensor
+    own: Tensor
+    relevant: Sequence[Tensor] | None = None
+
+    @property
+    def measure(self) -> str:
+        """What counts: the answers where they are known, else what the full width finds."""
+        return RECALL if self.relevant is None else NDCG
+
+    def judge(self, bases: Mapping[str, Tensor], dims: Sequence[int]) -> dict[str, dict[str, Tensor]]:
+        """For each basis (D, D): measures, one number per dim and query; "similarity" has one per dim."""
+        shape = (len(self.queries), len(self.documents))
+        wanted = ranked(cosine_scores(self.queries, self.documents), shape, K, self.own)
+        asked, step = _SAMPLED[0], max(1, shape[1] // _SAMPLED[1])
+        full = (self.queries[:asked] @ self.documents[::step].T).flatten().cpu().numpy()
+        results = {}
+        for name, basis in bases.items():
+            sides = [side @ basis[:, : max(dims)] for side in (self.queries, self.documents)]
+            rows: dict[str, list[Tensor]] = {}
+            for dim in dims:
+                queries, documents = (F.normalize(side[:, :dim], dim=1) for side in sides)
+                found = ranked(cosine_scores(queries, documents), shape, K, self.own)
+                now = {RECALL: recall(found, wanted)}
+                if self.relevant is not None:
+                    now |= {NDCG: ndcg(found, self.relevant), f"MRR@{K}": reciprocal_rank(found, self.relevant)}
+                cosines = (queries[:asked] @ documents[::step].T).flatten().cpu().numpy()
+                now["similarity"] = torch.tensor(spearman(cosines, full))
+                for measure, values in now.items():
+                    rows.setdefault(measure, []).append(values.cpu())
+            results[name] = {measure: torch.stack(values) for measure, values in rows.items()}
+        return results
+
+
+def report(results: Mapping[str, Mapping[str, Tensor]], dims: Sequence[int], measure: str) -> list[dict[str, float]]:
+    """One row per dim: the measure for each way, what the rotation adds to the others, and the other measures."""
+    rows = []
+    for place, dim in enumerate(dims):
+        values = {way: measured[measure][place] for way, measured in results.items()}
+        row: dict[str, float] = {"dim": dim} | {way: float(value.mean()) for way, value in values.items()}
+        for key, way in (("", "truncated"), ("pca_", "pca")):
+            change = values["rotated"] - values[way]
+            row |= {f"{key}change": float(change.mean()), f"{key}error": float(change.std() / len(change) ** 0.5)}
+        for other in results["rotated"]:
+            if other != measure:
+                row |= {f"{other}_{way}": float(measured[other][place].mean()) for way, measured in results.items()}
+        rows.append(row)
+    return rows
+
+
+def verdict(rows: Sequence[Mapping[str, float]], measure: str, chosen: str) -> str:
+    """The report in one line."""
+    if not rows:
+        return "Not judged on any data."
+
+    def where(key: str, sign: int) -> str:
+        return ", ".join(str(row["dim"]) for row in rows if sign * row[f"{key}change"] > 2 * row[f"{key}error"])
+
+    what = "of what belongs together is found" if measure == NDCG else "of the full width's neighbours is kept"
+    found = [f"more {what} than by truncation at {better}"] if (better := where("", 1)) else []
+    found += [f"LESS than by truncation at {worse}: do not use it there"] if (worse := where("", -1)) else []
+    text = ", ".join(found) or f"no more {what} than by truncation"
+    if "pca_change" in rows[0]:
+        better, worse = where("pca_", 1), where("pca_", -1)
+        text += f"; more than by the PCA alone at {better}" if better else ""
+        text += f"; the PCA alone has more at {worse}" if worse else ""
+    return f"{chosen or 'rotation'}: {text}."
