@@ -264,14 +264,14 @@ def test_compiled_terms_are_the_same():
     """Inside torch.compile, with lengths on both sides of the width, values and gradients stay."""
     torch.compiler.reset()
 
-    def cka(hidden, importance, mask):
+    def compute(hidden, importance, mask):
         return cka.topk_cka_loss(hidden, importance, mask, (2, 4), (0.3, 0.7), 2)[0].sum()
 
-    compiled = torch.compile(cka, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(compute, backend="aot_eager", dynamic=True)
     for length in (5, 30, 31):
         case = Case(8, (2, 4), lengths=[length, 3], seed=34)
         results = []
-        for function in (cka, compiled):
+        for function in (compute, compiled):
             hidden = case.hidden.clone().requires_grad_()
             value = function(hidden, case.hidden.sum(-1), case.mask)
             results.append((value.detach(), *torch.autograd.grad(value, hidden)))

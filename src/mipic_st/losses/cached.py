@@ -99,16 +99,16 @@ class _Calls:
         """Stages 1 and 3: the embeddings of some sentences, with what the terms observe of them."""
         # Pooling without the prompt clears mask entries in place, which stage 3 must not find.
         feature = {key: value.clone() if key == "attention_mask" else value for key, value in sentence_feature.items()}
-        with self.observers.recording() as recorder:
+        with self.observers.recording() as passes:
             embeddings, *rest = type(self.base).embed_minibatch(self.twin, sentence_feature=feature, **options)
-        if len(recorder.passes) != 1:
+        if len(passes) != 1:
             raise RuntimeError(
-                f"MIPICLoss recorded {len(recorder.passes)} forward passes for one mini-batch of "
+                f"MIPICLoss recorded {len(passes)} forward passes for one mini-batch of "
                 f"{type(self.base).__name__}, expected one. Give the base loss and MIPICLoss the same model."
             )
         self.width, self.dtype = embeddings.shape[-1], embeddings.dtype
         with torch.set_grad_enabled(options["with_grad"]):
-            return torch.cat([embeddings, self.observers.observe(recorder.passes[0])], dim=-1), *rest
+            return torch.cat([embeddings, self.observers.observe(passes[0])], dim=-1), *rest
 
     def calculate_loss(self, reps: Minibatches, *args: Any, **kwargs: Any) -> Tensor:
         """Stage 2: values of all terms, and with ``with_backward`` the gradients at the embeddings."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from mipic_st.encoder.hidden_states import LayerRecorder, Recorder, record_states
+from mipic_st.encoder.hidden_states import LayerRecorder, RecordedPass, record_states
 from mipic_st.encoder.structure import backbone_of, embedding_width, unwrap
 from mipic_st.losses import presets, sia
 from mipic_st.losses.cached import require_supported, run_cached
@@ -290,7 +290,7 @@ class MIPICLoss(nn.Module):
         self._layers = self._layers or LayerRecorder(self.model)
         self.terms[name] = term
 
-    def record(self) -> AbstractContextManager[Recorder]:
+    def record(self) -> AbstractContextManager[list[RecordedPass]]:
         """The context in which the model's forward passes are recorded as the terms observe them."""
         if self._layers is None or not len(self.terms):
             return record_states(self.model, None)

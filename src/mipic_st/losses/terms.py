@@ -18,7 +18,7 @@ import torch
 from sentence_transformers.util import all_gather
 from torch import Tensor, distributed, nn
 
-from mipic_st.encoder.hidden_states import RecordedPass, Recorder, require_eager_attention
+from mipic_st.encoder.hidden_states import RecordedPass, require_eager_attention
 from mipic_st.encoder.structure import Backbone
 from mipic_st.losses import pic, presets, sia
 from mipic_st.losses.distillation import similarity_divergence
@@ -256,14 +256,14 @@ class Observers:
     """
 
     def __init__(
-        self, terms: Sequence[Term], weight: float, record: Callable[[], AbstractContextManager[Recorder]]
+        self, terms: Sequence[Term], weight: float, record: Callable[[], AbstractContextManager[list[RecordedPass]]]
     ) -> None:
         self.terms, self.weight, self.record = terms, weight, record
         self._sizes: list[int] = []
 
-    def recording(self) -> AbstractContextManager[Recorder]:
+    def recording(self) -> AbstractContextManager[list[RecordedPass]]:
         """Where the base loss runs the model; without a term nothing is recorded."""
-        return self.record() if self.terms else nullcontext(Recorder(None))
+        return self.record() if self.terms else nullcontext([])
 
     def observe(self, recorded: RecordedPass) -> Tensor:
         """(R, X): all that the terms need of R sentences."""
