@@ -34,14 +34,11 @@ class RecordedPass:
     """One forward pass of the model over R sentences; without a backbone, the sentence embedding is all there is.
 
     Attributes:
-        sentence_embedding: (R, D), what the model gave. R rows are one input column of B sentences, or several columns
-            one after the other.
+        sentence_embedding: (R, D). R rows are one input column of B sentences, or several one after the other.
         backbone: The model's depth, pooling and tail.
-        hidden_states: (R, L, width of the encoder) by layer, up to depth; 0 is the embedding layer, if the encoder
-            shows it.
+        hidden_states: (R, L, width of the encoder) by layer, up to depth; 0 is the embeddings, if they are shown.
         mask: (R, L), true at real tokens.
-        attentions: One tensor (R, L, L) per layer, heads averaged, before attention dropout; rows are queries.
-            Empty unless asked for.
+        attentions: One tensor (R, L, L) per layer, heads averaged, before attention dropout, if they were asked for.
         prompt_length: What the features said about a prompt, if anything.
         token_embeddings: What the model's Transformer said was the last state, if it said so.
     """
@@ -54,15 +51,10 @@ class RecordedPass:
     prompt_length: Any = None
     token_embeddings: Tensor | None = None
 
-    @property
-    def pooling(self) -> Pooling:
-        """The model's own pooling."""
-        return self.backbone.pooling
-
     @cached_property
     def has_text(self) -> Tensor:
         """(R,): which sentences have a token that is pooled. An empty text may have none; its vector is no vector."""
-        return pooled_tokens(self.mask, self.pooling, self.prompt_length) > 0
+        return pooled_tokens(self.mask, self.backbone.pooling, self.prompt_length) > 0
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Apply the model's own pooling to any (R, L, X) tensor that has one row per token."""
@@ -70,7 +62,7 @@ class RecordedPass:
         features = {"token_embeddings": tokens, "attention_mask": self.mask.long()}
         if self.prompt_length is not None:
             features["prompt_length"] = self.prompt_length
-        return self.pooling(features)["sentence_embedding"]
+        return self.backbone.pooling(features)["sentence_embedding"]
 
     def tokens(self, layer: int) -> Tensor:
         """The token states of a layer pushed through the model's tail, (R, L, D)."""
@@ -191,7 +183,17 @@ def record_states(
             output = forward(features, *args, **kwargs)
         # Taken out, unless it was asked for before, so that the caller's features do not keep every layer alive.
         states: Any = output.get("all_layer_embeddings") if keep else output.pop("all_layer_embeddings", None)
-        _require_all_layers(backbone.depth, states, backbone.depth if attentions == "no" else len(probe.maps))
+        if states is None or len(states) != backbone.depth + 1:
+            got = None if states is None else len(states)
+            raise RuntimeError(
+                f"Expected {backbone.depth + 1} hidden states from the model, got {got}. The model does not honour "
+                "config.output_hidden_states."
+            )
+        if attentions != "no" and len(probe.maps) != backbone.depth:
+            raise RuntimeError(
+                f"Expected the attention maps of {backbone.depth} layers, saw {len(probe.maps)}. token_importance="
+                "'attention' needs eager attention and no torch.compile; use token_importance='similarity' instead."
+            )
         passes.append(
             RecordedPass(
                 output["sentence_embedding"],
@@ -211,27 +213,11 @@ def record_states(
         yield passes
 
 
-def _require_all_layers(depth: int, states: Any, maps: int) -> None:
-    """Refuse a pass that did not show every layer."""
-    if states is None or len(states) != depth + 1:
-        raise RuntimeError(
-            f"Expected {depth + 1} hidden states from the model, got {None if states is None else len(states)}. "
-            "The model does not honour config.output_hidden_states."
-        )
-    if maps != depth:
-        raise RuntimeError(
-            f"Expected the attention maps of {depth} layers, saw {maps}. token_importance='attention' needs "
-            "eager attention and no torch.compile; use token_importance='similarity' instead."
-        )
-
-
 class LayerRecorder:
     """Records a model's layers in many batches, and finds out in time if they are not what is served.
 
-    Attributes:
-        backbone: The model's depth, pooling and tail; described again when modules come or go behind the encoder, as
-            ``rotate_model`` puts one in.
-        checked: Whether recorded states were found to be those that the embedding is made of.
+    ``backbone`` is described again when modules come or go behind the encoder, as ``rotate_model`` puts one in;
+    ``checked`` says whether recorded states were found to be those that the embedding is made of.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -112,7 +112,10 @@ class MIPICCallback(TrainerCallback):
         """
         path = Path(folder) / PROJECTIONS_FILE
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"There is no folder {path.parent} to save the projections in: make it first.")
+            raise FileNotFoundError(
+                f"There is no folder {path.parent} to save the projections in: make it first. Hyperparameter search, "
+                "which saves elsewhere, needs save_strategy='no'."
+            )
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.projections().items()}
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata={"moments": self._moments(optimizer)})
@@ -124,7 +127,7 @@ class MIPICCallback(TrainerCallback):
 
         Args:
             folder: A checkpoint folder.
-            optimizer: The optimizer that was loaded from it, whose moments must be those of the file's projections.
+            optimizer: The optimizer that was loaded from it; its moments must be those of the file's projections.
 
         Raises:
             FileNotFoundError: If there is no file.
@@ -248,15 +251,8 @@ class MIPICCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Put the projections into the checkpoint that was just written."""
-        if not args.should_save or not self.projections():
-            return
-        folder = _checkpoint(args, state)
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"The trainer saved a checkpoint, but not in {folder}, so the projections cannot be put into it. "
-                "Hyperparameter search, which saves elsewhere, needs save_strategy='no'."
-            )
-        self.save(folder, _innermost(kwargs.get("optimizer")))
+        if args.should_save and self.projections():
+            self.save(_checkpoint(args, state), _innermost(kwargs.get("optimizer")))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """With ``load_best_model_at_end``, take the projections that belong to the best model."""

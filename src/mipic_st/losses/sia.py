@@ -28,12 +28,9 @@ KLDirection = Literal["prefix_full", "full_prefix"]
 
 
 class SIATerms(NamedTuple):
-    """What one layer contributes, per sentence and prefix, before any aggregation.
+    """What one layer contributes per sentence and prefix, (B, n) each: the KL of Eq. 6, and ``1 - CKA`` of Eq. 11.
 
-    Attributes:
-        attention: (B, n), the KL of Eq. 6.
-        cka: (B, n), ``1 - CKA`` of Eq. 11; zero where it is undefined.
-        cka_valid: (B, n), whether CKA is defined: at least two distinct tokens in the selected set.
+    CKA is defined (``cka_valid``) if the selected set has at least two distinct tokens; else its value is zero.
     """
 
     attention: Tensor

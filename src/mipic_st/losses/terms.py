@@ -71,9 +71,9 @@ def make_terms(settings: Settings, model: nn.Module, backbone: Backbone) -> list
             if settings.token_importance == "attention":
                 require_eager_attention(model)
     if not terms:
-        dims = list(settings.matryoshka_dims)
         logger.warning(
-            f"matryoshka_dims={dims} has no prefix below the width of {backbone.width} to align, so SIA and PIC are off."
+            f"matryoshka_dims={list(settings.matryoshka_dims)} has no prefix below the width of {backbone.width} to "
+            "align, so SIA and PIC are off."
         )
     return terms
 
