@@ -42,12 +42,12 @@ def test_records_all_layers_of_the_same_pass(tiny_model, architecture):
     original = model[0].auto_model.forward
     model[0].auto_model.forward = lambda *a, **k: (calls.append(1), original(*a, **k))[1]
     before = snapshot(model)
-    with recording.record_states(model, backbone) as recorder:
+    with recording.record_states(model, backbone) as passes:
         outputs = [model(features) for features in column_features(model)]
     assert len(calls) == 2, "one encoder pass per column, no second forward"
     assert snapshot(model) == before
-    assert len(recorder.passes) == 2
-    for recorded, output in zip(recorder.passes, outputs, strict=True):
+    assert len(passes) == 2
+    for recorded, output in zip(passes, outputs, strict=True):
         assert len(recorded.hidden_states) == DEPTH + 1
         assert torch.equal(recorded.pool(recorded.hidden_states[DEPTH]), output["sentence_embedding"])
         assert "all_layer_embeddings" not in output
@@ -87,10 +87,10 @@ def test_an_instance_forward_that_was_there_is_put_back(tiny_model):
         return original(features)
 
     model.forward = own_forward
-    with recording.record_states(model, backbone_of(model)) as recorder:
+    with recording.record_states(model, backbone_of(model)) as passes:
         model(column_features(model, columns=1)[0])
     assert model.forward is own_forward
-    assert len(calls) == len(recorder.passes) == 1
+    assert len(calls) == len(passes) == 1
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -99,18 +99,18 @@ def test_attention_maps_are_those_before_dropout(tiny_model, architecture):
     model = tiny_model(architecture, **pooling_of(architecture))
     recording.require_eager_attention(model)
     features = model.preprocess(sentences(5))
-    with recording.record_states(model, backbone_of(model), "detached") as recorder:
+    with recording.record_states(model, backbone_of(model), "detached") as passes:
         model(dict(features))
     inputs = {key: features[key] for key in ("input_ids", "attention_mask")}
     expected = model[0].auto_model(**inputs, output_attentions=True).attentions
-    for seen, attention in zip(recorder.passes[0].attentions, expected, strict=True):
+    for seen, attention in zip(passes[0].attentions, expected, strict=True):
         torch.testing.assert_close(seen, attention.mean(dim=1))
 
     model.train()
-    with recording.record_states(model, backbone_of(model), "detached") as recorder:
+    with recording.record_states(model, backbone_of(model), "detached") as passes:
         model(dict(features))
     real = features["attention_mask"].bool()
-    for seen in recorder.passes[0].attentions:
+    for seen in passes[0].attentions:
         torch.testing.assert_close(seen.sum(dim=-1)[real], torch.ones(int(real.sum())))
         assert not seen.requires_grad
 
@@ -156,9 +156,9 @@ def test_pooling_of_a_layer_is_the_models_own(tiny_model, pooling, padding_side)
         pytest.skip("before sentence-transformers 6.2, weightedmean counted left padding as positions")
     model = tiny_model("bert", pooling=pooling, padding_side=padding_side)
     features = model.preprocess(sentences(6))
-    with recording.record_states(model, backbone_of(model)) as recorder:
+    with recording.record_states(model, backbone_of(model)) as passes:
         model(dict(features))
-    recorded = recorder.passes[0]
+    recorded = passes[0]
     for layer in (1, 2):
         vector = recorded.pool(recorded.hidden_states[layer])
         for row in range(6):
@@ -182,9 +182,9 @@ def test_prompt_tokens_are_left_out_of_pooling_only_where_the_model_leaves_them_
     features = model.preprocess(texts, prompt="the old ")
     assert "prompt_length" in features
     length = int(features["prompt_length"])
-    with recording.record_states(model, backbone_of(model)) as recorder:
+    with recording.record_states(model, backbone_of(model)) as passes:
         output = model(dict(features))
-    recorded = recorder.passes[0]
+    recorded = passes[0]
     vector = recorded.pool(recorded.hidden_states[DEPTH])
     assert torch.equal(vector, output["sentence_embedding"])
     assert torch.equal(recorded.mask, features["attention_mask"].bool())
@@ -198,11 +198,11 @@ def test_truncated_passes_run_the_model_once(tiny_model):
     features = column_features(model)
     expected = [model(dict(column))["sentence_embedding"] for column in features]
     seen = {}
-    with recording.record_states(model, backbone_of(model)) as recorder, truncated_passes(model) as passes:
+    with recording.record_states(model, backbone_of(model)) as recorded, truncated_passes(model) as passes:
         for dim in (32, 8):
             passes.start_dim(dim)
             seen[dim] = [model(column)["sentence_embedding"] for column in features]
-    assert len(recorder.passes) == 2
+    assert len(recorded) == 2
     for dim, embeddings in seen.items():
         for embedding, full in zip(embeddings, expected, strict=True):
             torch.testing.assert_close(embedding, F.normalize(full[:, :dim], dim=-1))
@@ -231,9 +231,9 @@ def test_flattened_inputs_are_refused(tiny_model):
 def test_base_loss_merging_columns_is_one_pass(tiny_model):
     """Where sentence-transformers merges columns, one recorded pass holds them all (anchors stay apart)."""
     model = tiny_model()
-    with recording.record_states(model, backbone_of(model)) as recorder:
+    with recording.record_states(model, backbone_of(model)) as passes:
         MultipleNegativesRankingLoss(model)(column_features(model, columns=4), None)
-    assert [len(recorded.mask) for recorded in recorder.passes] == [6, 18]
+    assert [len(recorded.mask) for recorded in passes] == [6, 18]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -260,9 +260,9 @@ def test_hooks_of_others_stay(tiny_model):
     model[0].auto_model(input_ids=features["input_ids"], output_hidden_states=True)
     before = [len(module._forward_hooks) for module in model.modules()]
     for _ in range(2):
-        with recording.record_states(model, backbone_of(model)) as recorder:
+        with recording.record_states(model, backbone_of(model)) as passes:
             model(dict(features))
-        assert set(recorder.passes[0].hidden_states) == set(range(DEPTH + 1))
+        assert set(passes[0].hidden_states) == set(range(DEPTH + 1))
         assert [len(module._forward_hooks) for module in model.modules()] == before
     user.remove()
 

@@ -98,10 +98,10 @@ def test_layers_are_counted_from_what_the_encoder_shows(tmp_path):
     outputs = []
     for block in model[0].auto_model.layers:
         block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
-    with torch.no_grad(), loss.record() as recorder:
+    with torch.no_grad(), loss.record() as passes:
         outputs.clear()
         model(column_features(model)[0])
-    states = recorder.passes[0].hidden_states
+    states = passes[0].hidden_states
     assert set(states) == {1, 2, 3}
     assert torch.equal(states[1], outputs[0])
     assert torch.equal(states[2], outputs[1])
@@ -121,9 +121,9 @@ def bare(model: SentenceTransformer) -> SentenceTransformer:
 def alignment(loss, features):
     """The alignment terms of one column alone, without a base loss, which cannot bear empty texts."""
     observers = Observers(list(loss.terms.values()), 1 - loss.settings.alpha, loss.record)
-    with observers.recording() as recorder:
+    with observers.recording() as passes:
         loss.model(features)
-    return observers.reduce([observers.observe(recorder.passes[0])])
+    return observers.reduce([observers.observe(passes[0])])
 
 
 MODELS = [

@@ -153,9 +153,9 @@ def test_pushed_tokens_pool_to_the_pushed_vector_where_the_tail_is_affine(tiny_m
     from mipic_st.encoder.structure import backbone_of
 
     model = tiny_model(tail=name)
-    with torch.no_grad(), record_states(model, backbone_of(model)) as recorder:
+    with torch.no_grad(), record_states(model, backbone_of(model)) as passes:
         model(column_features(model, columns=1)[0])
-    recorded = recorder.passes[0]
+    recorded = passes[0]
     for layer in recorded.hidden_states:
         torch.testing.assert_close(recorded.pool(recorded.tokens(layer)), recorded.vectors(layer))
 
@@ -194,9 +194,9 @@ def test_padding_and_neighbours_do_not_matter(tiny_model, name):
 
     def observed(batch):
         features = model.preprocess(batch)
-        with torch.no_grad(), loss.record() as recorder:
+        with torch.no_grad(), loss.record() as passes:
             model(features)
-        return [loss.terms["sia"].per_sentence(recorder.passes[0], layer) for layer in loss.sia_layers]
+        return [loss.terms["sia"].per_sentence(passes[0], layer) for layer in loss.sia_layers]
 
     together = observed([*texts, sentences(1, seed=9, shortest=14)[0] * 2])
     for row, text in enumerate(texts):

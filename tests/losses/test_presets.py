@@ -83,9 +83,10 @@ def test_published_tables_by_shape(name, depth, width, dims, alpha, layers, chai
 
 
 def test_published_gammas():
-    """App. A.5: .2 to .7 over six prefixes."""
+    """App. A.5: .2 to .7 over six prefixes; a single one takes the smallest share."""
     assert presets.PAPER_GAMMAS == (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     assert presets.default_gammas(6) == (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    assert presets.default_gammas(1) == (0.2,)
 
 
 def test_published_settings():
@@ -170,13 +171,9 @@ def test_gammas_of_any_number_of_prefixes(count):
     assert all(gamma == round(gamma, 4) for gamma in gammas)
 
 
-def test_gammas_of_one_prefix():
-    """A single prefix takes the smallest share."""
-    assert presets.default_gammas(1) == (0.2,)
-
-
 def test_spread():
-    """Distinct, rising, evenly spaced, from at least 1 to exactly the last, for every count that fits."""
+    """Distinct, rising, evenly spaced, from at least 1 to exactly the last, for every count that fits; rounded."""
+    assert presets.spread(5, 12) == (2, 5, 7, 10, 12)
     for last in range(1, 61):
         for count in range(1, last + 1):
             layers = presets.spread(count, last)
@@ -185,11 +182,6 @@ def test_spread():
             assert layers[-1] == last
             assert gaps.min() >= 1
             assert gaps.max() - gaps.min() <= 1 or gaps.max() <= last / count + 1
-
-
-def test_spread_rounds_to_the_nearest():
-    """Twelve layers in five steps of 2.4: 2.4, 4.8, 7.2, 9.6, 12."""
-    assert presets.spread(5, 12) == (2, 5, 7, 10, 12)
 
 
 @pytest.mark.parametrize("depth", range(1, 41))

@@ -1,14 +1,14 @@
 """What a model's forward passes produced at each layer, recorded while somebody else runs the model.
 
-What the recording changes in the model, its forward and what its config asks for, is undone when the ``with`` block
-ends, however it ends. Only :func:`require_eager_attention` is for good.
+What it changes in the model, its forward and what its config asks for, is undone when the ``with`` block ends, however
+it ends. Only :func:`require_eager_attention` is for good.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,41 +31,30 @@ Features = dict[str, Any]
 
 @dataclass
 class RecordedPass:
-    """One forward pass of the model over R sentences.
-
-    Without a backbone, the sentence embedding is all there is.
+    """One forward pass of the model over R sentences; without a backbone, the sentence embedding is all there is.
 
     Attributes:
-        sentence_embedding: (R, D), what the model gave. R rows are one input column of B sentences, or several columns
-            one after the other.
+        sentence_embedding: (R, D). R rows are one input column of B sentences, or several one after the other.
         backbone: The model's depth, pooling and tail.
-        hidden_states: (R, L, width of the encoder) by layer, up to depth; 0 is the embedding layer, if the encoder
-            shows it.
+        hidden_states: (R, L, width of the encoder) by layer, up to depth; 0 is the embeddings, if they are shown.
         mask: (R, L), true at real tokens.
-        attentions: One tensor (R, L, L) per layer, heads averaged, before attention dropout; rows are queries.
-            Empty unless asked for.
+        attentions: One tensor (R, L, L) per layer, heads averaged, before attention dropout, if they were asked for.
         prompt_length: What the features said about a prompt, if anything.
         token_embeddings: What the model's Transformer said was the last state, if it said so.
     """
 
     sentence_embedding: Tensor
-    backbone: Backbone | None = None
+    backbone: Backbone = None  # type: ignore[assignment]  # in a pass that is asked for nothing else
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     mask: Tensor = field(default_factory=lambda: torch.empty(0))
     attentions: list[Tensor] = field(default_factory=list)
     prompt_length: Any = None
     token_embeddings: Tensor | None = None
 
-    @property
-    def pooling(self) -> Pooling:
-        """The model's own pooling."""
-        assert self.backbone is not None
-        return self.backbone.pooling
-
     @cached_property
     def has_text(self) -> Tensor:
         """(R,): which sentences have a token that is pooled. An empty text may have none; its vector is no vector."""
-        return pooled_tokens(self.mask, self.pooling, self.prompt_length) > 0
+        return pooled_tokens(self.mask, self.backbone.pooling, self.prompt_length) > 0
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Apply the model's own pooling to any (R, L, X) tensor that has one row per token."""
@@ -73,16 +62,14 @@ class RecordedPass:
         features = {"token_embeddings": tokens, "attention_mask": self.mask.long()}
         if self.prompt_length is not None:
             features["prompt_length"] = self.prompt_length
-        return self.pooling(features)["sentence_embedding"]
+        return self.backbone.pooling(features)["sentence_embedding"]
 
     def tokens(self, layer: int) -> Tensor:
         """The token states of a layer pushed through the model's tail, (R, L, D)."""
-        assert self.backbone is not None
         return push_vectors(self.backbone.steps, self.hidden_states[layer])
 
     def vectors(self, layer: int) -> Tensor:
         """The sentence vectors of a layer, (R, D): its pooled states, pushed through the model's tail."""
-        assert self.backbone is not None
         pooled = self.pool(self.hidden_states[layer])
         # Pooling nothing may give -inf, which would spoil the gradients of head and tail even if it counts zero.
         return push_vectors(self.backbone.steps, pooled.masked_fill(~self.has_text[:, None], 0.0))
@@ -103,7 +90,6 @@ def pooled_tokens(mask: Tensor, pooling: Pooling | None, prompt_length: Any = No
 def require_served_states(recorded: RecordedPass, model: nn.Module, fix: str) -> None:
     """Refuse a model whose embedding is made of something else than the states that were recorded."""
     backbone = recorded.backbone
-    assert backbone is not None
     with torch.no_grad():
         pooled = recorded.pool(recorded.hidden_states[backbone.depth])
         if recorded.token_embeddings is not None:
@@ -118,13 +104,10 @@ def require_served_states(recorded: RecordedPass, model: nn.Module, fix: str) ->
 
 
 @contextmanager
-def replaced_forward(
-    model: nn.Module, make: Callable[[Callable[..., Features]], Callable[..., Features]]
-) -> Iterator[None]:
-    """Put ``make(model.forward)`` in the place of ``model.forward`` for the duration of the block."""
-    had_own = "forward" in vars(model)
-    original = model.forward
-    model.forward = make(original)
+def replaced_forward(model: nn.Module, replacement: Callable[..., Features]) -> Iterator[None]:
+    """In the block, a call of the model is one of ``replacement``, which gets the former ``forward`` first."""
+    had_own, original = "forward" in vars(model), model.forward
+    model.forward = lambda *args, **kwargs: replacement(original, *args, **kwargs)
     try:
         yield
     finally:
@@ -135,11 +118,10 @@ def replaced_forward(
 
 
 class _AttentionProbe(TorchFunctionMode):
-    """Sees what eager attention hands to dropout: the attention probabilities, still whole.
+    """Sees what eager attention hands to dropout: the (B, heads, L, L) probabilities, still whole.
 
-    The attentions that a model returns in training mode are taken after dropout, so their rows do not sum to one and
-    the ranking of tokens is partly noise. Every eager implementation in transformers calls ``dropout`` on the
-    (B, heads, L, L) probabilities, with p = 0 outside training.
+    The attentions that a model returns in training mode are taken after dropout, so their rows do not sum to one.
+    Every eager implementation in transformers calls ``dropout`` on them, with p = 0 outside training.
     """
 
     def __init__(self, detach: bool) -> None:
@@ -154,82 +136,9 @@ class _AttentionProbe(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass
-class Recorder:
-    """What :func:`record_states` has seen so far.
-
-    Attributes:
-        backbone: The model's depth, pooling and tail; without it only sentence embeddings are kept.
-        attentions: Whether attention maps are recorded too: "no", "detached" or "with_gradient".
-        leave_states: Whether the model's own output keeps the hidden states, because they were switched on before.
-        first: The layer after which the first hidden state is, see :func:`mipic_st.encoder.final_norm.first_shown`.
-        passes: The forward passes, in order.
-    """
-
-    backbone: Backbone | None
-    attentions: str = "no"
-    leave_states: bool = False
-    first: int = 0
-    passes: list[RecordedPass] = field(default_factory=list)
-
-    def wrap(self, forward: Callable[..., Features]) -> Callable[..., Features]:
-        """Return a forward that does what the given one does, and is recorded."""
-
-        def recorded(features: Features, *args: Any, **kwargs: Any) -> Features:
-            if self.backbone is None:
-                output = forward(features, *args, **kwargs)
-                self.passes.append(RecordedPass(output["sentence_embedding"]))
-                return output
-            mask = features.get("attention_mask")
-            if mask is None or "cu_seq_lens_q" in features:
-                raise ValueError(
-                    "MIPIC needs padded inputs with an attention_mask, but these features are "
-                    f"{sorted(features)}. With flash attention, switch flattening off: model[0].unpad_inputs = False."
-                )
-            mask, prompt_length = mask.bool(), features.get("prompt_length")
-            probe = _AttentionProbe(self.attentions == "detached") if self.attentions != "no" else None
-            with ExitStack() as stack:
-                if probe is not None:
-                    stack.enter_context(probe)
-                output = forward(features, *args, **kwargs)
-            maps = [] if probe is None else probe.maps
-            states: Any = output.get("all_layer_embeddings")
-            if not self.leave_states:
-                # So that the caller's features do not keep every layer alive.
-                output.pop("all_layer_embeddings", None)
-            self._check(self.backbone.depth, states, maps)
-            self.passes.append(
-                RecordedPass(
-                    output["sentence_embedding"],
-                    self.backbone,
-                    states_by_layer(states, self.first),
-                    mask.to(states[0].device),
-                    maps,
-                    prompt_length,
-                    output.get("token_embeddings"),
-                )
-            )
-            return output
-
-        return recorded
-
-    def _check(self, depth: int, states: Any, maps: list[Tensor]) -> None:
-        """Refuse a pass that did not show every layer."""
-        if states is None or len(states) != depth + 1:
-            raise RuntimeError(
-                f"Expected {depth + 1} hidden states from the model, got {None if states is None else len(states)}. "
-                "The model does not honour config.output_hidden_states."
-            )
-        if self.attentions != "no" and len(maps) != depth:
-            raise RuntimeError(
-                f"Expected the attention maps of {depth} layers, saw {len(maps)}. token_importance='attention' needs "
-                "eager attention and no torch.compile; use token_importance='similarity' instead."
-            )
-
-
 @contextmanager
 def hidden_states_requested(model: nn.Module) -> Iterator[bool]:
-    """Ask every encoder of the model for its hidden states, through its config, for the duration of the block."""
+    """Ask every encoder of the model for its hidden states, through its config; yields whether one gave them before."""
     configs = {
         id(config): config
         for module in unwrap(model).modules()
@@ -250,22 +159,65 @@ def hidden_states_requested(model: nn.Module) -> Iterator[bool]:
 @contextmanager
 def record_states(
     model: nn.Module, backbone: Backbone | None, attentions: str = "no", first: int = 0
-) -> Iterator[Recorder]:
-    """Record every forward pass of the model inside the block, with its hidden states if there is a backbone."""
+) -> Iterator[list[RecordedPass]]:
+    """Record every forward pass of the model inside the block, with its hidden states if there is a backbone.
+
+    ``attentions`` is "no", "detached" or "with_gradient"; ``first`` is the layer after which the first hidden state is,
+    see :func:`mipic_st.encoder.final_norm.first_shown`.
+    """
+    passes: list[RecordedPass] = []
+
+    def recorded(forward: Callable[..., Features], features: Features, *args: Any, **kwargs: Any) -> Features:
+        if backbone is None:
+            output = forward(features, *args, **kwargs)
+            passes.append(RecordedPass(output["sentence_embedding"]))
+            return output
+        mask, prompt_length = features.get("attention_mask"), features.get("prompt_length")
+        if mask is None or "cu_seq_lens_q" in features:
+            raise ValueError(
+                f"MIPIC needs padded inputs with an attention_mask, but these features are {sorted(features)}. With "
+                "flash attention, switch flattening off: model[0].unpad_inputs = False."
+            )
+        mask, probe = mask.bool(), _AttentionProbe(attentions == "detached")
+        with nullcontext() if attentions == "no" else probe:
+            output = forward(features, *args, **kwargs)
+        # Taken out, unless it was asked for before, so that the caller's features do not keep every layer alive.
+        states: Any = output.get("all_layer_embeddings") if keep else output.pop("all_layer_embeddings", None)
+        if states is None or len(states) != backbone.depth + 1:
+            got = None if states is None else len(states)
+            raise RuntimeError(
+                f"Expected {backbone.depth + 1} hidden states from the model, got {got}. The model does not honour "
+                "config.output_hidden_states."
+            )
+        if attentions != "no" and len(probe.maps) != backbone.depth:
+            raise RuntimeError(
+                f"Expected the attention maps of {backbone.depth} layers, saw {len(probe.maps)}. token_importance="
+                "'attention' needs eager attention and no torch.compile; use token_importance='similarity' instead."
+            )
+        passes.append(
+            RecordedPass(
+                output["sentence_embedding"],
+                backbone,
+                states_by_layer(states, first),
+                mask.to(states[0].device),
+                probe.maps,
+                prompt_length,
+                output.get("token_embeddings"),
+            )
+        )
+        return output
+
     with ExitStack() as stack:
-        before = False if backbone is None else stack.enter_context(hidden_states_requested(model))
-        recorder = Recorder(backbone, attentions, leave_states=before, first=first)
-        stack.enter_context(replaced_forward(model, recorder.wrap))
-        yield recorder
+        keep = backbone is not None and stack.enter_context(hidden_states_requested(model))
+        stack.enter_context(replaced_forward(model, recorded))
+        yield passes
 
 
 class LayerRecorder:
     """Records a model's layers in many batches, and finds out in time if they are not what is served.
 
-    Attributes:
-        backbone: The model's depth, pooling and tail; described again when modules come or go behind the encoder, as
-            ``rotate_model`` puts one in.
-        checked: Whether recorded states were found to be those that the embedding is made of.
+    ``backbone`` is described again when modules come or go behind the encoder, as ``rotate_model`` puts one in;
+    ``checked`` says whether recorded states were found to be those that the embedding is made of.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -274,7 +226,7 @@ class LayerRecorder:
         self._first = 0
 
     @contextmanager
-    def record(self, model: nn.Module, attentions: str = "no") -> Iterator[Recorder]:
+    def record(self, model: nn.Module, attentions: str = "no") -> Iterator[list[RecordedPass]]:
         """Record the model's forward passes inside the block; what is not :attr:`checked` is checked behind it."""
         backbone, shape = backbone_of(model), self.backbone[:2]
         if backbone[:2] != shape:
@@ -284,30 +236,28 @@ class LayerRecorder:
             )
         if backbone != self.backbone or not self.checked:
             self.backbone, self.checked, self._first = backbone, False, first_shown(model)
-        with record_states(model, backbone, attentions, self._first) as recorder:
-            yield recorder
-        for recorded in () if self.checked else recorder.passes:
+        with record_states(model, backbone, attentions, self._first) as passes:
+            yield passes
+        for recorded in () if self.checked else passes:
             require_served_states(recorded, model, "Use alpha=1 for plain Matryoshka training.")
 
 
 def require_eager_attention(model: nn.Module) -> None:
     """Switch the model to eager attention, the only kind whose probabilities exist as a tensor, and say so."""
-    for module in unwrap(model).modules():
-        if not isinstance(module, Transformer):
-            continue
-        encoder = module.auto_model
-        implementation = encoder.config._attn_implementation
+    encoders = [module.auto_model for module in unwrap(model).modules() if isinstance(module, Transformer)]
+    for encoder in encoders:
+        name, implementation = type(encoder).__name__, encoder.config._attn_implementation
         if implementation == "eager":
             continue
         encoder.set_attn_implementation("eager")
         if encoder.config._attn_implementation != "eager":
             raise ValueError(
-                f"token_importance='attention' needs eager attention, which {type(encoder).__name__} with "
-                f"{implementation!r} does not offer. Load the model with "
-                "model_kwargs={'attn_implementation': 'eager'}, or use token_importance='similarity'."
+                f"token_importance='attention' needs eager attention, which {name} with {implementation!r} does not "
+                "offer. Load the model with model_kwargs={'attn_implementation': 'eager'}, or use "
+                "token_importance='similarity'."
             )
         logger.warning(
             "token_importance='attention' reads attention maps: switched %s from %r to 'eager' attention.",
-            type(encoder).__name__,
+            name,
             implementation,
         )

@@ -1,23 +1,21 @@
 """The terms on base losses with gradient caching, exactly and in the memory of one mini-batch.
 
-Such a loss works in three stages: it embeds every mini-batch without gradients (1), computes the loss and its
-gradients at the embeddings (2), and embeds again with gradients, in a hook of the backward pass, to carry them on (3).
-Hidden states exist in stages 1 and 3 and are gone in between, so whatever the terms need of a sentence travels as
-further columns of its "embedding":
+Such a loss embeds every mini-batch without gradients (1), computes the loss and its gradients at the embeddings (2),
+and embeds again with gradients, in a hook of the backward pass, to carry them on (3). Hidden states exist in 1 and 3
+only, so whatever the terms need of a sentence travels as further columns of its "embedding":
 
     packed = [ sentence embedding | what each term observes ]
 
-Stage 2 splits them again; the gradient at the packed vector then runs, in stage 3, through the model and through the
-projections. Projections are used in stages 1 and 3 only: a parameter used in stage 2 would miss the scale that the
-outer backward pass applies (gradient accumulation, fp16).
-
-The base loss is never touched: all this happens on a stand-in that shares its parameters and dies with the graph.
+Stage 2 splits them again; in stage 3 the gradient at the packed vector runs through the model and the projections.
+Projections are used in stages 1 and 3 only: a parameter used in stage 2 would miss the scale that the outer backward
+pass applies (gradient accumulation, fp16). All this happens on a stand-in for the base loss, which is not touched.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -36,11 +34,10 @@ def require_supported(loss: nn.Module) -> bool:
     """Whether a base loss caches gradients; one that does it in a way that cannot be served is refused."""
     name = type(loss).__name__
     if not uses_gradient_cache(loss):
-        inner = [type(child).__name__ for child in loss.modules() if child is not loss and uses_gradient_cache(child)]
-        if inner:
+        if inner := next((type(child).__name__ for child in loss.modules() if uses_gradient_cache(child)), None):
             raise ValueError(
-                f"loss={name} holds {inner[0]}, which embeds in its backward pass (gradient caching), where MIPICLoss "
-                f"cannot follow through {name}. Give {inner[0]} itself to MIPICLoss, or a loss without caching."
+                f"loss={name} holds {inner}, which embeds in its backward pass (gradient caching), where MIPICLoss "
+                f"cannot follow through {name}. Give {inner} itself to MIPICLoss, or a loss without caching."
             )
         return False
     if missing := [method for method in ("embed_minibatch", "calculate_loss") if not hasattr(loss, method)]:
@@ -67,10 +64,10 @@ def run_cached(
     observers: Observers,
     guard: Callable[[list[Tensor], list[Tensor]], None],
 ) -> Outcome:
-    """``scale`` times a cached base loss at every dim, and the terms.
+    """``scale`` times a cached base loss at every dim, and the terms, without the gradient that their total has.
 
     ``guard`` gets, before any gradient is computed, the embeddings of all mini-batches and the tensors that their
-    gradients will arrive at. The terms come without gradient, which their total has.
+    gradients will arrive at.
     """
     calls = _Calls(base, [(dim, scale * weight) for dim, weight in dims], observers, guard)
     methods: dict[str, Callable[..., Any]] = {"calculate_loss": calls.calculate_loss}
@@ -99,22 +96,22 @@ class _Calls:
         """Stages 1 and 3: the embeddings of some sentences, with what the terms observe of them."""
         # Pooling without the prompt clears mask entries in place, which stage 3 must not find.
         feature = {key: value.clone() if key == "attention_mask" else value for key, value in sentence_feature.items()}
-        with self.observers.recording() as recorder:
+        with self.observers.recording() as passes:
             embeddings, *rest = type(self.base).embed_minibatch(self.twin, sentence_feature=feature, **options)
-        if len(recorder.passes) != 1:
+        if len(passes) != 1:
             raise RuntimeError(
-                f"MIPICLoss recorded {len(recorder.passes)} forward passes for one mini-batch of "
+                f"MIPICLoss recorded {len(passes)} forward passes for one mini-batch of "
                 f"{type(self.base).__name__}, expected one. Give the base loss and MIPICLoss the same model."
             )
         self.width, self.dtype = embeddings.shape[-1], embeddings.dtype
         with torch.set_grad_enabled(options["with_grad"]):
-            return torch.cat([embeddings, self.observers.observe(recorder.passes[0])], dim=-1), *rest
+            return torch.cat([embeddings, self.observers.observe(passes[0])], dim=-1), *rest
 
     def calculate_loss(self, reps: Minibatches, *args: Any, **kwargs: Any) -> Tensor:
         """Stage 2: values of all terms, and with ``with_backward`` the gradients at the embeddings."""
         with_backward = kwargs.get("with_backward", False)
         if with_backward:
-            leaves = list(_flat(reps))
+            leaves = list(chain.from_iterable(reps))
             self.guard([leaf[..., : self.width] for leaf in leaves], leaves)
         total: Any = 0.0
         for dim, weight in self.dims:
@@ -122,10 +119,11 @@ class _Calls:
             # Leaves of their own: the base loss runs backward by itself, in chunks.
             parts = [[rep.detach().requires_grad_() for rep in column] for column in cut] if with_backward else cut
             value = type(self.base).calculate_loss(self.twin, parts, *args, **kwargs)
-            if with_backward:
-                for rep, leaf in zip(_flat(cut), _flat(parts), strict=True):
-                    if leaf.grad is not None:
-                        rep.backward(weight * leaf.grad)
+            for rep, leaf in (
+                zip(chain.from_iterable(cut), chain.from_iterable(parts), strict=True) if with_backward else ()
+            ):
+                if leaf.grad is not None:
+                    rep.backward(weight * leaf.grad)
             total = total + weight * value
         further: dict[str, Tensor] = {}
         if self.observers.terms:
@@ -142,15 +140,8 @@ class _Calls:
         return F.normalize(embedding[..., :dim], p=2, dim=-1)
 
 
-def _flat(columns: Minibatches) -> Iterator[Tensor]:
-    return (rep for column in columns for rep in column)
-
-
 def stand_in(loss: nn.Module, **methods: Callable[..., Any]) -> nn.Module:
-    """An object that is the given loss in everything but a few methods. The loss itself is not touched.
-
-    For losses that call their own methods again in the backward pass, long after any patch would have been taken off.
-    """
+    """An object that is the given loss but for a few methods, also in the backward pass, when a patch would be gone."""
     twin = copy.copy(loss)
     for name, value in vars(loss).items():
         # e.g. MegaBatchMarginLoss, which chooses its forward once and keeps it as an attribute

@@ -1,9 +1,4 @@
-"""What a trainer leaves undone for a loss that has parameters of its own: the callback.
-
-``SentenceTransformerTrainer(..., loss=loss, callbacks=[MIPICCallback(loss)])`` saves the projections in each checkpoint
-and restores them, keeps them equal in several processes, clips their gradients, logs the norm, and writes into the
-model's ``config.json`` what serving engines read.
-"""
+"""What a trainer leaves undone for a loss that has parameters of its own: the callback."""
 
 from __future__ import annotations
 
@@ -18,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from mipic_st.encoder.card import describe_dims
+from mipic_st.losses.faults import processes
 from mipic_st.losses.mipic import MIPICLoss
 
 logger = logging.getLogger(__name__)
@@ -35,21 +31,17 @@ _SHARDING = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-
 class MIPICCallback(TrainerCallback):
     """Keeps the projections of MIPICLoss in step with the trainer: checkpoints, resuming, clipping, saved config.
 
-    - Every checkpoint gets ``mipic_projections.safetensors``. It goes with the folder, so ``save_total_limit`` needs
-      nothing more.
-    - Resuming restores the projections; the run then continues bit for bit, and so it does with ``n_dims_per_step``,
-      whose draw follows the trainer's step. The folder is ``args.resume_from_checkpoint``, or ``checkpoint-<step>`` in
-      the output folder; for any other, name it in ``resume_from_checkpoint``. A file that does not belong to the
-      resumed optimizer's moments is refused; plain SGD has none, so there that is not noticed.
+    - Every checkpoint gets ``mipic_projections.safetensors``. Resuming restores it, and the run continues bit for bit,
+      also with ``n_dims_per_step``, whose draw follows the trainer's step. It is looked for in
+      ``args.resume_from_checkpoint`` and in ``checkpoint-<step>`` of the output folder. A file that does not belong to
+      the resumed optimizer's moments is refused; plain SGD has none, so there that is not noticed.
     - With ``load_best_model_at_end`` the projections of the best checkpoint are loaded with the model.
     - In several processes, all begin with the projections of the first, and gradients are averaged before each step.
-    - Gradients of the projections are clipped to ``args.max_grad_norm``, on their own; the norm before clipping is
-      logged as ``projections_grad_norm``, the trainer's ``grad_norm`` being the model's. Reporting integrations
-      (``report_to``) run before callbacks and do not see it; ``state.log_history`` and the printed log have it.
+    - Gradients of the projections are clipped to ``args.max_grad_norm``, on their own. The norm before clipping is
+      ``projections_grad_norm`` in ``state.log_history`` and the printed log; integrations (``report_to``) run before
+      callbacks and do not see it.
     - In fp16 training, batches whose loss is not finite are left to the gradient scaler, which skips them.
-    - ``config.json`` of checkpoints and of the trained model gets the keys of
-      :func:`mipic_st.encoder.card.set_matryoshka_config`, and the model card the tag ``matryoshka`` and a line on
-      loading with ``truncate_dim``.
+    - ``config.json`` and the model card get what :func:`mipic_st.encoder.card.set_matryoshka_config` writes.
 
     With ``hub_strategy="checkpoint"`` the upload starts before callbacks see the checkpoint, so the projections may be
     missing in it. Under FSDP and DeepSpeed, projections are refused.
@@ -97,8 +89,6 @@ class MIPICCallback(TrainerCallback):
         self.missing_projections = missing_projections
         self.projections_grad_norm: Tensor | None = None
 
-    # --- the file -----------------------------------------------------------------------------------------------------
-
     def projections(self) -> dict[str, nn.Parameter]:
         """All by their name in the file: that in the loss, behind the data set's name if there are several."""
         return {
@@ -122,7 +112,10 @@ class MIPICCallback(TrainerCallback):
         """
         path = Path(folder) / PROJECTIONS_FILE
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"There is no folder {path.parent} to save the projections in: make it first.")
+            raise FileNotFoundError(
+                f"There is no folder {path.parent} to save the projections in: make it first. Hyperparameter search, "
+                "which saves elsewhere, needs save_strategy='no'."
+            )
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.projections().items()}
         partial = path.with_suffix(".partial")
         save_file(tensors, partial, metadata={"moments": self._moments(optimizer)})
@@ -134,7 +127,7 @@ class MIPICCallback(TrainerCallback):
 
         Args:
             folder: A checkpoint folder.
-            optimizer: The optimizer that was loaded from it, whose moments must be those of the file's projections.
+            optimizer: The optimizer that was loaded from it; its moments must be those of the file's projections.
 
         Raises:
             FileNotFoundError: If there is no file.
@@ -156,9 +149,8 @@ class MIPICCallback(TrainerCallback):
                 f"{path} is damaged ({error}). Resume from an earlier checkpoint, or delete the file and use "
                 "MIPICCallback(loss, missing_projections='reset')."
             ) from error
-        shapes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in (own, tensors)]
-        if shapes[0] != shapes[1]:
-            differing = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))
+        shapes = [{(name, tuple(tensor.shape)) for name, tensor in part.items()} for part in (own, tensors)]
+        if differing := sorted(shapes[0] ^ shapes[1]):
             raise ValueError(
                 f"{path} was made by a loss with other projections, they differ in {differing}. Make MIPICLoss with "
                 "the model and the arguments it had then (matryoshka_dims, sia_layers, pic_chain, weights; names of "
@@ -176,18 +168,15 @@ class MIPICCallback(TrainerCallback):
 
     def _moments(self, optimizer: Optimizer | None) -> str:
         """What tells an optimizer from those of other runs: the sums of its moments of the projections."""
-        states = [] if optimizer is None else [optimizer.state.get(each) or {} for each in self.projections().values()]
         sums = [
             float(value.detach().cpu().double().sum())
-            for state in states
-            for name, value in sorted(state.items())
+            for projection in self.projections().values()
+            for name, value in sorted((optimizer.state.get(projection) or {}).items() if optimizer else ())
             if name != "step" and isinstance(value, Tensor)
         ]
         return " ".join(map(repr, sums))
 
-    # --- the trainer's events -----------------------------------------------------------------------------------------
-
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Refuse projections where the model will be sharded, before the optimizer fails on them."""
         from accelerate.state import AcceleratorState  # there if there is a trainer
 
@@ -199,12 +188,10 @@ class MIPICCallback(TrainerCallback):
                 "lift_init='frozen' and pic_weight=0; or alpha=1."
             )
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Restore what a resumed run needs, begin equal on all ranks, and mark the model's config."""
         self.on_init_end(args, state, control)
-        optimizer, own = _innermost(kwargs.get("optimizer")), list(self.projections().values())
+        optimizer, own = _innermost(kwargs["optimizer"]), list(self.projections().values())
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(parameter) not in stepped for parameter in own if parameter.requires_grad):
             raise ValueError(
@@ -214,22 +201,20 @@ class MIPICCallback(TrainerCallback):
             )
         if state.global_step > 0 and own:
             self._resume(args, state, optimizer)
-        if own and _processes() > 1:
-            for parameter in own:
-                distributed.broadcast(parameter.data, src=0)
+        for parameter in own if processes() > 1 else ():
+            distributed.broadcast(parameter.data, src=0)
         for loss in self.losses.values():
             loss.managed, loss.skips_nonfinite = True, bool(args.fp16)
         dims = {dim for loss in self.losses.values() for dim in loss.matryoshka_dims}
         describe_dims(kwargs["model"], dims, {pair for loss in self.losses.values() for pair in loss.pic_chain})
 
     def _resume(self, args: TrainingArguments, state: TrainerState, optimizer: Optimizer) -> None:
-        candidates = [_checkpoint(args, state)]
-        if isinstance(args.resume_from_checkpoint, str) and os.path.isdir(args.resume_from_checkpoint):
-            candidates.insert(0, Path(args.resume_from_checkpoint))
-        if self.resume_from_checkpoint is not None:
-            candidates = [self.resume_from_checkpoint]
-        folder = next((folder for folder in candidates if (folder / PROJECTIONS_FILE).is_file()), candidates[0])
-        if self.missing_projections == "reset" and not (folder / PROJECTIONS_FILE).is_file():
+        given = args.resume_from_checkpoint
+        folders = [Path(given)] if isinstance(given, str) and os.path.isdir(given) else []
+        folders = [self.resume_from_checkpoint] if self.resume_from_checkpoint else [*folders, _checkpoint(args, state)]
+        found = [folder for folder in folders if (folder / PROJECTIONS_FILE).is_file()]
+        folder = (found or folders)[0]
+        if self.missing_projections == "reset" and not found:
             logger.warning("No %s in %s: the projections start afresh, with new moments.", PROJECTIONS_FILE, folder)
             for parameter in self.projections().values():
                 optimizer.state.pop(parameter, None)
@@ -237,57 +222,39 @@ class MIPICCallback(TrainerCallback):
         self.load(folder, optimizer)
         logger.info("Restored the projections of MIPICLoss from %s.", folder)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Give the losses the step, which their draw of dims and their messages go by."""
         for loss in self.losses.values():
             loss.begin_step(state.global_step)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Average the projections' gradients over the ranks, then clip them as the trainer clipped the model's."""
         own = list(self.projections().values())
-        if own and _processes() > 1:
+        if own and processes() > 1:
             _average_gradients(own)
         if own and args.max_grad_norm > 0:
             self.projections_grad_norm = nn.utils.clip_grad_norm_(own, args.max_grad_norm)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Clear the projections' gradients: sentence-transformers before 6.2 clears the model's only."""
         for parameter in self.projections().values():
             parameter.grad = None
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         """Add the norm of the projections' gradients to the model's."""
-        if logs is not None and "grad_norm" in logs and self.projections_grad_norm is not None:
+        if logs and "grad_norm" in logs and self.projections_grad_norm is not None:
             logs["projections_grad_norm"] = round(float(self.projections_grad_norm), 6)
             if state.log_history:
                 state.log_history[-1].setdefault("projections_grad_norm", logs["projections_grad_norm"])
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Put the projections into the checkpoint that was just written."""
-        if not args.should_save or not self.projections():
-            return
-        folder = _checkpoint(args, state)
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"The trainer saved a checkpoint, but not in {folder}, so the projections cannot be put into it. "
-                "Hyperparameter search, which saves elsewhere, needs save_strategy='no'."
-            )
-        self.save(folder, _innermost(kwargs.get("optimizer")))
+        if args.should_save and self.projections():
+            self.save(_checkpoint(args, state), _innermost(kwargs.get("optimizer")))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """With ``load_best_model_at_end``, take the projections that belong to the best model."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None and self.projections():
             try:
@@ -300,15 +267,11 @@ class MIPICCallback(TrainerCallback):
             loss.begin_step(None)
 
 
-def _processes() -> int:
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
 def _average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average gradients over all ranks.
+    """Average gradients over all ranks, in one collective that is the same on all.
 
-    One collective, the same on all ranks, also where some gradients are missing (another data set's loss was used):
-    those count as zero, as they do in DistributedDataParallel. A parameter that no rank has a gradient for keeps none.
+    Missing gradients (another data set's loss was used) count as zero, as they do in DistributedDataParallel. A
+    parameter that no rank has a gradient for keeps none.
     """
     with torch.no_grad():
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -317,7 +280,7 @@ def _average_gradients(parameters: list[nn.Parameter]) -> None:
         distributed.all_reduce(values)
         *parts, present = values.split([tensor.numel() for tensor in [*gradients, present]])
         for parameter, gradient, part, used in zip(parameters, gradients, parts, present.tolist(), strict=True):
-            parameter.grad = gradient.copy_((part / _processes()).view_as(gradient)) if used else None
+            parameter.grad = gradient.copy_((part / processes()).view_as(gradient)) if used else None
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mipic_st.numerics import no_autocast
@@ -23,8 +23,7 @@ _GAMMA_UNIT = 10_000
 def topk_sizes(lengths: Tensor, gammas: Sequence[float], min_k: int) -> Tensor:
     """Number of tokens per sentence and prefix: min(n_b, max(min_k, ceil(gamma_i * n_b))) (App. A.5).
 
-    The released code uses the padded length clamped to the shortest sentence; here every sentence has its own length,
-    so its sets do not change with its neighbours.
+    The released code uses the padded length, clamped to the shortest sentence, in the place of n_b.
 
     Args:
         lengths: n_b, (B,), integers.
@@ -45,9 +44,7 @@ def topk_sizes(lengths: Tensor, gammas: Sequence[float], min_k: int) -> Tensor:
 
 
 def prefix_grams(tokens: Tensor, dims: Sequence[int]) -> list[Tensor]:
-    """Token Gram matrices X_i X_i^T of nested prefixes, for the price of one full-width Gram matrix.
-
-    Each is the one before plus the product of the columns in between.
+    """Token Gram matrices X_i X_i^T of nested prefixes: each is the one before plus the product of further columns.
 
     Args:
         tokens: (B, k, D).
@@ -94,14 +91,10 @@ def centred_gram(gram: Tensor, selected: Tensor, sizes: Tensor) -> Tensor:
 
 
 class _Plan(NamedTuple):
-    """How the squares in CKA are computed: what is known before any value is.
+    """What is known before any value is: the n prefixes, and the most tokens that the set of each can have.
 
-    Attributes:
-        dims: The n prefixes.
-        bounds: Most tokens that the set of each prefix can have, ascending.
-        segments: Empty where token Gram matrices are used: the sets are then leading rows. Otherwise the rows that
-            each set may add to the one before, for products of features.
-        detach_full_width: Whether the full-width side is a constant.
+    ``segments`` is empty where token Gram matrices are used: the sets are then leading rows. Otherwise it has the rows
+    that each set may add to the one before, for products of features.
     """
 
     dims: tuple[int, ...]
@@ -110,31 +103,20 @@ class _Plan(NamedTuple):
     detach_full_width: bool
 
 
-def _gathered(hidden: Tensor, order: Tensor, member: Tensor) -> Tensor:
-    """The tokens of the sets, (B, k, D), zero in the rows that belong to none.
+def _shifted(hidden: Tensor, order: Tensor, member: Tensor, sizes: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """The tokens of the sets, (B, k, D), less the mean of the smallest; and the sum of their squares before that, (B,).
 
-    Args:
-        hidden: (B, L, D).
-        order: (B, k), which token each row takes.
-        member: (B, k), whether the row belongs to any set.
-
-    Returns:
-        Fresh memory.
-    """
-    tokens = hidden.gather(1, order[:, :, None].expand(-1, -1, hidden.shape[-1]))
-    return tokens.masked_fill_(~member[:, :, None], 0.0)
-
-
-def _shift(tokens: Tensor, sizes: Tensor, plan: _Plan) -> None:
-    """Take the mean of the smallest set out of all rows, in place.
-
+    ``order``, (B, k), says which token each row takes, and ``member`` whether it is in any set; if not, it is zero.
     CKA ignores a common shift: taking it out first keeps float32 sums of squares accurate. The mean of the smallest
     set lies among the tokens of every set, so no entry grows beyond the spread of its set, also where a larger set
     has a token of massive norm.
     """
+    tokens = hidden.gather(1, order[:, :, None].expand(-1, -1, hidden.shape[-1]))
+    energy = tokens.masked_fill_(~member[:, :, None], 0.0).square().sum(dim=(1, 2))
     rank = torch.arange(plan.bounds[0], device=tokens.device)
     weight = (rank < sizes[:, :1]).to(tokens.dtype) / sizes[:, :1].clamp(min=1)
     tokens -= weight[:, None, :] @ tokens[:, : plan.bounds[0]]
+    return tokens, energy
 
 
 def _gram_sides(tokens: Tensor, sizes: Tensor, plan: _Plan) -> Iterator[tuple[Tensor, Tensor]]:
@@ -149,10 +131,10 @@ def _gram_sides(tokens: Tensor, sizes: Tensor, plan: _Plan) -> Iterator[tuple[Te
 def _gram_squares(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan) -> Tensor:
     """(B, n, 3): the squared norms of cross, prefix and full-width products, from token Gram matrices."""
     rows = [
-        [part.sum(dim=(1, 2)) for part in (prefix * full, prefix.square_(), full.square_())]
+        torch.stack([part.sum(dim=(1, 2)) for part in (prefix * full, prefix.square_(), full.square_())], dim=1)
         for prefix, full in _gram_sides(tokens, sizes, plan)
     ]
-    return torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+    return torch.stack(rows, dim=1)
 
 
 def _gram_gradient(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan, grad: Tensor) -> Tensor:
@@ -177,11 +159,8 @@ def _gram_gradient(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan, g
     return result.mul_(2)[..., : last if plan.detach_full_width else width]
 
 
-def _covariances(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """X^T X of the centred set of each prefix, (B, D, D), its mean, (B, D), and the tokens it adds, zero elsewhere.
-
-    Sets are nested, so all of them together cost one product over the largest.
-    """
+def _covariances(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan) -> Iterator[tuple[Tensor, Tensor]]:
+    """X^T X of the centred set of each prefix, (B, D, D), and its mean, (B, D), for the price of one product."""
     batch, _, width = tokens.shape
     total, summed = tokens.new_zeros(batch, width, width), tokens.new_zeros(batch, width)
     parts = zip(tokens.split(plan.segments, dim=1), member.split(plan.segments, dim=1), strict=True)
@@ -190,13 +169,13 @@ def _covariances(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan) -> 
         total.baddbmm_(part.mT, part)
         summed += part.sum(dim=1)
         mean = summed / sizes[:, index, None].clamp(min=1)
-        yield torch.baddbmm(total, mean[:, :, None], summed[:, None, :], alpha=-1), mean, part
+        yield torch.baddbmm(total, mean[:, :, None], summed[:, None, :], alpha=-1), mean
 
 
 def _feature_squares(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan) -> Tensor:
     """The same as :func:`_gram_squares`, from products of features: X_i^T X_D is the first rows of X_D^T X_D."""
     rows = []
-    for dim, (covariance, _, _) in zip(plan.dims, _covariances(tokens, member, sizes, plan), strict=True):
+    for dim, (covariance, _) in zip(plan.dims, _covariances(tokens, member, sizes, plan), strict=True):
         square = covariance.square_()
         rows.append(torch.stack([part.sum(dim=(1, 2)) for part in (square[:, :dim], square[:, :dim, :dim], square)], 1))
     return torch.stack(rows, dim=1)
@@ -206,7 +185,7 @@ def _feature_gradient(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan
     """Gradient of the tokens: (X - mean) M, summed over the sets that a token is in."""
     width = plan.dims[-1] if plan.detach_full_width else tokens.shape[-1]
     matrices, means = [], []
-    for index, (covariance, mean, _) in enumerate(_covariances(tokens, member, sizes, plan)):
+    for index, (covariance, mean) in enumerate(_covariances(tokens, member, sizes, plan)):
         cross, own, whole = grad[:, index, :, None, None].unbind(1)
         dim = plan.dims[index]
         matrix = torch.zeros_like(covariance[..., :width])
@@ -230,9 +209,8 @@ def _feature_gradient(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan
 class _CKASquares(torch.autograd.Function):
     """The squared norms in CKA of every prefix, computed again in the backward pass instead of kept.
 
-    All that is kept are the states, which the model keeps anyway, and which tokens are in the sets. What is computed
-    again is k x k where the sets are smaller than the width, and D x D where they are larger: memory grows with the
-    length of the sentences, not with its square.
+    What is computed again is k x k where the sets are smaller than the width, and D x D where they are larger: memory
+    grows with the length of the sentences, not with its square.
     """
 
     @staticmethod
@@ -242,22 +220,19 @@ class _CKASquares(torch.autograd.Function):
         """Squares (B, n, 3) of cross, prefix and full width; and the sum of squares of all tokens in the sets, (B,)."""
         ctx.save_for_backward(hidden, order, member, sizes)
         ctx.plan = plan
-        tokens = _gathered(hidden, order, member)
-        energy = tokens.square().sum(dim=(1, 2))
-        _shift(tokens, sizes, plan)
+        tokens, energy = _shifted(hidden, order, member, sizes, plan)
         squares = (_feature_squares if plan.segments else _gram_squares)(tokens, member, sizes, plan)
         ctx.mark_non_differentiable(energy)
         return squares, energy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """Gradient of the states."""
         hidden, order, member, sizes = ctx.saved_tensors
         plan: _Plan = ctx.plan
         with no_autocast(hidden):
-            tokens = _gathered(hidden, order, member)
-            _shift(tokens, sizes, plan)
+            tokens = _shifted(hidden, order, member, sizes, plan)[0]
             gradient = (_feature_gradient if plan.segments else _gram_gradient)(tokens, member, sizes, plan, grad)
             width = gradient.shape[-1]
             result = torch.zeros_like(hidden)
@@ -267,9 +242,8 @@ class _CKASquares(torch.autograd.Function):
 
 # Compilers that trace this with lengths that vary fail on the shapes made inside; left out, it runs as it is.
 @torch.compiler.disable
-def _cka_squares(hidden: Tensor, order: Tensor, member: Tensor, sizes: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
-    """:class:`_CKASquares`."""
-    return _CKASquares.apply(hidden, order, member, sizes, plan)
+def _cka_squares(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return _CKASquares.apply(*inputs)
 
 
 def topk_cka_loss(
@@ -287,8 +261,7 @@ def topk_cka_loss(
 
     Where the sets have no more tokens than the states have dimensions, it is computed as
     :math:`\langle C G_i C, C G_D C \rangle / (\|C G_i C\|_F \|C G_D C\|_F)` on token Gram matrices, otherwise as
-    written. Either way nothing of it is kept for the backward pass. Tokens are ranked once; the sets of the prefixes
-    are nested, hence leading rows of the ranking.
+    written. Either way nothing of it is kept for the backward pass.
 
     Args:
         hidden: H, (B, L, D).
@@ -315,11 +288,10 @@ def topk_cka_loss(
     if bounds[-1] > width:
         # What a set adds to the one before starts at another rank in each sentence; ceil(a) - ceil(b) <= ceil(a - b).
         segments = [bounds[0], *(-(-length * (share - before) // _GAMMA_UNIT) for before, share in pairwise(units))]
-        starts = nn.functional.pad(sizes[:, :-1], (1, 0)).split(1, dim=1)
-        ranks = [
-            start + torch.arange(count, device=hidden.device) for start, count in zip(starts, segments, strict=True)
-        ]
-        member = torch.cat([rank < size for rank, size in zip(ranks, sizes.split(1, dim=1), strict=True)], dim=1)
+        stops = sizes.split(1, dim=1)
+        starts = [torch.zeros_like(stops[0]), *stops[:-1]]
+        ranks = [start + torch.arange(n, device=hidden.device) for start, n in zip(starts, segments, strict=True)]
+        member = torch.cat([rank < stop for rank, stop in zip(ranks, stops, strict=True)], dim=1)
         order = ranking.gather(1, torch.cat(ranks, dim=1).clamp(max=length - 1))
     else:
         order = ranking[:, : bounds[-1]]

@@ -1,16 +1,12 @@
 r"""Distillation: at every dim, the similarities within a batch follow those that a larger model, the teacher, sees.
 
-The counterpart, between sentences, of what SIA does between tokens. The teacher encodes each text once, before the
-training, and its vectors travel with the data (:func:`add_teacher_vectors`), so no step runs it.
-
-Symbols: B sentences per column, C columns (anchors first), D the student's width, T the teacher's, which need not be D;
-``dims`` the truncation dimensions.
+The teacher encodes each text once, before the training, and its vectors travel with the data
+(:func:`add_teacher_vectors`), so no step runs it.
 
 .. math:: \sum_d KL(\text{softmax}(\cos(A^t, P^t) / \tau) \,\|\, \text{softmax}(\cos(A_d, P_d) / \tau))
 
 with the anchors A, the sentences of all other columns P, t for the teacher's vectors and d for the student's first d
-values. No part of MIPIC; in-batch similarities as what is distilled are those of ``DistillKLDivLoss`` and of
-:class:`mipic_st.transforms.objectives.RotationObjective`.
+values. No part of MIPIC; in-batch similarities are also what ``DistillKLDivLoss`` distills.
 """
 
 from __future__ import annotations
@@ -70,15 +66,14 @@ def add_teacher_vectors(
 ) -> Dataset:
     """Encode every text of a training set with a teacher, for ``MIPICLoss(..., distill_weight=...)``.
 
-    Each distinct text of a column is encoded once. The vectors become the column ``label``, which the trainer hands to
-    the loss. They belong to the columns by their order and to the texts as they are now, so let this be the last step:
-    rows may be shuffled, selected and joined afterwards, columns and texts not be changed.
+    The vectors become the column ``label``, which the trainer hands to the loss. They belong to the columns by their
+    order and to the texts as they are now: rows may be shuffled, selected and joined afterwards, columns and texts not
+    be changed.
 
     Args:
-        dataset: Pairs, triplets or more columns of texts, as the trainer takes them, without labels or scores: the
-            trainer reads one such column, and this one takes its place.
-        teacher: Any SentenceTransformer, of any width; it teaches at its full width, whatever its
-            ``truncate_dim``.
+        dataset: Two or more columns of texts, as the trainer takes them, without labels or scores: the trainer reads
+            one such column, and this one takes its place.
+        teacher: Any SentenceTransformer; it teaches at its full width, whatever its ``truncate_dim``.
         prompts: The teacher's prompts: one for all columns, or one per column name. Default: what its ``encode`` does
             by default. Models with prompts for queries and documents need them here.
         router_mapping: Column name to route, for a teacher with a Router. Default: the Router's own default route.
@@ -86,14 +81,13 @@ def add_teacher_vectors(
         show_progress_bar: Show bars while encoding. Default: as the log level says, like ``encode``.
 
     Returns:
-        The dataset with the column ``label``, which holds C vectors of T values in each row, in torch format: read as
-        Python lists they would take longer, and the trainer would write some of them into the model card. They are
-        4 * C * T bytes a row, 6 kB for pairs and 768 values, and lie in memory, also of each process of a distributed
-        run; ``save_to_disk`` and ``datasets.load_from_disk`` give a dataset that lies in a file.
+        The dataset with the column ``label``, C vectors of T values in each row, in torch format. They are 4 * C * T
+        bytes a row, 6 kB for pairs and 768 values, and lie in memory, also of each process of a distributed run;
+        ``save_to_disk`` and ``datasets.load_from_disk`` give a dataset that lies in a file.
 
     Raises:
-        TypeError: If ``dataset`` is no ``datasets.Dataset``, ``teacher`` no SentenceTransformer, a column holds
-            something other than texts, or ``prompts`` or ``router_mapping`` something other than strings.
+        TypeError: If ``dataset``, ``teacher``, ``prompts`` or ``router_mapping`` is of another kind, or a column holds
+            something other than texts.
         ValueError: If there are fewer than two columns or no rows, if there are labels or scores already, if
             ``prompts`` or ``router_mapping`` names another column, if the dataset has a transform or hides columns, or
             if the teacher's vector of a text is zero or not finite.

@@ -41,6 +41,11 @@ def checked_features(sentence_features: Iterable[dict[str, Tensor]]) -> list[dic
     return features
 
 
+def processes() -> int:
+    """How many train together."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def require_managed(projections: nn.Module, first_batch: bool) -> None:
     """Say that nobody looks after a loss's projections; where several processes would drift apart, refuse it."""
     if next(projections.parameters(), None) is None:
@@ -49,7 +54,7 @@ def require_managed(projections: nn.Module, first_batch: bool) -> None:
         "SentenceTransformerTrainer(..., callbacks=[MIPICCallback(loss)]) does; in a loop of your own do it, and set "
         "loss.managed = True."
     )
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    if processes() > 1:
         raise RuntimeError(
             "MIPICLoss has projections, and in training by several processes nobody averages their gradients. "
             f"{fix} The defaults have no projections: lift_init='frozen' and pic_weight=0."
@@ -57,8 +62,7 @@ def require_managed(projections: nn.Module, first_batch: bool) -> None:
     if first_batch:
         logger.warning(
             "MIPICLoss has projections, which nobody clips, saves with checkpoints or restores from them: a run that "
-            "is resumed goes on with others. %s",
-            fix,
+            f"is resumed goes on with others. {fix}"
         )
 
 
@@ -80,11 +84,8 @@ def labels_are_taken(base: nn.Module, taken: bool) -> Iterator[None]:
 class Watch:
     """Looks after one batch.
 
-    Attributes:
-        features: One dict of model inputs per column.
-        place: Where in the training it is, for messages.
-        pooling: The model's own, if it is known.
-        skips_nonfinite: Whether it is known that a gradient scaler leaves out steps whose gradients are not finite.
+    ``place`` says where in the training it is, for messages; ``pooling`` is the model's own, if it is known; with
+    ``skips_nonfinite`` a gradient scaler leaves out steps whose gradients are not finite.
     """
 
     features: list[dict[str, Tensor]]
@@ -99,12 +100,10 @@ class Watch:
             raise ValueError(f"MIPICLoss: a column has no token at all at {self.place}. {self.empty_texts()}")
 
     def check_finite(self, terms: dict[str, Tensor], embeddings: Sequence[Tensor] = ()) -> None:
-        """Stop at a term that is nan or inf, before it reaches the parameters.
+        """Stop at a term that is nan or inf, before it reaches the parameters; where a scaler skips it, log it.
 
-        Only where gradients are computed. It waits for the device once per batch, as the trainer does by itself for
-        each logged term (``logging_nan_inf_filter``). A zero vector among the embeddings has no direction, so the
-        gradient of its normalisation can overflow while all values are finite: then that is watched. Where a gradient
-        scaler skips such batches, they are logged, not refused.
+        Only where gradients are computed, and waiting for the device once per batch. A zero vector among the embeddings
+        has no direction, so the gradient of its normalisation can overflow while all values are finite: it is watched.
         """
         if not torch.is_grad_enabled():
             return
@@ -118,13 +117,11 @@ class Watch:
         if self._scaler_skips(next(iter(terms.values()))):
             logger.warning("MIPICLoss: %s at %s. The gradient scaler will skip this step.", bad, self.place)
             return
-        advice = (
+        advice = self.empty_texts() or (
             "Look for nan in the labels, for a learning rate that is too high, or, in fp16, for overflow: bf16 avoids "
             "it, and MIPICCallback lets fp16's gradient scaler skip such batches."
         )
-        raise FloatingPointError(
-            f"MIPICLoss: {bad} at {self.place}. No parameter was changed by this batch. {self.empty_texts() or advice}"
-        )
+        raise FloatingPointError(f"MIPICLoss: {bad} at {self.place}. No parameter was changed by this batch. {advice}")
 
     def guard(self, embeddings: list[Tensor], leaves: list[Tensor]) -> None:
         """Watch the gradients that arrive at the leaves if one of the embeddings has no direction."""
@@ -163,13 +160,10 @@ class Watch:
         """Stop in the backward pass, before any parameter changes, where a zero vector makes gradients overflow."""
         if self._scaler_skips(tensors[0]):
             return
-        empty = self.empty_texts() or (
-            "The model gave a sentence vector of zeros, which has no direction. Look for empty texts, or weights of "
-            "zero."
-        )
+        zeros = "The model gave a sentence vector of zeros, which has no direction: look for empty texts, zero weights."
         message = (
             f"MIPICLoss: the gradient of the base loss is not finite at {self.place}. No parameter was changed by "
-            f"this batch. {empty}"
+            f"this batch. {self.empty_texts() or zeros}"
         )
         # Pooling divides by at least 1e-9: a gradient beyond this overflows there, if it has not before.
         limit = torch.finfo(torch.float32).max * 1e-9

@@ -18,12 +18,10 @@ Dims = Sequence[tuple[int, float]]
 
 
 class Outcome(NamedTuple):
-    """What a base loss and the terms that watched it gave.
+    """What a base loss and the terms that watched it gave: weighted scalars by name.
 
-    Attributes:
-        terms: Weighted scalars by name.
-        embeddings: What the model gave in each forward pass, where it is at hand.
-        total: The sum of the terms, if it has the gradient in their place.
+    With it the embeddings of each forward pass, where they are at hand, and the sum of the terms, if it has the
+    gradient in their place.
     """
 
     terms: dict[str, Tensor]
@@ -39,27 +37,25 @@ class Outcome(NamedTuple):
 
 
 class TruncatedPasses:
-    """A forward that runs the model once per call of the first dim, and hands later dims the same output, cut.
+    """Runs the model once per call of the first dim, and hands later dims the same output, cut.
 
     Each output is cut and normalised from the one before, as ``MatryoshkaLoss`` does, so that values and gradients
-    are the same to the last bit.
-
-    Attributes:
-        embeddings: What the model gave, uncut, one tensor per forward pass.
+    are the same to the last bit. ``embeddings`` are what the model gave, uncut, one tensor per forward pass.
     """
 
-    def __init__(self, forward: Callable[..., Features]) -> None:
-        self.forward = forward
+    def __init__(self) -> None:
         self.outputs: list[Features] = []
         self.embeddings: list[Tensor] = []
-        self.dim = 0
-        self.position = 0
-        self.growing = True
 
-    def __call__(self, features: Features, *args: Any, **kwargs: Any) -> Features:
+    def start_dim(self, dim: int) -> None:
+        """Begin the pass for one truncation dimension; dims must descend."""
+        self.growing = not self.outputs
+        self.dim, self.position = dim, 0
+
+    def __call__(self, forward: Callable[..., Features], features: Features, *args: Any, **kwargs: Any) -> Features:
         """The model's output, or that of the first dim's call at the same place, cut to the present dim."""
         if self.growing:
-            self.outputs.append(self.forward(features, *args, **kwargs))
+            self.outputs.append(forward(features, *args, **kwargs))
             self.embeddings.append(self.outputs[-1]["sentence_embedding"])
         if self.position >= len(self.outputs):
             raise RuntimeError("The base loss ran the model more often for a later dim than for the first one.")
@@ -68,20 +64,12 @@ class TruncatedPasses:
         self.position += 1
         return output
 
-    def start_dim(self, dim: int) -> None:
-        """Begin the pass for one truncation dimension; dims must descend."""
-        self.growing = not self.outputs
-        self.dim, self.position = dim, 0
-
 
 @contextmanager
 def truncated_passes(model: nn.Module) -> Iterator[TruncatedPasses]:
-    """Let a base loss be called once per truncation dimension with a single set of forward passes.
-
-    ``start_dim`` is to be called with each dim, in descending order, before the base loss is run for it.
-    """
-    passes = TruncatedPasses(model.forward)
-    with replaced_forward(model, lambda _: passes):
+    """One set of forward passes for a base loss that is called once per dim; ``start_dim`` announces each."""
+    passes = TruncatedPasses()
+    with replaced_forward(model, passes):
         yield passes
 
 
@@ -98,7 +86,7 @@ def run_plain(
 
     For base losses that embed in their forward pass; :func:`mipic_st.losses.cached.run_cached` is for the others.
     """
-    with observers.recording() as recorder:
+    with observers.recording() as passes:
         terms, embeddings = _at_every_dim(base, model, features, labels, dims)
     if not embeddings:
         raise RuntimeError(
@@ -109,7 +97,7 @@ def run_plain(
     if observers.terms:
         terms = {name: scale * term.float() for name, term in terms.items()}
         size = _sentences_per_column(embeddings, features)
-        observed = [observers.observe(recorded) for recorded in recorder.passes]
+        observed = [observers.observe(recorded) for recorded in passes]
         terms |= observers.reduce([column for rows in observed for column in rows.split(size)])
     return Outcome(terms, embeddings)
 

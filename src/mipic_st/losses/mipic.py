@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from mipic_st.encoder.hidden_states import LayerRecorder, Recorder, record_states
+from mipic_st.encoder.hidden_states import LayerRecorder, RecordedPass, record_states
 from mipic_st.encoder.structure import backbone_of, embedding_width, unwrap
 from mipic_st.losses import presets, sia
 from mipic_st.losses.cached import require_supported, run_cached
@@ -28,12 +28,11 @@ class MIPICLoss(nn.Module):
 
     A drop-in for ``MatryoshkaLoss``: the base loss is applied to every truncation dimension, and the hidden states of
     its own forward passes are recorded. On them, SIA asks each prefix to see the tokens of a sentence as the full width
-    does (by default a constant), and PIC, if it is switched on, chains narrow, early sentence vectors to wide, late
-    ones. With ``distill_weight``, which is no part of MIPIC, the similarities within a batch follow those that a larger
-    model sees. For small dimensions start from a model that was rotated
-    (:func:`mipic_st.transforms.model_rotation.rotate_model`): from there the loss scores as ``MatryoshkaLoss`` does,
-    and a larger model adds to it. From a plain start, SIA helps a weak encoder. The trained model is a plain
-    SentenceTransformer.
+    does, and PIC, if it is switched on, chains narrow, early sentence vectors to wide, late ones. With
+    ``distill_weight``, which is no part of MIPIC, the similarities within a batch follow those that a larger model
+    sees. For small dimensions start from a rotated model (:func:`mipic_st.transforms.model_rotation.rotate_model`):
+    from there the loss scores as ``MatryoshkaLoss`` does, and a larger model adds to it. From a plain start, SIA helps
+    a weak encoder. The trained model is a plain SentenceTransformer.
 
     .. math:: L = \alpha L_{MRL} + (1 - \alpha) (L_{SIA} + L_{PIC} + L_{distillation}) \qquad \text{(Eq. 18)}
 
@@ -47,18 +46,16 @@ class MIPICLoss(nn.Module):
         matryoshka_dims: Embedding dimensions for the base loss, in any order, e.g. [768, 256, 64, 16]. Those below the
             full width are the prefixes of SIA.
         matryoshka_weights: One weight per dim for the base loss. Default: 1 for each.
-        n_dims_per_step: Number of dims that the base loss is applied to in each training batch; -1 is all. They are
-            drawn from the seed, the trainer's step (known with :class:`~mipic_st.losses.callback.MIPICCallback`) and
-            the batch within it; without the callback from the number of the batch in this process, so that a resumed
-            run draws other dims than the interrupted one. Evaluation and the other terms always use all dims.
+        n_dims_per_step: Number of dims that the base loss is applied to in each training batch; -1 is all. The draw
+            goes by the seed, the trainer's step and the batch within it; without
+            :class:`~mipic_st.losses.callback.MIPICCallback`, which knows the step, a resumed run draws other dims than
+            the interrupted one. Evaluation and the other terms always use all dims.
         alpha: Weight of the base term in Eq. 18, in [0, 1].
-        attention_weight: Weight of SIA's attention term (Eq. 6), >= 0. Zero switches it off. With a weight of 1 a model
-            with random upper layers lost 1.6 points at full width, and 7 without ``detach_full_width``.
+        attention_weight: Weight of SIA's attention term (Eq. 6), >= 0. Zero switches it off.
         cka_weight: Weight of SIA's CKA term (Eq. 11), >= 0. Zero switches it off.
-        pic_weight: Weight of PIC (Eq. 17), >= 0. Zero, the default, switches it off: its heads are parameters, and it
-            added nothing on any start that was measured.
-        distill_weight: Weight of the larger model's term, >= 0. Zero, the default, switches it off. With 4 and
-            ``alpha=0.8`` it counts as much as the base loss, which is what was measured.
+        pic_weight: Weight of PIC (Eq. 17), >= 0. Zero switches it off.
+        distill_weight: Weight of the larger model's term, >= 0. Zero switches it off. With 4 and ``alpha=0.8`` it
+            counts as much as the base loss.
         sia_layers: Layers that carry SIA, 1 to the model's depth. Default: the last one.
         pic_chain: Ordered (dim, layer) pairs for PIC (the paper's checkpoints), both ascending, at least two. Default:
             :func:`mipic_st.losses.presets.default_chain`.
@@ -72,12 +69,11 @@ class MIPICLoss(nn.Module):
         kl_direction: ``"prefix_full"`` for KL(prefix || full), the paper's Eq. 6; ``"full_prefix"`` for the reverse, as
             in the released notebooks.
         detach_full_width: Whether all of SIA's full-width side (query, distribution, Gram matrix) is a constant.
-            Without, the full width can meet the prefix half-way by becoming simpler itself.
         lift_init: The lifts P (Eq. 5): ``"frozen"`` is ordinary truncation, and no parameter. The others are trained:
             ``"identity"`` starts at ordinary truncation, ``"orthogonal"`` and ``"random"`` do not.
         token_importance: ``"similarity"`` ranks tokens by the full-width query (Eq. 4). ``"attention"`` takes the
-            model's own attention maps of that layer, pooled like its tokens, heads averaged, before dropout; the model
-            is then switched to eager attention, with a warning in the log.
+            model's own attention maps of that layer, before dropout; the model is then switched to eager attention,
+            with a warning in the log.
         gather_across_devices: Whether PIC's negatives come from all devices of a distributed run (every device must
             then have the same batch size). Set it as on the base loss.
         seed: Seeds the lifts, the heads and the draw of dims; the global generators are left alone.
@@ -104,8 +100,7 @@ class MIPICLoss(nn.Module):
         B sentences per column, L padded tokens, D full width: hidden states are (B, L, D). Parameters, if there are
         any, begin with ``mipic_projections``: one (d, D) lift per SIA layer and prefix, one two-layer head per PIC
         link. They need :class:`~mipic_st.losses.callback.MIPICCallback`: without it they are neither saved with
-        checkpoints nor clipped, which is logged, and training in several processes is refused. That a run was resumed
-        without them cannot be seen from here.
+        checkpoints nor clipped, which is logged, and training in several processes is refused.
 
     Returns:
         dict[str, Tensor]: Float32 scalars, already weighted, whose sum is the loss: ``matryoshka``
@@ -114,12 +109,11 @@ class MIPICLoss(nn.Module):
 
     Raises:
         ValueError: If an argument is out of its range, or the model is not built of Transformer, Pooling and such a
-            tail; in the first ``forward``, if it does not pool its last hidden state. The message names what is
-            allowed.
+            tail; in the first ``forward``, if it does not pool its last hidden state.
         TypeError: If ``model`` or ``loss`` is none, or an argument no number, flag or sequence where it has to be one.
         FloatingPointError: In ``forward``, if a term is nan or inf, and in the backward pass, if the vector of an empty
-            text makes the base loss's gradient overflow. The message names term, step and text. With fp16's gradient
-            scaler such batches are logged, and skipped by it.
+            text makes the base loss's gradient overflow. With fp16's gradient scaler such batches are logged, and
+            skipped by it.
         RuntimeError: In ``forward``, if the base loss never called ``model``.
 
     Numerics:
@@ -206,11 +200,10 @@ class MIPICLoss(nn.Module):
         Args:
             model: SentenceTransformer model.
             loss: The base loss.
-            preset: ``"paper"`` is the published formulation: plain sums, tau 0.05, random lifts, gradients through the
-                full width, layers, chain and alpha of Table 7, by the same rule for other backbones. ``"released"`` is
-                the authors' own BERT-base run: no attention term, a chain of three pairs, tau 0.07, alpha 0.6.
-                ``"tinybert-6l"``, ``"bert-base"``, ``"bge-m3"`` and ``"qwen3-0.6b"`` are the paper's and refuse a
-                backbone of another shape. ``"default"`` is the constructor's defaults.
+            preset: ``"paper"`` is the published formulation, with layers, chain and alpha of Table 7, by the same rule
+                for other backbones. ``"released"`` is the authors' own BERT-base run: no attention term, a chain of
+                three pairs, tau 0.07, alpha 0.6. ``"tinybert-6l"``, ``"bert-base"``, ``"bge-m3"`` and ``"qwen3-0.6b"``
+                are the paper's and refuse a backbone of another shape. ``"default"`` is the constructor's defaults.
             matryoshka_dims: Embedding dimensions. Default: the paper's, 16 to 512 and the full width.
             **overrides: Any keyword argument of :class:`MIPICLoss`, which then wins over the preset.
 
@@ -248,7 +241,9 @@ class MIPICLoss(nn.Module):
             Dict of scalars.
         """
         features, settings = checked_features(sentence_features), self.settings
-        self._begin_batch()
+        self._batches += self.model.training
+        if self.model.training and torch.is_grad_enabled() and not self.managed:
+            require_managed(self.mipic_projections, first_batch=self._batches == 1)
         pooling = self._layers and self._layers.backbone.pooling
         watch = Watch(features, self._place, pooling, self.skips_nonfinite)
         watch.check_lengths()
@@ -291,7 +286,7 @@ class MIPICLoss(nn.Module):
         self._layers = self._layers or LayerRecorder(self.model)
         self.terms[name] = term
 
-    def record(self) -> AbstractContextManager[Recorder]:
+    def record(self) -> AbstractContextManager[list[RecordedPass]]:
         """The context in which the model's forward passes are recorded as the terms observe them."""
         if self._layers is None or not len(self.terms):
             return record_states(self.model, None)
@@ -301,12 +296,6 @@ class MIPICLoss(nn.Module):
     def begin_step(self, step: int | None) -> None:
         """Note the trainer's step, which ``n_dims_per_step`` and messages go by; None outside of a training."""
         self.global_step, self._batches_before_step = step, self._batches
-
-    def _begin_batch(self) -> None:
-        """Count it, and see to it that somebody looks after the projections."""
-        self._batches += self.model.training
-        if self.model.training and torch.is_grad_enabled() and not self.managed:
-            require_managed(self.mipic_projections, first_batch=self._batches == 1)
 
     @property
     def _place(self) -> str:

@@ -47,8 +47,7 @@ def chain_info_nce(
         temperature: tau, > 0.
         offset: Row of ``target`` that belongs to the first row of ``predicted``; more than zero where ``target``
             holds the sentences of several devices.
-        valid: (..., M), boolean: which sentences there are. The others are neither asked for nor negatives, as if
-            they were not in the batch. Default: all.
+        valid: (..., M), boolean: which sentences there are; the others count as not in the batch. Default: all.
 
     Returns:
         Scalar, the mean over sentences and columns; zero for a batch of one, or without a valid sentence.

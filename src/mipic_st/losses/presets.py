@@ -1,7 +1,4 @@
-"""The paper's settings as data, and the rules that extend them to any depth and any dims.
-
-Imports nothing else of this package and no torch: everything here is arithmetic on small tuples.
-"""
+"""The paper's settings as data, and the rules that extend them to any depth and any dims."""
 
 from __future__ import annotations
 
@@ -9,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mipic_st.validation import checked_choice
+
 PAPER_GAMMAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 """Shares of tokens for the top-k sets of six prefixes (App. A.5)."""
-
 
 CITATION = """
 @misc{huy2026mipic,
@@ -29,65 +27,32 @@ CITATION = """
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the paper used for one backbone (Table 7, App. A.5).
-
-    Attributes:
-        name: Short name, valid as a preset.
-        depth: Number of encoder layers.
-        width: Full embedding width D.
-        alpha: Weight of the base term in Eq. 18.
-        sia_layers: Layers that carry SIA, 1 is the first encoder layer.
-        pic_chain: Ordered (dim, layer) pairs of PIC.
-    """
+    """What the paper used for one backbone (Table 7, App. A.5): its shape, alpha of Eq. 18, and PIC's chain."""
 
     name: str
     depth: int
     width: int
     alpha: float
-    sia_layers: tuple[int, ...]
     pic_chain: tuple[tuple[int, int], ...]
 
     @property
+    def sia_layers(self) -> tuple[int, ...]:
+        """Layers that carry SIA: those of the chain."""
+        return tuple(layer for _, layer in self.pic_chain)
+
+    @property
     def dims(self) -> tuple[int, ...]:
-        """The matryoshka dims of the paper for this width, ascending."""
-        return (16, 32, 64, 128, 256, 512, self.width)
+        """The matryoshka dims, ascending."""
+        return paper_dims(self.width)
 
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe(
-            "tinybert-6l",
-            depth=6,
-            width=768,
-            alpha=0.4,
-            sia_layers=(1, 2, 3, 4, 5, 6),
-            pic_chain=((16, 1), (32, 2), (64, 3), (256, 4), (512, 5), (768, 6)),
-        ),
-        Recipe(
-            "bert-base",
-            depth=12,
-            width=768,
-            alpha=0.4,
-            sia_layers=(2, 4, 6, 8, 9, 10, 12),
-            pic_chain=((16, 2), (32, 4), (64, 6), (128, 8), (256, 9), (512, 10), (768, 12)),
-        ),
-        Recipe(
-            "bge-m3",
-            depth=24,
-            width=1024,
-            alpha=0.5,
-            sia_layers=(1, 4, 7, 11, 15, 19, 24),
-            pic_chain=((16, 1), (32, 4), (64, 7), (128, 11), (256, 15), (512, 19), (1024, 24)),
-        ),
-        Recipe(
-            "qwen3-0.6b",
-            depth=28,
-            width=1024,
-            alpha=0.5,
-            sia_layers=(2, 6, 12, 16, 20, 24, 28),
-            pic_chain=((16, 2), (32, 6), (64, 12), (128, 16), (256, 20), (512, 24), (1024, 28)),
-        ),
+        Recipe("tinybert-6l", 6, 768, 0.4, ((16, 1), (32, 2), (64, 3), (256, 4), (512, 5), (768, 6))),
+        Recipe("bert-base", 12, 768, 0.4, ((16, 2), (32, 4), (64, 6), (128, 8), (256, 9), (512, 10), (768, 12))),
+        Recipe("bge-m3", 24, 1024, 0.5, ((16, 1), (32, 4), (64, 7), (128, 11), (256, 15), (512, 19), (1024, 24))),
+        Recipe("qwen3-0.6b", 28, 1024, 0.5, ((16, 2), (32, 6), (64, 12), (128, 16), (256, 20), (512, 24), (1024, 28))),
     )
 }
 """The four published backbones by name (Table 7)."""
@@ -110,42 +75,18 @@ PAPER_SETTINGS: dict[str, Any] = {
 }
 """Arguments of MIPICLoss that make the published formulation, but for those that depend on the backbone."""
 
-
 # As found in the first commit of the authors' repository; its other settings are the paper's.
-RELEASED_SETTINGS: dict[str, Any] = PAPER_SETTINGS | {
-    "alpha": 0.6,
-    "attention_weight": 0.0,
-    "chain_temperature": 0.07,
-}
+RELEASED_SETTINGS: dict[str, Any] = PAPER_SETTINGS | {"alpha": 0.6, "attention_weight": 0.0, "chain_temperature": 0.07}
 """Arguments of MIPICLoss that make the authors' own BERT run, but for those that depend on the backbone."""
 
 
 def find_recipe(depth: int, width: int) -> Recipe | None:
-    """Return the published recipe for a backbone of this shape, or None.
-
-    Args:
-        depth: Number of encoder layers.
-        width: Full embedding width.
-
-    Returns:
-        The recipe of Table 7 with that depth and width, if there is one.
-
-    Example:
-        >>> find_recipe(12, 768).name
-        'bert-base'
-    """
+    """The published recipe for a backbone of this shape, if there is one."""
     return next((recipe for recipe in RECIPES.values() if (recipe.depth, recipe.width) == (depth, width)), None)
 
 
 def spread(count: int, last: int) -> tuple[int, ...]:
     """``count`` different integers from 1 to ``last``, evenly spaced and ending at ``last``.
-
-    Args:
-        count: How many, 1 <= count <= last.
-        last: The largest one.
-
-    Returns:
-        Ascending integers.
 
     Example:
         >>> spread(3, 12)
@@ -155,44 +96,28 @@ def spread(count: int, last: int) -> tuple[int, ...]:
 
 
 def default_gammas(count: int) -> tuple[float, ...]:
-    """Top-k shares for ``count`` prefixes: the published six, interpolated linearly for any other number.
-
-    Args:
-        count: Number of truncated prefixes, >= 1.
-
-    Returns:
-        Ascending shares, the first one 0.2 and, from two prefixes on, the last one 0.7.
+    """Ascending top-k shares for ``count`` prefixes: the published six, or 0.2 to 0.7 interpolated linearly.
 
     Example:
         >>> default_gammas(6)
         (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     """
-    if count == 1:
-        return PAPER_GAMMAS[:1]
-    gammas = []
+    last, gammas = len(PAPER_GAMMAS) - 1, []
     for index in range(count):
-        position = index * (len(PAPER_GAMMAS) - 1) / (count - 1)
-        lower = min(int(position), len(PAPER_GAMMAS) - 2)
+        position = index * last / max(1, count - 1)
+        lower = min(int(position), last - 1)
         share = position - lower
         gammas.append(round(PAPER_GAMMAS[lower] * (1 - share) + PAPER_GAMMAS[lower + 1] * share, 4))
     return tuple(gammas)
 
 
 def default_chain(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[int, int], ...]:
-    """PIC's chain for any dims and depth.
+    """PIC's chain for any dims, depth and full width: ordered (dim, layer) pairs, fewer than two if there are none.
 
     The published pairs where the backbone has a published shape, all dims are the paper's, the full width is one of
     them and at least two have a pair (TinyBERT's table has none for 128). Otherwise one layer per dim, evenly spaced
     up to the last one; with more dims than layers, the dims are thinned evenly and the smallest and the largest stay
     (the rule that gives the published TinyBERT table, which leaves out 128).
-
-    Args:
-        dims: Matryoshka dims, any order.
-        depth: Number of encoder layers.
-        width: Full embedding width.
-
-    Returns:
-        Ordered (dim, layer) pairs; fewer than two if there are fewer than two dims or layers.
 
     Example:
         >>> default_chain([384, 64, 16], depth=6, width=384)
@@ -213,14 +138,7 @@ def released_chain(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[i
     """PIC's chain in the authors' own BERT run, (16, 3) (128, 7) (768, 11), for any dims and depth.
 
     Its layers count from zero: they are thirds of the depth. Its dims are the smallest, the middle and the full one.
-
-    Args:
-        dims: Matryoshka dims, any order.
-        depth: Number of encoder layers.
-        width: Full embedding width.
-
-    Returns:
-        Up to three (dim, layer) pairs; none if there are fewer than two dims or layers.
+    There are no pairs for fewer than two dims or layers.
 
     Example:
         >>> released_chain([16, 32, 64, 128, 256, 512, 768], depth=12, width=768)
@@ -229,37 +147,22 @@ def released_chain(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[i
     dims = sorted({*dims, width})
     chosen = sorted({dims[0], dims[len(dims) // 2], width})
     count = min(len(chosen), depth)
-    if count < 2:
-        return ()
-    return tuple(zip(chosen[-count:], spread(count, depth), strict=True))
+    return tuple(zip(chosen[-count:], spread(count, depth), strict=True)) if count > 1 else ()
 
 
 def paper_layers(depth: int, width: int) -> tuple[int, ...]:
     """Layers that carry SIA in the paper: the published ones, or seven evenly spaced (all of a shallower model).
-
-    Args:
-        depth: Number of encoder layers.
-        width: Full embedding width.
-
-    Returns:
-        Ascending layer numbers, the last one being ``depth``.
 
     Example:
         >>> paper_layers(6, 384)
         (1, 2, 3, 4, 5, 6)
     """
     recipe = find_recipe(depth, width)
-    return recipe.sia_layers if recipe is not None else spread(min(depth, 7), depth)
+    return recipe.sia_layers if recipe else spread(min(depth, 7), depth)
 
 
 def paper_dims(width: int) -> tuple[int, ...]:
-    """The paper's matryoshka dims for a width: 16 to 512 as far as they are below it, and the width itself.
-
-    Args:
-        width: Full embedding width.
-
-    Returns:
-        Ascending dims.
+    """The paper's matryoshka dims for a full width: 16 to 512 as far as they are below it, and the width itself.
 
     Example:
         >>> paper_dims(384)
@@ -269,42 +172,21 @@ def paper_dims(width: int) -> tuple[int, ...]:
 
 
 def paper_alpha(depth: int, width: int) -> float:
-    """Alpha of Eq. 18 in the paper: the published one, else 0.4 below 24 layers and 0.5 from there on.
-
-    Args:
-        depth: Number of encoder layers.
-        width: Full embedding width.
-
-    Returns:
-        Alpha in [0, 1].
-    """
+    """Alpha of Eq. 18 in the paper: the published one, else 0.4 below 24 layers and 0.5 from there on."""
     recipe = find_recipe(depth, width)
-    if recipe is not None:
-        return recipe.alpha
-    return 0.4 if depth < 24 else 0.5
+    return recipe.alpha if recipe else 0.4 if depth < 24 else 0.5
 
 
 def preset_settings(preset: str, dims: Sequence[int], shape: tuple[int, int] | None) -> dict[str, Any]:
-    """The arguments of MIPICLoss that a preset stands for.
+    """The arguments of MIPICLoss that a preset stands for, as far as they differ from the defaults.
 
-    Args:
-        preset: ``"default"``, ``"paper"``, ``"released"`` or one of :data:`RECIPES`.
-        dims: Matryoshka dims, any order.
-        shape: Depth and width of the model, or None if its layers cannot be aligned.
-
-    Returns:
-        Those that differ from MIPICLoss's defaults.
-
-    Raises:
-        ValueError: If the preset is unknown or was published for another shape.
+    ``shape`` is depth and width of the model, or None if its layers cannot be aligned.
 
     Example:
         >>> preset_settings("released", [384, 64, 16], (6, 384))["pic_chain"]
         ((16, 2), (64, 4), (384, 6))
     """
-    names = ("default", "paper", "released", *RECIPES)
-    if preset not in names:
-        raise ValueError(f"preset must be one of {names}, got {preset!r}.")
+    checked_choice("preset", preset, ("default", "paper", "released", *RECIPES))
     recipe = RECIPES.get(preset)
     if recipe is not None and shape is not None and (recipe.depth, recipe.width) != shape:
         raise ValueError(

@@ -40,11 +40,7 @@ _LIFTS = ("identity", "orthogonal", "random", "frozen")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What MIPICLoss was given, see there for what each field means.
-
-    ``sia_layers``, ``pic_chain`` and ``gammas`` are kept as they were given: the terms check them against a model, and
-    choose where they are None.
-    """
+    """What MIPICLoss was given; the terms check ``sia_layers``, ``pic_chain`` and ``gammas`` against a model."""
 
     matryoshka_dims: tuple[int, ...]
     matryoshka_weights: tuple[float, ...]
@@ -83,10 +79,8 @@ class Settings:
         dims = checked_dims("matryoshka_dims", matryoshka_dims, width)
         if width is not None and width not in dims:
             logger.warning(
-                "The model's full width %d is not among matryoshka_dims %s, so the base loss will not train it. Add it "
-                "unless that is meant.",
-                width,
-                dims,
+                f"The model's full width {width} is not among matryoshka_dims {dims}, so the base loss will not train "
+                "it. Add it unless that is meant."
             )
         pairs = sorted(zip(dims, _checked_weights(dims, matryoshka_weights), strict=True), reverse=True)
         return cls(

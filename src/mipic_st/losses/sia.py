@@ -8,8 +8,8 @@ Symbols, used in every signature below:
 - ``dims``: the n truncated prefixes d_1 < ... < d_n < D. Each learns from the full width.
 - ``lifts``: P, one (d_i, D) matrix per prefix.
 
-Nothing here loops over sentences and nothing depends on the padding or on the other sentences of the batch.
-Everything is computed in float32, or in float64 if the input is float64, whatever autocast says.
+Nothing depends on the padding or on the other sentences of the batch. Everything is computed in float32, or in float64
+if the input is float64, whatever autocast says.
 """
 
 from __future__ import annotations
@@ -28,12 +28,9 @@ KLDirection = Literal["prefix_full", "full_prefix"]
 
 
 class SIATerms(NamedTuple):
-    """What one layer contributes, per sentence and prefix, before any aggregation.
+    """What one layer contributes per sentence and prefix, (B, n) each: the KL of Eq. 6, and ``1 - CKA`` of Eq. 11.
 
-    Attributes:
-        attention: (B, n), the KL of Eq. 6.
-        cka: (B, n), ``1 - CKA`` of Eq. 11; zero where it is undefined.
-        cka_valid: (B, n), whether CKA is defined: at least two distinct tokens in the selected set.
+    CKA is defined (``cka_valid``) if the selected set has at least two distinct tokens; else its value is zero.
     """
 
     attention: Tensor
@@ -47,9 +44,8 @@ def initial_lift(dim: int, width: int, init: LiftInit = "identity") -> Tensor:
     Args:
         dim: Prefix width d_i, 0 < dim <= width.
         width: Full width D.
-        init: ``"identity"`` is ``[I 0]``: the lifted prefix is the prefix itself padded with zeros, so training starts
-            at ordinary truncation. ``"orthogonal"`` has random orthonormal rows. ``"random"`` is what a linear layer
-            from d_i to D starts with.
+        init: ``"identity"`` is ``[I 0]``, ordinary truncation. ``"orthogonal"`` has random orthonormal rows.
+            ``"random"`` is what a linear layer from d_i to D starts with.
 
     Returns:
         Tensor of shape (dim, width).
@@ -74,8 +70,7 @@ def initial_lift(dim: int, width: int, init: LiftInit = "identity") -> Tensor:
 def project_query(query: Tensor, lifts: Sequence[Tensor]) -> Tensor:
     r"""Project the query once per prefix, instead of lifting every token (right side of Eq. 5).
 
-    Since :math:`q \cdot (h_{:d_i} P_i) = (P_i q) \cdot h_{:d_i}`, each prefix needs one vector per sentence. Zeros
-    behind the first d_i entries make one batched product with the full-width tokens enough for all prefixes.
+    Since :math:`q \cdot (h_{:d_i} P_i) = (P_i q) \cdot h_{:d_i}`, each prefix needs one vector per sentence.
 
     Args:
         query: (B, D).
@@ -140,15 +135,12 @@ def attention_kl(
 ) -> Tensor:
     """Divergence between the distributions over tokens of each prefix and of the full width (Eq. 6).
 
-    The paper writes KL(a_i || a_D), prefix first, which is the default here. The released notebooks have
-    KL(a_D || a_i).
-
     Args:
         prefix_scores: s_i, (B, n, L).
         full_log_probs: log a_D, (B, L), from :func:`masked_log_softmax`.
         mask: (B, L), true at real tokens.
         temperature: tau of the prefixes' softmax, > 0.
-        direction: ``"prefix_full"`` for KL(a_i || a_D), ``"full_prefix"`` for KL(a_D || a_i).
+        direction: ``"prefix_full"`` is KL(a_i || a_D), the paper's; ``"full_prefix"`` KL(a_D || a_i), the notebooks'.
 
     Returns:
         (B, n), in nats. Zero for a sentence with one real token or none.
@@ -159,14 +151,10 @@ def attention_kl(
         >>> attention_kl(torch.tensor([[[0.0, 0.0], [2.0, 0.0]]]), full, mask, temperature=1.0)
         tensor([[0.0000, 0.3278]])
     """
-    prefix = masked_log_softmax(prefix_scores / temperature, mask)
-    full = full_log_probs[:, None, :]
-    real = mask[:, None, :]
-    if direction == "prefix_full":
-        terms = prefix.exp() * (prefix - full)
-    else:
-        terms = full.exp() * (full - prefix)
-    return terms.masked_fill(~real, 0.0).sum(dim=-1)
+    one, other = masked_log_softmax(prefix_scores / temperature, mask), full_log_probs[:, None, :]
+    if direction == "full_prefix":
+        one, other = other, one
+    return (one.exp() * (one - other)).masked_fill(~mask[:, None, :], 0.0).sum(dim=-1)
 
 
 def sia_terms(
@@ -196,10 +184,9 @@ def sia_terms(
         min_k: Smallest set.
         temperature: tau of the attention softmax, > 0.
         kl_direction: See :func:`attention_kl`.
-        detach_full_width: Whether everything of the full width (q, a_D, X_D) is a constant, so that only the prefixes
-            and the lifts learn.
-        full_attention: (B, L), importance of each token from the model's own attention maps. It replaces the
-            softmax at full width, without temperature since it is a distribution already. Default: similarity.
+        detach_full_width: Whether everything of the full width (q, a_D, X_D) is a constant.
+        full_attention: (B, L), importance of each token from the model's own attention maps, in the place of the
+            softmax at full width. Default: similarity.
         with_cka: Whether Eq. 11 is wanted; if not, its values are zero and not valid.
 
     Returns:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -18,10 +19,11 @@ import torch
 from sentence_transformers.util import all_gather
 from torch import Tensor, distributed, nn
 
-from mipic_st.encoder.hidden_states import RecordedPass, Recorder, require_eager_attention
+from mipic_st.encoder.hidden_states import RecordedPass, require_eager_attention
 from mipic_st.encoder.structure import Backbone
 from mipic_st.losses import pic, presets, sia
 from mipic_st.losses.distillation import similarity_divergence
+from mipic_st.losses.faults import processes
 from mipic_st.losses.settings import Settings
 from mipic_st.validation import as_list, checked_chain, checked_layers, checked_pairs, is_number, is_whole, plain
 
@@ -70,34 +72,24 @@ def make_terms(settings: Settings, model: nn.Module, backbone: Backbone) -> list
                 require_eager_attention(model)
     if not terms:
         logger.warning(
-            "matryoshka_dims=%s has no prefix below the width of %d to align, so SIA and PIC are off.",
-            list(settings.matryoshka_dims),
-            backbone.width,
+            f"matryoshka_dims={list(settings.matryoshka_dims)} has no prefix below the width of {backbone.width} to "
+            "align, so SIA and PIC are off."
         )
     return terms
 
 
 class SIATerm(nn.Module):
-    """L_SIA in its two parts (Eq. 4-14), with the lifts P as parameters unless they are frozen.
-
-    Attributes:
-        layers: Those that carry it.
-        prefixes: The dims below the full width, ascending.
-        gammas: Share of tokens in the top-k set of each prefix.
-        attentions: Which attention maps have to be recorded.
-    """
+    """L_SIA in its two parts (Eq. 4-14), with the lifts P as parameters unless they are frozen."""
 
     name = "sia"
 
     def __init__(self, settings: Settings, backbone: Backbone, prefixes: tuple[int, ...]) -> None:
         super().__init__()
         self.settings, self.prefixes, self.width = settings, prefixes, backbone.width
-        self.layers: tuple[int, ...] = (backbone.depth,)
-        if settings.sia_layers is not None:
-            given: Any = settings.sia_layers
-            fix = ", or switch SIA off with attention_weight=cka_weight=0"
-            given = [given] if is_whole(plain(given)) else given
-            self.layers = checked_layers("sia_layers", given, backbone.depth, otherwise=fix)
+        given: Any = backbone.depth if settings.sia_layers is None else settings.sia_layers
+        given = [given] if is_whole(plain(given)) else given
+        fix = ", or switch SIA off with attention_weight=cka_weight=0"
+        self.layers = checked_layers("sia_layers", given, backbone.depth, otherwise=fix)
         self.gammas = _checked_gammas(settings.gammas, len(prefixes))
         self.attentions = "no"
         if settings.token_importance == "attention":
@@ -153,11 +145,7 @@ class SIATerm(nn.Module):
 
 
 class PICTerm(nn.Module):
-    """L_PIC (Eq. 15-17), with the heads phi as parameters.
-
-    Attributes:
-        chain: Its (dim, layer) pairs, the paper's checkpoints.
-    """
+    """L_PIC (Eq. 15-17) along (dim, layer) pairs, with the heads phi as parameters."""
 
     name = "pic"
 
@@ -182,34 +170,25 @@ class PICTerm(nn.Module):
     def reduce(self, columns: list[Tensor]) -> dict[str, Tensor]:
         """InfoNCE of each link, added. Negatives come from the same column, however columns were batched."""
         *sides, has_text = _split(columns, [dim for dim, _ in self.chain[1:] for _ in range(2)] + [1])
-        valid, offset = has_text[..., 0].detach() > 0, 0
-        gather = self.settings.gather_across_devices and distributed.is_available() and distributed.is_initialized()
-        if gather:
-            valid = all_gather(valid.float().transpose(0, 1).contiguous()).transpose(0, 1) > 0
+        offset, targets, valid = 0, [side.detach() for side in sides[1::2]], has_text[..., 0].detach()
+        if self.settings.gather_across_devices and processes() > 1:
+            # No gradient flows into targets, so plain gathering is exact.
+            *targets, valid = (all_gather(t.transpose(0, 1).contiguous()).transpose(0, 1) for t in (*targets, valid))
             offset = distributed.get_rank() * len(columns[0])
-        values = []
-        for predicted, target in zip(sides[0::2], sides[1::2], strict=True):
-            target = target.detach()
-            if gather:
-                # No gradient flows into targets, so plain gathering is exact.
-                target = all_gather(target.transpose(0, 1).contiguous()).transpose(0, 1)
-            values.append(pic.chain_info_nce(predicted, target, self.settings.chain_temperature, offset, valid))
+        values = [
+            pic.chain_info_nce(predicted, target, self.settings.chain_temperature, offset, valid > 0)
+            for predicted, target in zip(sides[0::2], targets, strict=True)
+        ]
         return {"pic": self.settings.pic_weight * self.settings.aggregate(torch.stack(values))}
 
 
 @dataclass(frozen=True)
 class DistillationTerm:
-    """The similarities that a larger model sees in one batch, see :mod:`mipic_st.losses.distillation`.
-
-    Attributes:
-        settings: The loss's.
-        base: Name of the base loss, for messages.
-        larger: The larger model's vectors, (B, columns, T).
-    """
+    """The similarities that a larger model sees in one batch; ``base`` is the base loss's name, for messages."""
 
     settings: Settings
     base: str
-    larger: Tensor
+    larger: Tensor  # its vectors, (B, columns, T)
     name = "distillation"
 
     @classmethod
@@ -249,21 +228,18 @@ class DistillationTerm:
 class Observers:
     """The terms of one batch together: side by side in one tensor per forward pass, and apart again.
 
-    Args:
-        terms: The terms.
-        weight: ``1 - alpha``, what each is multiplied by.
-        record: Makes the context in which the model's forward passes are recorded.
+    Each is multiplied by the weight; ``record`` makes the context in which forward passes are recorded.
     """
 
     def __init__(
-        self, terms: Sequence[Term], weight: float, record: Callable[[], AbstractContextManager[Recorder]]
+        self, terms: Sequence[Term], weight: float, record: Callable[[], AbstractContextManager[list[RecordedPass]]]
     ) -> None:
         self.terms, self.weight, self.record = terms, weight, record
         self._sizes: list[int] = []
 
-    def recording(self) -> AbstractContextManager[Recorder]:
+    def recording(self) -> AbstractContextManager[list[RecordedPass]]:
         """Where the base loss runs the model; without a term nothing is recorded."""
-        return self.record() if self.terms else nullcontext(Recorder(None))
+        return self.record() if self.terms else nullcontext([])
 
     def observe(self, recorded: RecordedPass) -> Tensor:
         """(R, X): all that the terms need of R sentences."""
@@ -281,9 +257,7 @@ class Observers:
 def _side_by_side(parts: Sequence[Tensor] | Iterator[Tensor]) -> Tensor:
     """Join tensors of as many rows, in float32 at least."""
     parts = list(parts)
-    kind = torch.float32
-    for part in parts:
-        kind = torch.promote_types(kind, part.dtype)
+    kind = reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
     return torch.cat([part.to(kind) for part in parts], dim=1)
 
 

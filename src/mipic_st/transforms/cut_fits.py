@@ -1,8 +1,4 @@
-"""The linear map behind an early layer, fitted on arrays: least squares, and then the similarities at the dims served.
-
-A W, (H, D), from the pooled states of the layer to the full-depth vectors (:func:`fit_cut`), which
-:func:`refine_cut` goes on with. :mod:`mipic_st.transforms.layer_cut` does it for a model.
-"""
+"""The linear map behind an early layer, fitted on arrays: least squares, then the similarities at the dims served."""
 
 from __future__ import annotations
 
@@ -67,12 +63,9 @@ def refine_cut(
 ) -> Tensor:
     """Go on from least squares with what the dims are served for: the similarities of the full depth.
 
-    Least squares takes each value for itself; here the cosines at every dim learn to follow those of the targets. The
-    best step on the held-out states and targets is kept, least squares itself among them. What is minimised:
-    :class:`mipic_st.transforms.objectives.CutObjective`. The rate is for states scaled to a mean square of 1.
-
-    Source:
-        Batch, steps, rate and temperature were chosen on STS13 and SICK validation with layer 3 of all-MiniLM-L6-v2.
+    Least squares takes each value for itself; here the cosines at every dim learn to follow those of the targets, on
+    :class:`mipic_st.transforms.objectives.CutObjective`. The best step on the held-out states and targets is kept,
+    least squares itself among them. The rate is for states scaled to a mean square of 1.
     """
     z, f = (checked_vectors(*part) for part in (("states", states), ("targets", targets)))
     test = [checked_vectors("held_out", part) for part in held_out]

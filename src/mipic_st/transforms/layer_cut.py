@@ -51,13 +51,11 @@ class LayerCuts(Transform):
         report: One dict per cell, measured on texts that were held out: ``layer``, ``dim``, and ``similarity_plain``,
             ``similarity_fitted``, ``similarity_full``: Spearman correlation with the full model's full-width cosines,
             for the layer cut as it is, with its fitted tail, and for the full depth at that dim; and
-            ``similarity_mixed``, the same for cosines of the fitted cut's vectors with the full depth's, which is what
-            counts if queries and documents are encoded by different ones of the two. With STS data also
-            ``sts_plain``, ``sts_fitted``, ``sts_full``, Spearman correlation with the scores.
+            ``similarity_mixed``, the same for cosines of the fitted cut's vectors with the full depth's. With STS data
+            also ``sts_plain``, ``sts_fitted``, ``sts_full``, Spearman correlation with the scores.
         word_weights: By layer, how much each token of the tokenizer counts in the mean of the states, (V,); none where
             the plain mean is taken.
-        fingerprint: Of the model that the cuts were fitted on, so that an export from a model that was rotated or
-            trained since is refused; None for cuts that were put together by hand.
+        fingerprint: Of the model that the cuts were fitted on; None for cuts that were put together by hand.
     """
 
     kind: ClassVar[str] = "layer cuts"
@@ -137,14 +135,7 @@ class LayerCuts(Transform):
             raise ValueError(f"it has word weights for layers {wrong} without a map")
 
     def require_fitted_on(self, model: SentenceTransformer) -> None:
-        """Refuse another model than that of the fit, or another state of it.
-
-        Args:
-            model: The model that is to be cut.
-
-        Raises:
-            ValueError: If its fingerprint is another one.
-        """
+        """Refuse another model than that of the fit, or another state of it."""
         if self.fingerprint is not None and self.fingerprint != fingerprint(model):
             raise ValueError(
                 "cuts were fitted when the model gave other vectors: it was rotated, trained or converted since, its "
@@ -172,9 +163,8 @@ def fit_layer_cuts(
 ) -> LayerCuts:
     """Fit what a model needs behind an early layer to give the vectors of its full depth, and say what is lost.
 
-    All layers and dims are served from one encoding; with word weights, up to 4,000 of the texts are encoded before,
-    and the held-out ones once more. The targets are the model's own vectors at unit length, rotated ones if it has a
-    rotation. ``export_truncated(model, layer, dim, cuts=...)`` makes the model of a cell.
+    The targets are the model's own vectors at unit length, rotated ones if it has a rotation.
+    ``export_truncated(model, layer, dim, cuts=...)`` makes the model of a cell.
 
     Args:
         model: A SentenceTransformer of Transformer, Pooling and any tail.
@@ -186,20 +176,17 @@ def fit_layer_cuts(
         ridge: Ridge of the maps' least squares, see :func:`mipic_st.transforms.cut_fits.fit_cut`; word weights have
             their own.
         vector_weight: How much the distance to the full-depth vectors counts in the steps after least squares, >= 0;
-            the similarities among the cut's own count 1. A high one keeps the vectors of the cut comparable with those
-            of the full model at small dims (queries by the one, documents by the other); with 0 the cut is best by
-            itself, and not comparable.
+            the similarities among the cut's own count 1. A high one keeps the cut's vectors comparable with the full
+            model's at small dims (queries by the one, documents by the other); with 0 they are not.
         max_steps: Steps per layer in which the map then learns to keep the similarities at ``dims``, see
             :func:`mipic_st.transforms.cut_fits.refine_cut`; 0 leaves it at least squares, which takes no time.
         word_weights: Learn for each layer how much every token counts in the mean of its states, in as many steps and
-            on up to 4,000 of the texts, see :func:`mipic_st.transforms.word_weights.fit_word_weights`. The cut model
-            has them as a ``WordWeights`` module. Default: where the model pools by the mean and ``max_steps`` is not 0.
-            A grid of many layers learns them on fewer texts if these are long, so that no more than half a gigabyte of
-            token states is held.
+            on up to 4,000 of the texts (fewer, if their token states fill half a gigabyte), see
+            :func:`mipic_st.transforms.word_weights.fit_word_weights`. Default: where the model pools by the mean and
+            ``max_steps`` is not 0.
         held_out: Share of the texts that no step sees, in (0, 0.5]; at most 2,048 of them. The best step on them is
             kept, and the report is made on them.
-        prompt: Put before every text. Default: what ``encode`` does by default, so the model's default prompt, if it
-            has one.
+        prompt: Put before every text. Default: the model's default prompt, if it has one.
         batch_size: Texts per forward pass.
         seed: Seeds the choice of the held-out texts and the batches.
         show_progress_bar: Show bars while encoding and fitting. Default: as the log level says.
@@ -325,10 +312,8 @@ def _learn_word_weights(
     embeddings = input_embeddings(encode.model)
     if len(found.lengths) < found.pooled.shape[1]:
         logger.warning(
-            "No word weights: the token states of %d texts fill the memory that is set aside for %d layers. Fit fewer "
-            "layers at once, or on shorter texts.",
-            len(found.lengths),
-            len(encode.layers),
+            f"No word weights: the token states of {len(found.lengths)} texts fill the memory that is set aside for "
+            f"{len(encode.layers)} layers. Fit fewer layers at once, or on shorter texts."
         )
         return {}
     weights = {}

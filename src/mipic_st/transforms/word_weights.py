@@ -46,8 +46,7 @@ class WordWeights(Transform):
     Attributes:
         weights: By token number, (V,), float32; their mean over the tokens of the fit is 1.
         dims: The truncation dimensions that they were fitted for.
-        report: One row, the objective on held-out texts behind the least-squares map of the means: ``plain`` for plain
-            means, ``weighted`` for weighted ones.
+        report: One row, the objective on held-out texts: ``plain`` for plain means, ``weighted`` for weighted ones.
     """
 
     kind: ClassVar[str] = "word weights"
@@ -60,14 +59,7 @@ class WordWeights(Transform):
         return weighted_means(states, self.weights[tokens], lengths)
 
     def to_modules(self, model: SentenceTransformer) -> Sequence[nn.Module]:
-        """The weights as sentence-transformers' own ``WordWeights``, for the place in front of the pooling.
-
-        Args:
-            model: Gives the tokenizer.
-
-        Returns:
-            One module.
-        """
+        """The weights as sentence-transformers' own ``WordWeights`` with the model's tokenizer, before the pooling."""
         return [word_weights_module(model, self.weights)]
 
     @property
@@ -93,21 +85,18 @@ def fit_word_weights(
 ) -> WordWeights:
     r"""How much each token of the vocabulary counts in the mean of an early layer.
 
-    At full depth the layers see to it that "the" and a full stop move the mean little; an early layer has not come to
-    that yet. Weights make up for much of it:
+    At full depth "the" and a full stop move the mean little, at an early layer they still do:
 
     .. math:: w_t = \frac{a}{a + p_t} \exp(u \cdot e_t), \quad z = \sum_t w_t h_t \Big/ \sum_t w_t
 
     with the states h (T, H) of all texts, one after another, the share p of the token among all, a = 0.01, and its
-    static embedding e, a row of ``features`` (V, E). So only the few numbers of u are learned, and tokens that no text
-    holds get a weight, too. u and a map W to ``targets``, the texts' full-depth vectors (N, D), are learned together on
-    :class:`mipic_st.transforms.objectives.CutObjective`; the weights alone are returned, since W is better fitted to
-    all texts afterwards. A tenth of the texts, one batch at most, is held out.
+    static embedding e, a row of ``features`` (V, E). So only the few numbers of u are learned, with a map W to
+    ``targets``, the texts' full-depth vectors (N, D), on :class:`mipic_st.transforms.objectives.CutObjective`; W is
+    better fitted to all texts afterwards. A tenth of the texts, one batch at most, is held out.
 
     Source:
         The first factor: Arora et al., A Simple but Tough-to-Beat Baseline for Sentence Embeddings, ICLR 2017. Its a
-        was chosen on STS13 and SICK validation with layer 3 of all-MiniLM-L6-v2; steps and rate are those of
-        :func:`mipic_st.transforms.cut_fits.refine_cut`.
+        was chosen on STS13 and SICK validation with layer 3 of all-MiniLM-L6-v2.
     """
     objective = CutObjective(checked_dims("dims", dims, targets.shape[1]), vector_weight)
     max_steps, batch_size = checked_count("max_steps", max_steps, least=0), checked_count("batch_size", batch_size)
@@ -150,9 +139,6 @@ def fit_word_weights(
         # few texts at once: their token states are copied, in float32
         return torch.cat([means(rows, logs) for rows in seen.split(batch_size)])
 
-    def least_squares(logs: Tensor) -> Tensor:
-        return ridge_map(seen_means(logs), targets[seen])
-
     def loss(rows: Tensor, logs: Tensor, weight: Tensor) -> Tensor:
         return objective(means(rows, logs), targets[rows], weight)
 
@@ -175,7 +161,7 @@ def fit_word_weights(
     with torch.no_grad():
         logs, plain = rare + embeddings @ best, torch.zeros_like(rare)
         report = {
-            name: float(loss(test, values, least_squares(values)))
+            name: float(loss(test, values, ridge_map(seen_means(values), targets[seen])))
             for name, values in (("plain", plain), ("weighted", logs))
         }
         # a token that no text holds gets no weight outside of those that were seen
