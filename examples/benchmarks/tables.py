@@ -229,7 +229,7 @@ def ablation(entry):
 
 # in rotations.json: what has another name on the page
 WAYS = {
-    "ITQ": "ITQ (PCA to the largest dim, then turned)",
+    "ITQ": "ITQ (PCA to the largest dim, then rotated)",
     "rotation, pairs": "**rotation, pairs**",
     "rotation, texts only": "rotation, their texts only",
     "rotation, topics alone": "rotation, pairs of Banking77 alone",
@@ -327,7 +327,7 @@ MARKED = re.compile(r"(<!-- results: (.+?) -->\n\n)((?:\|.*\n)*)\n*")
 
 
 def filled(text):
-    """The document with every marked table made anew."""
+    """The document with every marked table made again."""
 
     def make(match):
         file, part, maker = TABLES[match[2]]
