@@ -66,7 +66,7 @@ def synthetic(smoke: bool) -> tuple[dict[str, str], dict[str, str], dict[str, se
     half = len(topics) // 4
     queries, corpus = topics[:half], topics[half:]
     relevant = {str(row): set(map(str, corpus.index[corpus.label == label])) for row, label in queries.label.items()}
-    texts = pd.DataFrame(synthetic_topics(400 if smoke else 4000))
+    texts = pd.DataFrame(synthetic_topics(1000 if smoke else 4000))
     left, right = (texts[texts.groupby("label").cumcount() % 2 == side] for side in (0, 1))
     columns = {
         "query": left.assign(place=left.groupby("label").cumcount()),

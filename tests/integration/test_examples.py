@@ -167,7 +167,7 @@ def test_quickstart_on_own_files_saves_a_plain_model(tmp_path):
     """STS columns for training and two evaluation files; the saved folder loads as a SentenceTransformer."""
     from sentence_transformers import SentenceTransformer
 
-    rows = [{"sentence1": f"a {i}", "sentence2": f"b {i * i}", "score": i % 5} for i in range(20)]
+    rows = [{"sentence1": f"a {i}", "sentence2": f"b {i * i}", "score": i % 5} for i in range(100)]
     for name in ("train", "one", "two"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     files = ["--train-file", tmp_path / "train.jsonl"]
@@ -695,7 +695,7 @@ def test_rotate_vectors_writes_vectors_and_matrix(tmp_path):
     files = [tmp_path / "vectors.npy", "--dims", "8", "4", "--output", tmp_path / "rotated.npy"]
     code, printed, errors = run("rotate_vectors.py", "--smoke", *files)
     assert code == 0, errors
-    assert [line.split()[0] for line in printed.splitlines()[:4]] == ["held-out", "dim", "4", "8"]
+    assert [line.split()[0] for line in printed.splitlines()[:4]] == ["recall@10", "dim", "4", "8"]
     rotation = Rotation.load(tmp_path / "rotated.safetensors")
     np.testing.assert_allclose(np.load(tmp_path / "rotated.npy"), rotation(vectors), atol=1e-6)
 
