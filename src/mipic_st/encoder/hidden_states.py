@@ -14,14 +14,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mipic_st.encoder.capturing import no_hooks_left
 from mipic_st.encoder.final_norm import first_shown, states_by_layer
-from mipic_st.encoder.structure import Backbone, backbone_of, require_same_vectors, unwrap
+from mipic_st.encoder.structure import Backbone, backbone_of, encoders_in, require_same_vectors, unwrap
 from mipic_st.encoder.tail import push_vectors
 
 logger = logging.getLogger(__name__)
@@ -141,9 +141,8 @@ def hidden_states_requested(model: nn.Module) -> Iterator[bool]:
     """Ask every encoder of the model for its hidden states, through its config; yields whether one gave them before."""
     configs = {
         id(config): config
-        for module in unwrap(model).modules()
-        if isinstance(module, Transformer)
-        for config in (module.auto_model.config, module.auto_model.config.get_text_config())
+        for encoder in encoders_in(unwrap(model))
+        for config in (encoder.config, encoder.config.get_text_config())
     }
     before = {key: config.output_hidden_states for key, config in configs.items()}
     with no_hooks_left(model):
@@ -244,8 +243,7 @@ class LayerRecorder:
 
 def require_eager_attention(model: nn.Module) -> None:
     """Switch the model to eager attention, the only kind whose probabilities exist as a tensor, and say so."""
-    encoders = [module.auto_model for module in unwrap(model).modules() if isinstance(module, Transformer)]
-    for encoder in encoders:
+    for encoder in encoders_in(unwrap(model)):
         name, implementation = type(encoder).__name__, encoder.config._attn_implementation
         if implementation == "eager":
             continue
