@@ -20,8 +20,8 @@ LINES = [
      ["test_distributed.py::test_two_processes_equal_one", "test_distributed.py::test_ranks_agree",
       "test_distributed.py::test_training_by_several_processes_without_the_callback_is_refused"]),
     ("Resuming",
-     "bit for bit: the default without more, projections and drawn dims (`n_dims_per_step`) with `MIPICCallback`; without "
-     "it, the log says that nobody keeps the projections",
+     "bit for bit: the default without more, projections and drawn dims (`n_dims_per_step`) with `MIPICCallback`; "
+     "without it, the log says that nobody keeps the projections",
      ["test_callback.py::test_all_dims_resume_without_the_callback_or_its_file",
       "test_callback.py::test_drawn_dims_of_a_loss_without_parameters",
       "test_callback.py::test_resume_is_bit_identical",
