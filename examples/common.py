@@ -144,7 +144,7 @@ def training_arguments(
 ) -> SentenceTransformerTrainingArguments:
     """Trainer settings from the arguments; ``settings`` win."""
     defaults = {
-        # encode puts a default prompt before texts by itself; the trainer has to be told
+        # encode puts a default prompt before texts; the trainer does so only if it is given one
         "prompts": model and prompt_of(model, None),
         "output_dir": folder,
         "num_train_epochs": args.epochs,

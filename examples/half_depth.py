@@ -5,8 +5,8 @@
     python examples/half_depth.py --dataset sentence-transformers/all-nli:pair --layer 4
 
 A model that is not rotated yet is rotated first, so that the cut is good at few dims, too. The tail is fitted by least
-squares to the teacher's vectors of the training texts, and MSELoss then trains the whole cut on them. No label is
-needed, texts are enough. What is saved is a plain SentenceTransformer.
+squares to the full depth's vectors of the training texts, and MSELoss then trains the whole cut on them. No labels are
+needed. What is saved is a plain SentenceTransformer.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python examples/lora_decoder.py                                              # offline, a tiny random Qwen3
     python examples/lora_decoder.py --model Qwen/Qwen3-Embedding-0.6B --dataset sentence-transformers/all-nli:pair
 
-Only the adapters and MIPIC's projections are trained. The tiny default has random weights: it shows that all parts fit
+Only the adapters are trained. The tiny default has random weights: it shows that all parts fit
 together, its scores say nothing. Needs peft.
 """
 

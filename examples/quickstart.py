@@ -171,7 +171,7 @@ def main() -> None:
                 # the same sentence twice in a batch would be its own negative
                 batch_sampler="batch_sampler" if is_scored(train) else "no_duplicates",
                 bf16=args.bf16,
-                # encode puts a default prompt before texts by itself; the trainer has to be told
+                # encode puts a default prompt before texts; the trainer does so only if it is given one
                 prompts=model.prompts.get(model.default_prompt_name),
                 use_cpu=args.bf16 and not torch.cuda.is_available(),
                 seed=args.seed,

@@ -4,8 +4,8 @@
     python examples/rotate_vectors.py vectors.npy --dims 256 64 16 --output rotated.npy
     python examples/rotate_vectors.py queries.npy documents.npy --dims 64 16 --output rotated.npy
 
-One file: vectors of texts. Two files: vectors of pairs, row by row; the first file's vectors are written. The saved
-matrix turns new vectors: Rotation.load("rotated.safetensors")(vector, dim=64).
+One file holds vectors of texts. Two files hold vectors of pairs, row by row, and the first file's are written. The
+saved matrix rotates new vectors: Rotation.load("rotated.safetensors")(vector, dim=64).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("files", nargs="*", type=Path, help=".npy, (N, D): anchors, and perhaps positives")
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 32, 16, 8])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--output", type=Path, help="where to write the turned vectors; the matrix goes beside them")
+    parser.add_argument("--output", type=Path, help="where to write the rotated vectors; the matrix goes next to them")
     parser.add_argument("--smoke", action="store_true", help="a few steps, to see that all runs")
     return parser.parse_args()
 
@@ -55,7 +55,7 @@ def main() -> None:
         matrix = args.output.with_suffix(".safetensors")
         rotation.save(matrix)
         assert (Rotation.load(matrix).matrix == rotation.matrix).all()
-        print(f"turned vectors in {args.output}, the matrix in {matrix}")
+        print(f"rotated vectors in {args.output}, the matrix in {matrix}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 
 Data and model come from the Hugging Face hub: the (anchor, positive, negative) triplets of
 sentence-transformers/all-nli, and the scored pairs of sentence-transformers/stsb. --train-file, --eval-file and
---test-file take your own instead. Besides its own negative, each anchor has all other sentences of the batch as
-negatives. Everything is in this file: copy it and change what you need.
+--test-file take your own instead. In addition to its own negative, each anchor has all other sentences of the batch
+as negatives. Everything is in this file: copy it and change what you need.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def main() -> None:
         learning_rate=args.learning_rate,
         warmup_steps=0.1,
         bf16=has_bf16,
-        # encode puts a default prompt before texts by itself; the trainer has to be told
+        # encode puts a default prompt before texts; the trainer does so only if it is given one
         prompts=model.prompts.get(model.default_prompt_name),
         dataloader_pin_memory=torch.cuda.is_available(),
         # the same sentence twice in a batch would be its own negative

@@ -296,7 +296,7 @@ def minilm(minilm_path) -> SentenceTransformer:
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """Real data outside the project: MIPIC_DATA, or shared/data beside the checkout."""
+    """Real data outside the project: MIPIC_DATA, or shared/data next to the checkout."""
     folder = Path(os.environ.get("MIPIC_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip("needs the data folder; set MIPIC_DATA")

@@ -130,7 +130,7 @@ def test_a_killed_process_leaves_nothing_that_loads_and_the_next_one_works(tmp_p
 
 
 def test_a_file_is_written_whole(tmp_path):
-    """After an error the old one is there, and nothing beside it."""
+    """After an error the old one is there, and nothing next to it."""
     file = tmp_path / "report.md"
     write_whole(file, lambda path: path.write_text("old"))
 

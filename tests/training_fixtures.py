@@ -35,7 +35,7 @@ def make_loss(model, base=None, **options):
 
 
 def make_trainer(model, loss, folder, train=None, **arguments):
-    """A trainer on CPU that saves and reports nothing unless told to."""
+    """A trainer on CPU that saves and reports nothing unless asked to."""
     own = (
         "callbacks",
         "eval_dataset",

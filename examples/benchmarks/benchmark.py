@@ -8,7 +8,7 @@ For lengths that the model has no positions for, it gets as many at random, and 
 memory are those of a model for long texts.
 
 A step is forward, backward and optimizer step on one batch of (anchor, positive) made of random tokens, every sentence
-as long as stated. The methods take turns, one step each per round, so that noise on the machine hits all alike; ratios
+as long as stated. Each round has one step of every method, so that noise on the machine hits all of them; ratios
 are medians over the rounds of the ratio within a round. Peak memory is that of a process of its own per method, which
 holds Python and torch as well; "added" is what the steps added to it.
 """
@@ -65,7 +65,7 @@ def make_model(args, length: int):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if length <= AutoConfig.from_pretrained(name).max_position_embeddings:
         return SentenceTransformer(name, device=device)
-    # The table of positions is made anew, at random. With attention dropout, torch's attention on CPU would keep a
+    # The table of positions is made again, at random. With attention dropout, torch's attention on CPU would keep a
     # square of the length per head, and hide what the losses keep.
     return SentenceTransformer(
         name,

@@ -418,7 +418,7 @@ def turn_of(kind: str, model: SentenceTransformer, data: Data, seed: int) -> Tur
 
 
 class Vectors:
-    """Full-width vectors of every text that is scored: encoded once, turned and cut afterwards."""
+    """Full-width vectors of every text that is scored: encoded once, rotated and cut afterwards."""
 
     def __init__(self, model: SentenceTransformer, data: Data, layers: list[int]) -> None:
         self.model, self.layers = model, layers
@@ -451,7 +451,7 @@ class Vectors:
             return push_vectors(tail_of(self.model), torch.from_numpy(np.ascontiguousarray(states))).numpy()
 
     def sets(self, turn: Turn) -> dict[str, list[np.ndarray]]:
-        """Name -> turned vectors of both columns; layers that are cut have names of their own."""
+        """Name -> rotated vectors of both columns; layers that are cut have names of their own."""
         found = {name: [turn(part) for part in parts] for name, parts in self.final.items() if name != "cut texts"}
         for column, layer in enumerate(self.layers):
             states = self.states["cut texts"][0][:, column]
@@ -597,7 +597,7 @@ SETTINGS += ("max_seq_length", "bf16", "smoke", "mini_batch_size")
 
 
 class Runs:
-    """Finished trainings and rows, one JSON line each; what the rows rest on lies beside them."""
+    """Finished trainings and rows, one JSON line each; what the rows rest on lies next to them."""
 
     def __init__(self, folder: Path, others: list[Path]) -> None:
         self.folder, self.folders = folder, [folder, *others]
@@ -763,7 +763,7 @@ def resampled(rows: np.ndarray, gold: np.ndarray | None, counts: np.ndarray) -> 
 def bootstrap(
     runs: Runs, data: Data, sides: list[list[dict]], names: list[str], draws: int | None = None
 ) -> np.ndarray:
-    """Means over seeds and sets, seeds and test rows drawn anew each time, the same ones for all sides.
+    """Means over seeds and sets, seeds and test rows drawn again each time, the same ones for all sides.
 
     Returns:
         (sides, draws, dims); with ``draws=0`` one value of all seeds and rows, (sides, 1, dims).

@@ -727,7 +727,7 @@ def group_of(name: str) -> str:
 
 
 def compute(only: str, failures: dict[str, str] | None) -> Numbers:
-    """Numbers of the cases whose names and ``only`` begin alike; without ``failures`` the first error is raised."""
+    """Numbers of the cases that ``only`` is the beginning of, or in; without ``failures`` the first error is raised."""
     found: Numbers = {}
     seconds: dict[str, float] = {}
     for name, case in all_cases().items():

@@ -4,8 +4,8 @@
         --output mix.csv
 
 Columns: SICK sentence1, sentence2, entailment; MRPC sentence1, sentence2, label; STS sentence1, sentence2, score;
-Banking77 text, label. Kept are the pairs that mean the same: SICK's ENTAILMENT, MRPC's label 1, STS scores of 4 and
-more, and Banking77 texts of one label, paired at random.
+Banking77 text, label. The pairs that mean the same are kept: SICK's ENTAILMENT, MRPC's label 1, STS scores of 4
+and more, and Banking77 texts of one label, paired at random.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_onnx_says_that_a_default_prompt_is_not_in_it(tiny_model, tmp_path, capl
 
 
 def test_a_normalize_in_front_of_a_linear_dense_is_folded(tiny_model):
-    """It changes the length of a vector only, which the runtime sets by itself."""
+    """It changes the length of a vector only, which the runtime sets anyway."""
     model = tiny_model()
     dense = Dense(WIDTH, 8, bias=False, activation_function=nn.Identity())
     model.extend([Normalize(), dense])

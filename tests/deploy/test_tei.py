@@ -138,7 +138,7 @@ def test_what_tei_does_not_know_is_refused(tiny_model, tmp_path, change, message
     ],
 )
 def test_a_normalize_that_the_server_skips_is_refused_where_it_matters(tiny_model, tmp_path, tail, refused):
-    """In front of a bias-free linear map it changes the length only, which the server sets by itself."""
+    """In front of a bias-free linear map it changes the length only, which the server sets anyway."""
     model = tiny_model()
     model.extend([Normalize(), *tail]).eval()
     if refused:

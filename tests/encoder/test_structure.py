@@ -82,7 +82,7 @@ def router(routes: list[list], *behind: nn.Module) -> SentenceTransformer:
 
 
 def test_routers_are_described(transformer_folder, tiny_model):
-    """Routes of one shape share a description, with the tail behind the Router; others are told apart by name."""
+    """Routes of one shape share a description, with the tail behind the Router; others are distinguished by name."""
 
     def route(pooling: str = "mean", *behind) -> list:
         return [Transformer(str(transformer_folder())), Pooling(WIDTH, pooling), *behind]

@@ -75,7 +75,7 @@ def test_equals_the_native_evaluator_at_each_dim(model, kind):
 
 
 def test_scores_differ_between_dims(model):
-    """The equality above would also hold for a store that always answered with one dim, were all scores alike."""
+    """The equality above would also hold for a store that always answered with one dim, if all scores were equal."""
     scores = MatryoshkaEvaluator(sts(), DIMS)(model)
     assert len({round(scores[f"sts-dev-{dim}_spearman_cosine"], 6) for dim in DIMS}) == len(DIMS)
 
@@ -547,7 +547,7 @@ def nano(monkeypatch, names=("msmarco", "nq"), **options):
 
 
 class Collection(BaseEvaluator):
-    """A collection of somebody's own: evaluators in a dict, one more by itself, and a mean."""
+    """A collection of somebody's own: evaluators in a dict, one more alone, and a mean."""
 
     def __init__(self):
         super().__init__()

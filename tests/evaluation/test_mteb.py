@@ -538,7 +538,7 @@ def test_an_aggregate_of_other_data_is_run_again(model, aggregate, tmp_path):
 
 
 def own_loader(task, load):
-    """A task object of mteb that loads its data by itself."""
+    """A task object of mteb that loads its own data."""
     task = mteb.get_task(task) if isinstance(task, str) else task
 
     class Own(type(task)):
@@ -915,7 +915,7 @@ def test_a_file_of_another_task_is_refused(model, sts13, tmp_path):
 
 
 def test_an_interrupted_write_leaves_the_old_file(model, named_sts22, tmp_path, monkeypatch):
-    """Killed while writing: the file of before is whole, nothing lies beside it, the next run goes on from it."""
+    """Killed while writing: the file of before is whole, nothing lies next to it, the next run goes on from it."""
     score_of(model, named_sts22("en"), tmp_path)
     original = mteb.results.TaskResult.to_disk
     files = sorted(tmp_path.rglob("*"))

@@ -267,7 +267,7 @@ def test_revisions_that_begin_alike_are_told_apart():
 
 
 def test_declared_seeds_are_averaged_over_their_revisions():
-    """Each seed trains another state: declared seeds give one row, their mean, beside the undeclared base model."""
+    """Each seed trains another state: declared seeds give one row, their mean, next to the undeclared base model."""
     seeds = [one(s, revision=f"r{i}", seed=i) for i, s in enumerate((0.1, 0.3))]
     assert cells_of(EvaluationReport(seeds)) == {"m": ["8", "20.00"]}
     rows = cells_of(EvaluationReport([one(0.9, revision="base"), *seeds]))
@@ -348,7 +348,7 @@ def test_a_task_of_no_numbers_keeps_its_column():
 
 
 def test_a_missing_task_is_a_gap_in_plots_too(caplog):
-    """A mean over fewer tasks is not drawn beside one over all; the table has an empty cell."""
+    """A mean over fewer tasks is not drawn next to one over all; the table has an empty cell."""
     report = EvaluationReport([one(0.2, "a"), one(0.4, "a", task="u"), one(0.9, "b")])
     with caplog.at_level(logging.WARNING):
         lines = report.plot_score_by_dim().axes[0].lines
@@ -374,7 +374,7 @@ def test_heatmap_shows_what_is_not_a_number():
 
 
 def test_scores_of_different_metrics_have_columns_of_their_own():
-    """Cosine beside dot is no comparison: no bold, no mean, and no common line."""
+    """Cosine and dot are no comparison: no bold, no mean, and no common line."""
     report = EvaluationReport([one(0.2, "a"), {**one(0.4, "b"), "metric": "dot"}])
     assert list(report.table(average=False).columns) == ["t s", "t dot"]
     with pytest.raises(ValueError, match="several metrics"):
@@ -431,7 +431,7 @@ def test_readers_never_see_half_a_file(tmp_path):
 
 
 def test_a_link_is_replaced(tmp_path):
-    """A report goes where it was told to go, and what lies elsewhere stays."""
+    """A report goes to the given path, and what lies elsewhere stays."""
     (tmp_path / "other").write_text("mine")
     (tmp_path / "r.md").symlink_to(tmp_path / "other")
     text = EvaluationReport(rows()).to_markdown(tmp_path / "r.md")
@@ -440,7 +440,7 @@ def test_a_link_is_replaced(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    """The picture of before stays, and nothing half-written beside it."""
+    """The picture of before stays, and nothing half-written is next to it."""
     report = EvaluationReport(rows())
     report.plot_score_by_dim(tmp_path / "p.png")
     before = (tmp_path / "p.png").read_bytes()

@@ -273,7 +273,7 @@ def test_the_picture_names_its_data(script, monkeypatch, tmp_path, test, probe, 
 
 @needs_model
 def test_a_row_is_reported_at_one_rate(script, tmp_path):
-    """After a wider grid a row has the seeds of its new rate alone, not those of the old one beside them."""
+    """After a wider grid a row has the seeds of its new rate alone, not those of the old one as well."""
     runs = script.Runs(tmp_path, [])
     row = script.row_of("base")
     assert script.chosen_runs(runs, "good", row) == []

@@ -524,7 +524,7 @@ def test_two_processes():
     ["quickstart.py", "large_batches.py", "sts_regression.py", "two_processes.py", "train_nli.py", "larger_teacher.py"],
 )
 def test_training_has_the_prompt_that_serving_has(run_here, tiny_model, tmp_path, monkeypatch, script):
-    """encode puts a model's default prompt before texts; the trainer does so only if it is told."""
+    """encode puts a model's default prompt before texts; the trainer does so only if it is given one."""
     import pandas as pd
     from sentence_transformers import SentenceTransformerTrainer
 
@@ -686,7 +686,7 @@ def test_rotate_existing_model_saves_a_plain_model(tmp_path):
 
 
 def test_rotate_vectors_writes_vectors_and_matrix(tmp_path):
-    """Vectors of a file are turned, and the saved matrix turns them in the same way."""
+    """Vectors of a file are rotated, and the saved matrix rotates them in the same way."""
 
     from mipic_st import Rotation
 

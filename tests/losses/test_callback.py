@@ -169,7 +169,7 @@ def test_drawn_dims_of_a_loss_without_parameters(tiny_model, tmp_path):
 
 
 def test_all_dims_resume_without_the_callback_or_its_file(tiny_model, tmp_path):
-    """Where nothing is drawn and nothing trained beside the model, there is nothing to restore."""
+    """Where nothing is drawn and nothing trained but the model, there is nothing to restore."""
     all_dims = {"n_dims_per_step": -1}
     trainer, loss = without_projections(tiny_model, tmp_path / "whole", **all_dims)
     trainer.train()

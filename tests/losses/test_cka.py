@@ -152,7 +152,7 @@ MANY = (90, 61, 40, 12, 2, 1, 0)
 @pytest.mark.parametrize("min_k", [1, 8, 50])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_more_tokens_than_dims(dtype, tolerance, min_k, detach_full_width):
-    """Long sentences beside short ones, where CKA comes from products of features: values and gradients as ever."""
+    """Long and short sentences together, where CKA comes from products of features: values and gradients as ever."""
     case = Case(12, (2, 5, 9), lengths=MANY, seed=31, dtype=dtype)
     leaves, expected_leaves = case.leaves(), case.leaves(torch.float64)
     terms = case.terms(leaves, min_k=min_k, detach_full_width=detach_full_width)

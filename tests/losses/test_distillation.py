@@ -53,7 +53,7 @@ def assert_same(found, wanted):
 @pytest.mark.parametrize("columns", [2, 3])
 @pytest.mark.parametrize("temperature", [0.1, 0.7])
 def test_divergence_against_the_reference(columns, temperature):
-    """Every dim by itself, with several columns of candidates and a teacher of another width."""
+    """Every dim alone, with several columns of candidates and a teacher of another width."""
     vectors = torch.randn(columns, 5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     teacher = torch.randn(columns, 5, 11, generator=torch.Generator().manual_seed(2), dtype=torch.double)
     found = similarity_divergence(vectors, teacher, [8, 3], temperature)
@@ -116,7 +116,7 @@ class TaughtRanking(losses.MultipleNegativesRankingLoss):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_are_those_of_a_taught_base_loss(tiny_model, architecture):
-    """With a weight of 4 and alpha of 0.8, base loss and teacher count alike: 0.8 times the taught MatryoshkaLoss."""
+    """With a weight of 4 and alpha of 0.8, base loss and teacher count equally: 0.8 times the taught MatryoshkaLoss."""
     model = tiny_model(architecture)
     features, teacher = column_features(model), teacher_vectors()
     total(alone(model, losses.MultipleNegativesRankingLoss(model), distill_weight=4.0)(features, teacher)).backward()
@@ -128,7 +128,7 @@ def test_gradients_are_those_of_a_taught_base_loss(tiny_model, architecture):
 
 @pytest.mark.parametrize("settings", [{"attention_weight": 0.0, "cka_weight": 0.0, "pic_weight": 0.0}, {}])
 def test_cached_loss_is_the_same(tiny_model, settings):
-    """Values and gradients, in mini-batches, with and without SIA and PIC beside it."""
+    """Values and gradients, in mini-batches, with and without SIA and PIC."""
     model = tiny_model()
     features, teacher = column_features(model, 3), teacher_vectors(columns=3)
     results = []

@@ -783,7 +783,7 @@ def test_numpy_and_tensor_arguments_are_numbers(tiny_model):
 
 @pytest.mark.parametrize("alpha", [0.5, 1])
 def test_features_that_are_no_list_of_dicts_are_refused(tiny_model, alpha):
-    """One column of inputs by itself, or texts, instead of a list of columns."""
+    """One column of inputs alone, or texts, instead of a list of columns."""
     model = tiny_model()
     loss = all_terms(model, losses.MultipleNegativesRankingLoss(model), DIMS, alpha=alpha)
     (column,) = column_features(model, columns=1)

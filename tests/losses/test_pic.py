@@ -123,7 +123,7 @@ def test_info_nce_rewards_the_own_target():
 
 @pytest.mark.parametrize("kind", ["equal", "zero"])
 def test_equal_sentences_are_finite(kind):
-    """Equal sentences, or vectors of zeros, cannot be told apart: log B, with finite gradients."""
+    """Equal sentences, or vectors of zeros, cannot be distinguished: log B, with finite gradients."""
     predicted = torch.zeros(8, 5) if kind == "zero" else draw(1, 5, seed=16, dtype=torch.float32).repeat(8, 1)
     predicted.requires_grad_()
     value = pic.chain_info_nce(predicted, predicted.detach().clone())

@@ -109,7 +109,7 @@ def test_saved_and_loaded(number, tmp_path):
 
 @pytest.mark.parametrize("number", range(3))
 def test_one_flipped_byte_is_found(number, tmp_path):
-    """Anywhere in the file; what the file does not notice by itself, the checksum does."""
+    """Anywhere in the file; what the file format does not notice, the checksum does."""
     saved = maps()[number]
     saved.save(tmp_path / "map")
     content = (tmp_path / "map").read_bytes()

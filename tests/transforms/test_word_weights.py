@@ -365,7 +365,7 @@ def test_numbers_with_gaps_and_inputs_without_a_mask(model, monkeypatch):
 
 
 def test_texts_stay_padded_in_a_cut_with_weights(model):
-    """WordWeights needs the mask that a Transformer with flash attention leaves out, unless it is told not to."""
+    """WordWeights needs the mask that a Transformer with flash attention leaves out, unless flattening is off."""
     model[0].unpad_inputs = True
     cuts = with_weights(model)
     assert export_truncated(model, 2, 8, cuts=cuts)[0].unpad_inputs is False
