@@ -29,7 +29,7 @@ def test_under_inference_mode_a_model_stays_trainable(tiny_model):
 
 
 def test_cuts_of_another_state_of_the_model_are_refused(tiny_model):
-    """A rotation turns what the cuts were fitted to; an export would give vectors of the old space."""
+    """A rotation changes what the cuts were fitted to; an export would give vectors of the old space."""
     model = tiny_model(normalize=True)
     cuts = fit_layer_cuts(model, TEXTS, layers=[2], dims=[8], max_steps=0)
     export_truncated(model, layer=2, dim=8, cuts=cuts)

@@ -164,7 +164,7 @@ def test_arrays_of_any_layout(kind, tmp_path):
 
 
 def test_autocast_does_not_reach_the_fit():
-    """Inside of a bf16 autocast the same rotation comes out, and turns vectors in full precision."""
+    """Inside of a bf16 autocast the same rotation comes out, and rotates vectors in full precision."""
     vectors = torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     plain = fit_rotation(vectors, dims=[4], max_steps=5)
     with torch.autocast("cpu", torch.bfloat16):
