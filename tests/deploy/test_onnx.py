@@ -38,8 +38,8 @@ def unit(vectors):
 )
 def test_onnx_states_are_behind_the_tail(tiny_model, tmp_path, tail, pooling):
     """ONNX Runtime, pooling by hand, a cut and its normalization give the model's vectors at every dim."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the onnx extra")
-    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the serve extra")
+    pytest.importorskip("onnxscript", reason="needs the serve extra")
     model = with_pooling(tiny_model(tail=tail, normalize=tail is None), pooling)
     file = export_onnx(model, tmp_path / "onnx")
     session = onnxruntime.InferenceSession(str(file))
@@ -60,8 +60,8 @@ def test_onnx_states_are_behind_the_tail(tiny_model, tmp_path, tail, pooling):
 
 def test_onnx_of_models_in_half_precision(tiny_model, tmp_path):
     """float16 as it is, with the tail in float32 behind it; bfloat16 is refused before anything is written."""
-    pytest.importorskip("onnxruntime", reason="needs the onnx extra")
-    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    pytest.importorskip("onnxruntime", reason="needs the serve extra")
+    pytest.importorskip("onnxscript", reason="needs the serve extra")
     model = tiny_model(tail="sentence-t5")
     with pytest.raises(ValueError, match=r"the model is in bfloat16, .* model\.float\(\) it"):
         export_onnx(model.bfloat16(), tmp_path / "onnx")
@@ -71,8 +71,8 @@ def test_onnx_of_models_in_half_precision(tiny_model, tmp_path):
 
 def test_onnx_of_a_model_with_a_low_limit(tiny_model, tmp_path):
     """The file is checked with texts that are cut where the model cuts them; the model's mode stays."""
-    pytest.importorskip("onnxruntime", reason="needs the onnx extra")
-    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    pytest.importorskip("onnxruntime", reason="needs the serve extra")
+    pytest.importorskip("onnxscript", reason="needs the serve extra")
     model = with_pooling(tiny_model(), ("cls", "mean")).train()
     model.max_seq_length = 5
     assert export_onnx(model, tmp_path / "onnx").is_file()
@@ -98,7 +98,7 @@ def test_tails_that_do_not_commute_are_refused(tiny_model, tail, pooling, messag
 
 def test_onnx_says_that_a_default_prompt_is_not_in_it(tiny_model, tmp_path, caplog):
     """The runtime's vectors of bare texts are others than encode's."""
-    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    pytest.importorskip("onnxscript", reason="needs the serve extra")
     model = tiny_model()
     model.prompts, model.default_prompt_name = {"all": "book "}, "all"
     export_onnx(model, tmp_path / "onnx")
@@ -116,7 +116,7 @@ def test_a_normalize_in_front_of_a_linear_dense_is_folded(tiny_model):
 @pytest.mark.parametrize("error", [RuntimeError("cannot \x1b[96mbe traced"), KeyError("x"), NotImplementedError()])
 def test_architectures_that_cannot_be_written_are_named(tiny_model, tmp_path, monkeypatch, error):
     """T5, Longformer and others fail in torch's exporter, with kinds of its own and a thousand lines."""
-    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    pytest.importorskip("onnxscript", reason="needs the serve extra")
 
     def stop(*_, **__):
         raise error

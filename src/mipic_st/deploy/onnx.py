@@ -92,7 +92,7 @@ def export_onnx(model: SentenceTransformer, folder: str | PathLike[str]) -> Path
         >>> export_onnx(model, "for-onnxruntime")  # doctest: +SKIP
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
-        require(name, "the ONNX export needs onnx, onnxscript and onnxruntime", "onnx")
+        require(name, "the ONNX export needs onnx, onnxscript and onnxruntime", "serve")
     model = unwrap(model)
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         raise ValueError("the model is in bfloat16, which ONNX Runtime does not compute in on a CPU: model.float() it.")

@@ -38,7 +38,7 @@ class _Point(NamedTuple):
 
 
 def _pyplot() -> Any:
-    return require("matplotlib.pyplot", "plots need matplotlib", "plot")
+    return require("matplotlib.pyplot", "plots need matplotlib", "eval")
 
 
 def score_by_dim(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
