@@ -23,6 +23,7 @@ from mipic_st import MatryoshkaEvaluator
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
 from mipic_st.demo import synthetic_sts
 from mipic_st.encoder.encoding import prompt_of
+from mipic_st.validation import default_dims
 
 SMOKE_STEPS, SMOKE_BATCH, SMOKE_ROWS = 2, 8, 64
 
@@ -35,7 +36,7 @@ def make_parser(doc: str, *, batch_size: int = 32, learning_rate: float = 5e-5) 
     source.add_argument("--train-file", help="csv, tsv, jsonl or parquet: anchor, positive[, negative] or STS columns")
     source.add_argument("--dataset", help="training data from the hub: NAME or NAME:CONFIG")
     parser.add_argument("--eval-file", help="STS columns: sentence1, sentence2, score (default: synthetic)")
-    parser.add_argument("--dims", type=int, nargs="+", help="default: the model's width and 256 128 64 32 16")
+    parser.add_argument("--dims", type=int, nargs="+", help="default: powers of 2 from 8, and full width")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--steps", type=positive, default=-1, help="stop after so many steps, whatever --epochs says")
     parser.add_argument("--batch-size", type=positive, default=batch_size)
@@ -99,7 +100,7 @@ def sentences_of(data: Dataset) -> list[str]:
 def choose_dims(dims: Sequence[int] | None, width: int) -> list[int]:
     """The dims that were asked for, checked, or the default for this width; descending."""
     if dims is None:
-        return [width, *(dim for dim in (256, 128, 64, 32, 16) if dim < width)]
+        return default_dims(width)[::-1]
     if wrong := [dim for dim in dims if not 1 <= dim <= width]:
         raise SystemExit(f"--dims must be from 1 to the model's width of {width}, got {wrong}")
     return sorted(set(dims), reverse=True)

@@ -1,10 +1,11 @@
-"""Rotate all-MiniLM-L6-v2, fine-tune it with MIPICLoss, and print its scores at every dimension after each step.
+"""Make all-MiniLM-L6-v2 small for texts of your own: rotate it, train it further, and see what each byte keeps.
 
-    python examples/quickstart.py                                            # offline, on synthetic data
-    python examples/quickstart.py --train-file pairs.csv --eval-file sts.csv   # on your own
-    python examples/quickstart.py --dataset sentence-transformers/all-nli:pair  # from the hub
+    python examples/quickstart.py                        # docstrings of installed libraries: real texts, offline
+    python examples/quickstart.py --pairs qa.csv          # questions and their answers
+    python examples/quickstart.py --texts corpus.txt      # documents alone: nothing is trained
 
-The default data is made by this package from templates: it shows that training works, not how good the model is.
+Half of the queries train the model, the other half search all documents: nDCG@10 of the documents that answer them,
+and recall@10 of what the full width of the untouched model finds. The rotation is fitted on the documents alone.
 """
 
 # ruff: noqa: E402  (the environment is set before the imports that read it)
@@ -29,19 +30,17 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name on the hub or local folder (default: the packaged all-MiniLM-L6-v2)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--train-file", help="csv, tsv, jsonl or parquet: anchor, positive[, negative] or STS columns")
-    source.add_argument("--dataset", help="training data from the hub: NAME or NAME:CONFIG")
-    parser.add_argument("--eval-file", action="append", default=[], help="STS columns: sentence1, sentence2, score")
-    parser.add_argument("--loss", choices=["mipic", "mipic-paper", "matryoshka", "base"], default="mipic")
-    parser.add_argument("--no-rotation", action="store_true", help="train from the model as it is")
-    parser.add_argument("--dims", type=int, nargs="+", help="default: the model's width and 256 128 64 32 16")
+    source.add_argument("--pairs", help="csv, tsv, jsonl or parquet: anchor, positive (or query, answer)")
+    source.add_argument("--texts", help="documents: txt, a text a line, or a table")
+    source.add_argument("--dataset", help="pairs from the hub: NAME or NAME:CONFIG")
+    parser.add_argument("--loss", choices=["mipic", "matryoshka", "none"], default="mipic", help="none: only rotate")
+    parser.add_argument("--dims", type=int, nargs="+", help="default: powers of 2 from 8, and full width")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--steps", type=positive, default=-1, help="stop after so many steps, whatever --epochs says")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast")
-    parser.add_argument("--output-dir", help="where to save the trained model (default: not saved)")
+    parser.add_argument("--output-dir", help="where to save the model (default: not saved)")
     parser.add_argument("--smoke", action="store_true", help="a few steps on a few rows, to see that all runs")
     return parser.parse_args()
 
@@ -51,22 +50,26 @@ if args.dataset is None and (args.model is None or Path(args.model).exists()):
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is asked of the hub, so don't wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import spearmanr
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer import losses
-from sentence_transformers.util import pairwise_cos_sim
 
-from mipic_st import MIPICLoss, rotate_model, set_matryoshka_config
-from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
-from mipic_st.demo import synthetic_pairs, synthetic_sts
+from mipic_st import MIPICLoss, codes, rotate_model
+from mipic_st.data import load_texts_file, load_training_file, load_training_hub
+from mipic_st.docstrings import docstring_pairs
+from mipic_st.numerics import unit_length
+from mipic_st.transforms.measures import ndcg, ranked, recall
+from mipic_st.validation import default_dims
+
+BUDGETS = {8: (16, "int4"), 16: (32, "int4"), 32: (64, "int4"), 64: (64, "int8"), 128: (128, "int8")}
 
 
 def load_model(name: str | None) -> SentenceTransformer:
@@ -81,83 +84,59 @@ def load_model(name: str | None) -> SentenceTransformer:
     return SentenceTransformer(name)
 
 
-def load_train() -> Dataset:
-    if args.train_file:
-        return load_training_file(args.train_file)
-    if args.dataset:
-        return load_training_hub(args.dataset)
-    return Dataset.from_list(synthetic_pairs(2400))  # a few minutes on two cores
+def load_pairs() -> list[tuple[str, str]]:
+    """Queries and answers; documents without queries are their own."""
+    if args.texts:
+        return [(text, text) for text in load_texts_file(args.texts)]
+    if args.pairs or args.dataset:
+        data = load_training_file(args.pairs) if args.pairs else load_training_hub(args.dataset)
+        if "anchor" not in data.column_names:
+            raise SystemExit(f"--pairs needs the columns anchor and positive, got {', '.join(data.column_names)}")
+        return list(zip(data["anchor"], data["positive"], strict=True))
+    return [(pair["query"], pair["document"]) for pair in docstring_pairs(size=2000, letters=300)]
 
 
-def load_eval() -> dict[str, Dataset]:
-    if args.eval_file:
-        names = [Path(file).stem for file in args.eval_file]
-        if len(set(names)) < len(names):
-            names = args.eval_file
-        return {name: load_sts_file(file) for name, file in zip(names, args.eval_file, strict=True)}
-    return {"synthetic, held out": Dataset.from_list(synthetic_sts())}
+class Search:
+    """Queries that no step of training has seen, and the documents that they search."""
+
+    def __init__(self, queries: list[str], documents: list[str], answers: dict[str, set[str]]) -> None:
+        self.queries, self.documents = queries, documents
+        row_of = {text: row for row, text in enumerate(documents)}
+        self.relevant = [torch.tensor(sorted(row_of[text] for text in answers[query])) for query in queries]
+        # a document that searches does not find itself
+        self.own = torch.tensor([row_of[query] if answers[query] == {query} else -1 for query in queries])
+        self.neighbours: torch.Tensor | None = None
+
+    def encode(self, model: SentenceTransformer) -> tuple[np.ndarray, np.ndarray]:
+        shown = {"batch_size": 64, "show_progress_bar": True}
+        return model.encode_query(self.queries, **shown), model.encode_document(self.documents, **shown)
+
+    def found(self, queries: np.ndarray, documents: np.ndarray, dim: int, precision: str) -> torch.Tensor:
+        """The ten best documents of each query: float queries against documents in this precision."""
+        queries, documents = unit_length(queries[:, :dim]), unit_length(documents[:, :dim])
+        ranges = codes.Ranges.of(documents)
+        coded = codes.encode(documents, precision, ranges)
+        scores = torch.from_numpy(codes.scores(queries, coded, precision, ranges))
+        return ranked(lambda rows: scores[rows], tuple(scores.shape), 10, self.own)
+
+    def measure(self, vectors: tuple[np.ndarray, np.ndarray], dims: list[int]) -> dict[object, tuple[float, float]]:
+        """(nDCG@10, recall@10) of each dim, and of each budget of bytes as (dim, precision), x100."""
+        width = vectors[1].shape[1]
+        if self.neighbours is None:
+            self.neighbours = self.found(*vectors, width, "float32")
+        cells = {dim: (dim, "float32") for dim in dims} | {cell: cell for cell in BUDGETS.values() if cell[0] <= width}
+        figures = {}
+        for key, cell in cells.items():
+            found = self.found(*vectors, *cell)
+            answered = float("nan") if (self.own >= 0).all() else float(ndcg(found, self.relevant).mean())
+            figures[key] = 100 * answered, 100 * float(recall(found, self.neighbours).mean())
+        return figures
 
 
-def score(model: SentenceTransformer, sets: dict[str, Dataset], dims: list[int]) -> dict[str, dict[int, float]]:
-    """Spearman correlation (x100) of cosine similarity and score: encode once, then cut to each dim."""
-    scores = {}
-    for name, data in sets.items():
-        first, second = (
-            model.encode(list(data[column]), batch_size=64, convert_to_tensor=True, show_progress_bar=False)
-            for column in ("sentence1", "sentence2")
-        )
-        # The cosine of the cut vectors: nothing is left of the length that they had at full width.
-        similarities = {dim: pairwise_cos_sim(first[:, :dim], second[:, :dim]).cpu() for dim in dims}
-        scores[name] = {dim: 100 * spearmanr(cosines, data["score"]).statistic for dim, cosines in similarities.items()}
-    return scores
-
-
-def make_loss(model: SentenceTransformer, data: Dataset, dims: list[int]):
-    base = losses.CoSENTLoss(model) if is_scored(data) else losses.MultipleNegativesRankingLoss(model)
-    if args.loss == "mipic":
-        return MIPICLoss(model, base, matryoshka_dims=dims)
-    if args.loss == "mipic-paper":
-        return MIPICLoss.from_preset(model, base, "paper", dims)
-    if args.loss == "matryoshka":
-        return losses.MatryoshkaLoss(model, base, matryoshka_dims=dims)
-    return base
-
-
-def show(stages: dict[str, dict[str, dict[int, float]]], dims: list[int]) -> None:
-    """One table per evaluation set: a row per dim, a column per stage, and what all of it gained."""
-    first, *_, last = stages.values()
-    for name in first:
-        table = Table(title=f"Spearman x100: {name}", caption=f"trained with {args.loss}")
-        for heading in ("dim", *stages, "trained - before"):
-            table.add_column(heading, justify="right")
-        for dim in dims:
-            cells = [f"{stage[name][dim]:.2f}" for stage in stages.values()]
-            table.add_row(str(dim), *cells, f"{last[name][dim] - first[name][dim]:+.2f}")
-        Console().print(table)
-
-
-def main() -> None:
-    start = time.perf_counter()
-    train, sets = load_train(), load_eval()
-    model = load_model(args.model)
-    width = model.get_embedding_dimension()
-    dims = sorted(args.dims or [width, *(dim for dim in (256, 128, 64, 32, 16) if dim < width)], reverse=True)
-    if wrong := [dim for dim in dims if not 1 <= dim <= width]:
-        raise SystemExit(f"--dims must be from 1 to the model's width of {width}, got {wrong}")
-    rotate_on = train
-    if args.smoke:
-        rotate_on = train.select(range(min(300, len(train))))
-        train = train.select(range(min(64, len(train))))
-        sets = {name: data.select(range(min(100, len(data)))) for name, data in sets.items()}
-        args.steps, args.batch_size = 3, 8
-
-    print(f"training on {len(train)} rows ({', '.join(train.column_names)}); first, the scores of the untrained model")
-    stages = {"before": score(model, sets, dims)}
-    if not args.no_rotation and dims[-1] < width:
-        steps = {"max_steps": 30} if args.smoke else {}
-        rotate_model(model, rotate_on, dims, batch_size=64, seed=args.seed, show_progress_bar=True, **steps)
-        stages["rotated"] = score(model, sets, dims)
-    loss = make_loss(model, train, dims)
+def train(model: SentenceTransformer, data: Dataset, dims: list[int]) -> int:
+    """Train at every dim; returns the number of steps."""
+    kind = MIPICLoss if args.loss == "mipic" else losses.MatryoshkaLoss
+    loss = kind(model, losses.MultipleNegativesRankingLoss(model), dims)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=model,
@@ -169,33 +148,85 @@ def main() -> None:
                 learning_rate=args.learning_rate,
                 warmup_steps=0.1,
                 # the same sentence twice in a batch would be its own negative
-                batch_sampler="batch_sampler" if is_scored(train) else "no_duplicates",
-                bf16=args.bf16,
+                batch_sampler="no_duplicates",
                 # encode puts a default prompt before texts; the trainer does so only if it is given one
                 prompts=model.prompts.get(model.default_prompt_name),
-                use_cpu=args.bf16 and not torch.cuda.is_available(),
                 seed=args.seed,
                 save_strategy="no",
-                logging_steps=1 if args.smoke else 20,
+                logging_steps=1 if args.smoke else 10,
                 report_to="none",
                 dataloader_pin_memory=False,
             ),
-            train_dataset=train,
+            train_dataset=data,
             loss=loss,
         )
         trainer.train()
-    stages["trained"] = score(model, sets, dims)
-    show(stages, dims)
+    return trainer.state.global_step
+
+
+def show(stages: dict[str, dict[object, tuple[float, float]]], dims: list[int], full: float, number: int) -> None:
+    """A table per dim and one per budget of bytes: every stage, and the last one as a share of full width, as a bar."""
+    name = ("nDCG@10 of the answers", "recall@10 of what the full width finds")[number]
+    last = list(stages)[-1]
+    cells = [(dim, f"{dim}", f"{4 * dim}") for dim in dims]
+    cells += [(cell, f"{cell[0]} x {cell[1]}", str(size)) for size, cell in BUDGETS.items() if cell in stages[last]]
+    table = Table(title=f"{name}, x100", caption="float32 above the line, codes below; queries are floats")
+    for heading in ("dims", "bytes", *stages, f"{last}: share of full width"):
+        table.add_column(heading, justify="left" if "share" in heading else "right", no_wrap=True)
+    for key, dim, size in cells:
+        if key == BUDGETS[8]:
+            table.add_section()
+        share = stages[last][key][number] / full
+        bar = "█" * round(20 * min(share, 1))
+        table.add_row(dim, size, *(f"{stage[key][number]:.1f}" for stage in stages.values()), f"{bar} {share:.0%}")
+    Console().print(table)
+
+
+def main() -> None:
+    start = time.perf_counter()
+    pairs = load_pairs()[: 120 if args.smoke else None]
+    model = load_model(args.model)
+    width = model.get_embedding_dimension()
+    dims = sorted(set(args.dims or default_dims(width)), reverse=True)
+    if wrong := [dim for dim in dims if not 1 <= dim <= width]:
+        raise SystemExit(f"--dims must be from 1 to the model's width of {width}, got {wrong}")
+    answers: dict[str, set[str]] = {}
+    for query, document in pairs:
+        answers.setdefault(query, set()).add(document)
+    queries = list(answers)
+    np.random.default_rng(args.seed).shuffle(queries)
+    held_out = queries[: min(1000, len(queries) // 2)]
+    documents = list(dict.fromkeys(document for _, document in pairs))
+    search = Search(held_out, documents, answers)
+    seen = set(held_out)
+    training = [{"anchor": query, "positive": document} for query, document in pairs if query not in seen]
+    print(f"{len(held_out)} queries search {len(documents)} documents")
+
+    vectors = search.encode(model)
+    stages = {"truncated": search.measure(vectors, dims)}
+    full = stages["truncated"][width] if width in dims else search.measure(vectors, [width])[width]
+    if min(dims) < width:
+        steps = {"max_steps": 30} if args.smoke else {}
+        rotation = rotate_model(model, documents, dims, batch_size=64, seed=args.seed, show_progress_bar=True, **steps)
+        print(rotation.verdict)
+        rotated = tuple(rotation(part) for part in vectors) if rotation.gained else vectors
+        stages["rotated"] = search.measure(rotated, dims)
+    taken = 0
+    if args.loss != "none" and not args.texts:
+        if args.smoke:
+            training, args.steps, args.batch_size = training[:64], 3, 8
+        taken = train(model, Dataset.from_list(training), dims)
+        stages["trained"] = search.measure(search.encode(model), dims)
+    for number, whole in enumerate(full):
+        if np.isfinite(whole):
+            show(stages, dims, whole, number)
     if args.output_dir:
-        if args.loss != "base":
-            set_matryoshka_config(model, dims)  # what serving engines read
         model.save_pretrained(args.output_dir)
         print(f"model saved to {args.output_dir}")
     else:
         print("The model is not saved; --output-dir FOLDER saves it.")
-    if args.train_file is None:
-        print("Synthetic sentences show that everything runs; .docs/pages/results.md has figures on real data.")
-    print(f"{trainer.state.global_step} steps, {time.perf_counter() - start:.0f} s in all")
+    print(f"{taken} steps, {time.perf_counter() - start:.0f} s in all")
+    print("next, on your own texts: mipic-st advise MODEL --texts corpus.txt names the dims and the precision to serve")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--qrels", metavar="FILE", help="csv: query_id, doc_id")
     parser.add_argument("--nano-beir", nargs="+", metavar="NAME", help="NanoBEIR sets from the hub instead of files")
     parser.add_argument("--pairs", metavar="FILE", help="csv: query, document; the rotation is fitted on these")
-    parser.add_argument("--dims", type=int, nargs="+", help="default: the model's width and 256 128 64 32 16")
+    parser.add_argument("--dims", type=int, nargs="+", help="default: powers of 2 from 8, and full width")
     parser.add_argument("--output-dir", help="where to save the rotated model (default: not saved)")
     parser.add_argument("--smoke", action="store_true", help="a few texts, to see that all runs")
     args = parser.parse_args()

@@ -28,6 +28,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from mipic_st import MatryoshkaEvaluator, MIPICCallback, MIPICLoss, rotate_model
 from mipic_st.data import load_sts_file, load_training_file
+from mipic_st.validation import default_dims
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +44,7 @@ def parse_args() -> argparse.Namespace:
         "--eval-file", help="sentence1, sentence2, score; chooses the checkpoint (default: stsb validation)"
     )
     parser.add_argument("--test-file", help="the same, scored at the end (default: stsb test, or --eval-file if given)")
-    parser.add_argument("--dims", type=int, nargs="+", help="default: the model's width and 256 128 64 32 16")
+    parser.add_argument("--dims", type=int, nargs="+", help="default: powers of 2 from 8, and full width")
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
@@ -89,7 +90,7 @@ def main() -> None:
         ),
     )
     width = model.get_embedding_dimension()
-    dims = sorted(set(args.dims or [width, *(dim for dim in (256, 128, 64, 32, 16) if dim < width)]), reverse=True)
+    dims = sorted(set(args.dims or default_dims(width)), reverse=True)
     if wrong := [dim for dim in dims if not 1 <= dim <= width]:
         raise SystemExit(f"--dims must be from 1 to the model's width of {width}, got {wrong}")
 

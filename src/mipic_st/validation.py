@@ -43,9 +43,9 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def powers_of_two(least: int, below: int) -> list[int]:
-    """The powers of two from ``least``, one of them, to below a width."""
-    return [2**power for power in range(least.bit_length() - 1, (below - 1).bit_length())]
+def default_dims(width: int) -> list[int]:
+    """The dims that are taken where none are named: powers of two from 8, and the width itself."""
+    return [*(2**power for power in range(3, (width - 1).bit_length())), width]
 
 
 def as_list(name: str, values: Any, example: str) -> list[Any]:

@@ -1,12 +1,14 @@
 """Invariants of the command: readable help, exit codes, wrong arguments and errors in one line."""
 
+import logging
 import re
+import warnings
 
 import pytest
 
 from evaluation_fixtures import tiny_model
 from mipic_st.cli import COMMANDS, build_parser, main, options
-from mipic_st.validation import powers_of_two
+from mipic_st.validation import default_dims
 
 
 def test_help_lists_the_commands(capsys):
@@ -208,9 +210,30 @@ def test_errors_that_nobody_foresaw_are_one_line_and_debug_shows_more(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("least", "below", "powers"), [(16, 384, [16, 32, 64, 128, 256]), (16, 256, [16, 32, 64, 128]), (8, 8, [])]
+    ("width", "dims"), [(100, [8, 16, 32, 64, 100]), (64, [8, 16, 32, 64]), (9, [8, 9]), (8, [8]), (1, [1])]
 )
-def test_powers_of_two_are_below_the_width(least, below, powers):
-    """The default dims of models, however wide."""
-    assert powers_of_two(least, below) == powers
-    assert powers_of_two(16, 8192)[-1] == 4096
+def test_default_dims_end_with_the_width(width, dims):
+    """One list for every command and example, however wide the model."""
+    assert default_dims(width) == dims
+    assert default_dims(8192)[-2:] == [4096, 8192]
+
+
+def test_other_libraries_warnings_stay_off_the_terminal(monkeypatch, capsys):
+    """Of a command nobody has written them for; --debug shows them, and what was set is as before afterwards."""
+
+    def run(args):
+        warnings.warn("an old name of numpy's", DeprecationWarning, stacklevel=1)
+        warnings.warn("a slow path", UserWarning, stacklevel=1)
+        logging.getLogger("transformers.modeling_utils").warning("LOAD REPORT")
+        logging.getLogger("mipic_st.transforms").warning("worse than truncation")
+
+    monkeypatch.setattr("mipic_st.cli.tasks.run", run)
+    level, filters = logging.getLogger("transformers").level, list(warnings.filters)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert main(["tasks"]) == 0
+        assert not seen
+        assert main(["tasks", "--debug"]) == 0
+        assert len(seen) == 2
+    assert logging.getLogger("transformers").level == level
+    assert warnings.filters == filters

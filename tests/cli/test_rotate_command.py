@@ -71,9 +71,39 @@ def test_rotate_checks_other_texts(files, capsys):
     assert not (files / "second").exists()
 
 
+def test_rotate_takes_prompts(files, monkeypatch):
+    """Queries and documents have their own, in pairs and next to texts; without the options, the model's own."""
+    import mipic_st.transforms.model_rotation as room
+
+    seen = []
+    fit = room.encode_columns
+
+    def noted(model, columns, **options):
+        seen.append(options["prompts"])
+        return fit(model, columns, **options)
+
+    monkeypatch.setattr(room, "encode_columns", noted)
+    further = ["--documents", str(files / "texts.txt"), "--queries", str(files / "texts.txt")]
+    prompts = ["--query-prompt", "q: ", "--document-prompt", "d: "]
+    for number, (data, given, found) in enumerate(
+        [
+            (["--pairs", "pairs.csv"], prompts, {"anchor": "q: ", "positive": "d: "}),
+            (["--texts", "texts.txt"], prompts[2:], {"": "d: "}),
+            (["--texts", "texts.txt"], [*prompts, *further], {"": "d: ", "documents": "d: ", "queries": "q: "}),
+            (["--texts", "texts.txt"], [*prompts[:2], *further], {"": None, "documents": None, "queries": "q: "}),
+            (["--texts", "texts.txt"], [], {"": None}),
+        ]
+    ):
+        option, name = data
+        call = ["rotate", str(files / "model"), option, str(files / name), "--dims", "4", *given, "--quiet"]
+        main([*call, "--output", str(files / f"out{number}")])
+        assert seen[-1] == found
+
+
 def test_rotating_a_narrow_model_needs_dims(files, capsys, monkeypatch):
-    """Below 8 values there is no default; the option that is needed is named."""
+    """Below 8 values the default is the width, which needs no rotation; the option that is needed is named."""
     monkeypatch.setattr("mipic_st.encoder.structure.full_width", lambda model: 8)
+    monkeypatch.setattr("mipic_st.transforms.model_rotation.full_width", lambda model: 8)
     call = ["rotate", str(files / "model"), "--texts", str(files / "texts.txt"), "--output", str(files / "out")]
     assert main(call) == 1
-    assert "the model's 8 dims leave no power of 2 from 8 on below them: give --dims" in capsys.readouterr().err
+    assert "dims must hold a dimension below the vectors' width of 8" in capsys.readouterr().err

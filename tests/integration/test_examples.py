@@ -145,64 +145,68 @@ def test_retrieval_keeps_the_model_s_own_prompts(run_here, own_retrieval, tmp_pa
 
 
 @needs_model
-def test_quickstart_prints_scores_before_and_after():
-    """A number for each stage and the whole gain at each dim; the terms of the loss are logged one by one."""
+def test_quickstart_prints_every_stage_per_dim_and_per_byte():
+    """A table for each measure: truncated, rotated and trained; the terms of the loss are logged one by one."""
     code, printed, errors = run("quickstart.py", "--smoke", "--learning-rate", "1e-3")
     assert code == 0, errors
-    rows = table_rows(printed)
-    assert list(rows) == [384, 256, 128, 64, 32, 16]
-    assert rows[384][0] == pytest.approx(rows[384][1], abs=0.011), "a rotation leaves the full width alone"
-    assert any(row[0] != row[1] for row in rows.values())
-    for before, _, after, gain in rows.values():
-        assert 50 < before < 95
-        assert gain == pytest.approx(after - before, abs=0.011)
-        assert gain != 0
+    assert "60 queries search 120 documents" in printed
+    for title in ("nDCG@10 of the answers", "recall@10 of what the full width finds"):
+        table = printed[printed.index(title) :]
+        lines = [line.replace("│", " ").split() for line in table.splitlines() if line.startswith("│")][:12]
+        floats, coded = lines[:7], lines[7:]
+        assert [(row[0], row[1]) for row in floats] == [(str(d), str(4 * d)) for d in (384, 256, 128, 64, 32, 16, 8)]
+        assert [(row[0], row[2], row[3]) for row in coded] == [
+            ("16", "int4", "8"),
+            ("32", "int4", "16"),
+            ("64", "int4", "32"),
+            ("64", "int8", "64"),
+            ("128", "int8", "128"),
+        ]
+        truncated, rotated, trained = (float(cell) for cell in floats[0][2:5])
+        assert truncated == pytest.approx(rotated, abs=0.11), "a rotation leaves the full width alone"
+        assert trained != rotated
+        assert float(floats[-1][3]) > float(floats[-1][2]), "8 dims gain by the rotation"
     for term in ("matryoshka", "sia_attention", "sia_cka"):
         assert f"'{term}'" in printed
     assert re.search(r"3 steps, \d+ s in all", printed)
+    assert "next, on your own texts: mipic-st advise" in printed
 
 
 @needs_model
-def test_quickstart_on_own_files_saves_a_plain_model(tmp_path):
-    """STS columns for training and two evaluation files; the saved folder loads as a SentenceTransformer."""
+def test_quickstart_on_own_files_saves_a_plain_model(run_here, tiny_model, tmp_path):
+    """Pairs train, texts alone only rotate; the saved folder loads as a SentenceTransformer."""
+    import pandas as pd
     from sentence_transformers import SentenceTransformer
 
-    rows = [{"sentence1": f"a {i}", "sentence2": f"b {i * i}", "score": i % 5} for i in range(100)]
-    for name in ("train", "one", "two"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    files = ["--train-file", tmp_path / "train.jsonl"]
-    files += ["--eval-file", tmp_path / "one.jsonl", "--eval-file", tmp_path / "two.jsonl"]
-    code, printed, errors = run(
-        "quickstart.py",
-        "--smoke",
-        *files,
-        "--dims",
-        "8",
-        "384",
-        "--loss",
-        "matryoshka",
-        "--output-dir",
-        tmp_path / "out",
-    )
-    assert code == 0, errors
-    rows = table_rows(printed)
-    assert list(rows) == [384, 8]
-    assert printed.count("Spearman x100: one") == printed.count("Spearman x100: two") == 1, "a table for each set"
-    assert all(len(cells) == 4 for cells in rows.values())
-    model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
-    assert model.encode("a").shape == (384,)
+    from conftest import sentences
+
+    tiny_model(normalize=True).save_pretrained(str(tmp_path / "tiny"))
+    documents = sentences(120, 1)
+    pd.DataFrame({"query": sentences(120, 2), "answer": documents}).to_csv(tmp_path / "pairs.csv", index=False)
+    (tmp_path / "texts.txt").write_text("\n".join(documents), encoding="utf-8")
+    common = ["--smoke", "--model", tmp_path / "tiny", "--dims", 8, 32]
+    out = ["--loss", "matryoshka", "--output-dir", tmp_path / "out"]
+    printed = run_here("quickstart.py", *common, "--pairs", tmp_path / "pairs.csv", *out)
+    assert "60 queries search 120 documents" in printed
+    assert "trained: share of full width" in printed
+    assert SentenceTransformer(str(tmp_path / "out"), device="cpu").encode("a").shape == (32,)
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert config["is_matryoshka"] is True
-    assert config["matryoshka_dimensions"] == [8, 384]
+    assert config["matryoshka_dimensions"] == [8, 32]
+    printed = run_here("quickstart.py", *common, "--texts", tmp_path / "texts.txt")
+    assert "nDCG@10" not in printed, "documents without queries have no answers"
+    assert "rotated: share of full width" in printed
+    assert "0 steps" in printed
 
 
 @needs_model
-def test_quickstart_refuses_a_file_without_the_columns(tmp_path):
+def test_quickstart_refuses_a_file_without_the_columns(run_here, tmp_path):
     """A wrong file fails before anything is trained, and says what is expected."""
-    (tmp_path / "train.csv").write_text("text,label\na,b\n", encoding="utf-8")
-    code, _, errors = run("quickstart.py", "--smoke", "--train-file", tmp_path / "train.csv")
-    assert code != 0
-    assert "expected (anchor, positive) or (sentence1, sentence2, score)" in errors
+    (tmp_path / "pairs.csv").write_text("text,label\na,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape("expected (anchor, positive)")):
+        run_here("quickstart.py", "--smoke", "--pairs", tmp_path / "pairs.csv")
+    (tmp_path / "sts.csv").write_text("sentence1,sentence2,score\na,b,1\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="--pairs needs the columns anchor and positive"):
+        run_here("quickstart.py", "--smoke", "--pairs", tmp_path / "sts.csv")
 
 
 # --- the training scripts: run in this process, which has paid for the imports already -------------------------------
@@ -229,7 +233,7 @@ def run_here(monkeypatch, capsys):
 @pytest.mark.parametrize("script", ["quickstart.py", "sts_regression.py"])
 def test_dims_outside_the_width_are_refused(run_here, script, dims):
     """A dim that the model has not would be a made-up row of the table."""
-    base_loss = ["--loss", "base"] if script == "quickstart.py" else []
+    base_loss = ["--loss", "none"] if script == "quickstart.py" else []
     with pytest.raises(SystemExit, match="--dims must be from 1 to the model's width of 384"):
         run_here(script, "--smoke", *base_loss, "--dims", *dims)
 
@@ -550,7 +554,9 @@ def test_training_has_the_prompt_that_serving_has(run_here, tiny_model, tmp_path
 
     monkeypatch.setattr(SentenceTransformerTrainer, "train", noted)
     files = ["--train-file", tmp_path / "train.csv", "--eval-file", tmp_path / "sts.csv"]
-    steps = ["--steps", 1] if script == "quickstart.py" else ["--smoke"]
+    steps = ["--smoke"]
+    if script == "quickstart.py":
+        files, steps = ["--pairs", tmp_path / "train.csv"], ["--steps", 1]
     monkeypatch.chdir(tmp_path)  # train_nli.py saves below the present folder
     run_here(script, *steps, "--model", tmp_path / "tiny", "--dims", 32, 8, *files)
     assert prompts == ["book "]

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from mipic_st.cli.options import check_device, is_expected, one_line
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+# not sentence-transformers, which says when it has guessed a model's pooling
+_OTHERS = ("datasets", "mteb", "transformers")
 COMMANDS = ("rotate", "cut", "export", "check", "eval", "tasks")
 
 
@@ -61,12 +66,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        if getattr(args, "device", None) is not None:
-            check_device(args.device)
-        return int(args.run(args) or EXIT_DONE)
+        with _own_words_only(args.debug):
+            return _run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+@contextmanager
+def _own_words_only(debug: bool) -> Iterator[None]:
+    """Keep the warnings of other libraries, which a command's user can do nothing about, off the terminal."""
+    if debug:
+        yield
+        return
+    levels = {name: logging.getLogger(name).level for name in _OTHERS}
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it sets its logger's level when it is imported
+    try:
+        for name in _OTHERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The command's exit code; what is wrong on one line."""
+    try:
+        if getattr(args, "device", None) is not None:
+            check_device(args.device)
+        return int(args.run(args) or EXIT_DONE)
     except Exception as error:
         if args.debug:
             traceback.print_exc()

@@ -83,6 +83,8 @@ def _print(args: argparse.Namespace, statement: dict) -> None:
         print("correlation of cosines with those of the full model, on held-out texts")
         for way, what in _WAYS.items():
             print(f"  {what:22} {100 * statement[f'similarity_{way}']:6.1f}")
+    if args.no_word_weights:
+        print("The mean of the tokens has no word weights: with them the cut is closer to the full model.")
     if args.layer:
         print(
             f"{statement['speedup']:.2f} times as fast ({statement['seconds_full']:.3f} s to "

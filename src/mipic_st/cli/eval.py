@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TASK",
         help="a group (`mipic-st tasks` lists them), MTEB task names, or one benchmark",
     )
-    options.add_dims(parser, "powers of 2 from 16, and full width")
+    options.add_dims(parser)
     options.add_output(parser, "folder for results, tables and plots")
     parser.add_argument(
         "--data-dir", type=options.input_folder, metavar="DIR", help="folder with local data, looked at before the hub"
@@ -91,16 +91,15 @@ def _evaluated(place: str, name: str, tasks: str | list[str], args: argparse.Nam
     """The scores of one model, which is gone from memory afterwards."""
     from mipic_st.encoder.structure import full_width
     from mipic_st.evaluation.mteb import evaluate_mteb
-    from mipic_st.validation import powers_of_two
+    from mipic_st.validation import default_dims
 
     if not args.quiet:
         print(place, file=sys.stderr)
     model = options.load_model(place, args)
-    width = full_width(model)
     return evaluate_mteb(
         model,
         tasks,
-        args.dims or [*powers_of_two(16, width), width],
+        args.dims or default_dims(full_width(model)),
         output=args.output,
         model_name=name,
         data_dir=args.data_dir,

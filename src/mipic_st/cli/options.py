@@ -79,9 +79,10 @@ def add_batch_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_dims(parser: argparse.ArgumentParser, default: str) -> None:
+def add_dims(parser: argparse.ArgumentParser) -> None:
     """Several dims."""
-    add_list(parser, "--dims", whole_number, metavar="DIM", help=f"spaces or commas between them (default: {default})")
+    text = "spaces or commas between them (default: powers of 2 from 8, and full width)"
+    add_list(parser, "--dims", whole_number, metavar="DIM", help=text)
 
 
 def add_dim(parser: argparse.ArgumentParser, text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from mipic_st.cli import options
 
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("check", "texts that the rotation is judged on too, e.g. of another domain, as --texts"),
     ):
         parser.add_argument(f"--{name}", type=options.given, metavar="FILE", help=text)
-    options.add_dims(parser, "powers of 2 from 8")
+    parser.add_argument("--query-prompt", metavar="TEXT", help="put before queries and the first text of pairs")
+    parser.add_argument("--document-prompt", metavar="TEXT", help="put before documents and the second text of pairs")
+    options.add_dims(parser)
     options.add_output(parser)
     options.add_batch_size(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out part and the batches")
@@ -51,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from mipic_st.encoder.structure import full_width
     from mipic_st.files import new_folder
     from mipic_st.transforms.model_rotation import rotate_model
-    from mipic_st.validation import checked_count, checked_dims, powers_of_two
+    from mipic_st.validation import checked_count, checked_dims, default_dims
 
     options.check_places([args.model])
     checked_count("--seed", args.seed, least=0)
@@ -66,14 +69,20 @@ def run(args: argparse.Namespace) -> None:
             load_texts_file(file) if file else None for file in (args.documents, args.queries, args.check)
         )
         model = options.load_model(args.model, args)
-        width = full_width(model)
-        dims = args.dims or powers_of_two(8, width)
-        if not dims:
-            raise ValueError(f"the model's {width} dims leave no power of 2 from 8 on below them: give --dims.")
+        dims = args.dims or default_dims(full_width(model))
         shown = {"batch_size": args.batch_size, "show_progress_bar": not args.quiet}
         # before the model is rotated
-        checked = None if other is None else encode_texts(model, other, prompt=None, **shown)
-        rotation = rotate_model(model, data, dims, documents=documents, queries=queries, seed=args.seed, **shown)
+        checked = None if other is None else encode_texts(model, other, prompt=args.document_prompt, **shown)
+        rotation = rotate_model(
+            model,
+            data,
+            dims,
+            documents=documents,
+            queries=queries,
+            prompts=_prompts(data, args),
+            seed=args.seed,
+            **shown,
+        )
         judged = None if checked is None else rotation.evaluate(checked)
         if not rotation.gained:
             raise ValueError("no dim gained, nothing was saved.")
@@ -86,3 +95,14 @@ def run(args: argparse.Namespace) -> None:
             print(f"\n{args.check}: {judged}")
         print(f"written to {args.output}", file=sys.stderr)
         print(f"next: mipic-st eval {args.model} {args.output} --tasks sts --output results", file=sys.stderr)
+
+
+def _prompts(data: Any, args: argparse.Namespace) -> dict[str, str] | str | None:
+    """The prompts by column; a list of texts has documents alone, and further queries theirs."""
+    if args.query_prompt is None and args.document_prompt is None:
+        return None
+    names = ["", ""] if isinstance(data, list) else [name for name in data.column_names if name != "score"]
+    given = {names[0]: args.query_prompt, names[1]: args.document_prompt}
+    given |= {"queries": args.query_prompt} if args.queries else {}
+    given |= {"documents": args.document_prompt} if args.documents else {}
+    return {name: prompt for name, prompt in given.items() if prompt is not None}

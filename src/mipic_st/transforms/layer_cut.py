@@ -28,7 +28,7 @@ from mipic_st.transforms.columns import scored_pairs
 from mipic_st.transforms.cut_fits import fit_cut, refine_cut
 from mipic_st.transforms.fitting import split_rows, wants_bar
 from mipic_st.transforms.word_weights import fit_word_weights
-from mipic_st.validation import checked_count, checked_dims, checked_flag, checked_number, checked_texts, powers_of_two
+from mipic_st.validation import checked_count, checked_dims, checked_flag, checked_number, checked_texts, default_dims
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -205,7 +205,7 @@ def fit_layer_cuts(
     """
     depth, width = model_depth(model), full_width(model)
     layers = _checked_layers(model, layers, depth)
-    dims = sorted(checked_dims("dims", [*powers_of_two(16, width), width] if dims is None else dims, width))
+    dims = sorted(checked_dims("dims", default_dims(width) if dims is None else dims, width))
     held_out = checked_number("held_out", held_out, 0, 0.5, exclusive=True)
     ridge = checked_number("ridge", ridge, 0)
     show_progress_bar = wants_bar(show_progress_bar)

@@ -114,7 +114,7 @@ def rotate_model(
     require_documents(len({*columns[names[-1]], *further.get("documents", ())}))
     logger.info("The rotation is fitted on %s.", used)
     columns |= further
-    present = [*getattr(data, "column_names", []), *further]
+    present = [*getattr(data, "column_names", names), *further]
     encode = partial(
         encode_columns,
         model,
