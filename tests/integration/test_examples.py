@@ -793,6 +793,22 @@ def test_larger_teacher_is_for_pairs_and_has_a_weight(run_here, tmp_path):
         run_here("larger_teacher.py", "--smoke", "--train-file", scored)
 
 
+def test_gpu_benchmark_runs_on_the_cpu(tmp_path):
+    """Tiny sizes: every method at every length with its ratio, the fit and its application; nothing is left out."""
+    code, _, errors = run("benchmarks/gpu.py", "--smoke", "--json", tmp_path / "figures.json")
+    assert code == 0, errors
+    found = json.loads((tmp_path / "figures.json").read_text())
+    methods = ["MatryoshkaLoss", "MIPICLoss", "MatryoshkaLoss, cached", "MIPICLoss, cached"]
+    assert [row["method"] for row in found["steps"]] == 2 * methods
+    assert [row["step_ratio"] == 1 for row in found["steps"]] == 4 * [True, False]
+    assert found["vectors"]["fit_seconds"] > 0
+    assert found["vectors"]["gigabytes_per_second"] > 0
+    assert found["left_out"] == []
+    code, printed, errors = run("benchmarks/gpu.py", "--minutes", "0", "--device", "cpu")
+    assert code == 0, errors
+    assert printed.count("no time left") == 10, "three shapes at three lengths, and the vectors"
+
+
 @pytest.mark.slow
 def test_benchmark_tails_measures_every_fit():
     """Seconds and memory of the rotation and of a cut's three steps."""
