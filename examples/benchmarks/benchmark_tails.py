@@ -41,7 +41,7 @@ def measure(what: str, size: str, threads: int) -> None:
     import torch
 
     from mipic_st.transforms.cut_fits import fit_cut, refine_cut
-    from mipic_st.transforms.rotation import fit_rotation
+    from mipic_st.transforms.rotation_fit import fit_rotation
     from mipic_st.transforms.word_weights import fit_word_weights
 
     torch.set_num_threads(threads)

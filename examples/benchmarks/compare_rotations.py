@@ -154,7 +154,8 @@ def layer_cuts(
     unscaled = list(model)
     while isinstance(unscaled[-1], Normalize):
         unscaled.pop()
-    rotated = SentenceTransformer(modules=[*unscaled, identity_dense(turn.matrix, model), Normalize()])
+    dense = identity_dense(torch.from_numpy(turn.matrix), model)
+    rotated = SentenceTransformer(modules=[*unscaled, dense, Normalize()])
     models, report = {"full depth": model, "full depth, rotated": rotated}, []
     for what, start in (("fitted", model), ("fitted, rotated", rotated)):
         started = time.perf_counter()

@@ -521,7 +521,7 @@ def fitted_rotation(given: str, width: int, options: dict[str, Any], work: Path)
         found[f"vectors/{dim or 'all'}"] = digest(rotation(pair[0][:20], dim), 64)
     rotation.save(work / "rotation.safetensors")
     again = mipic_st.Rotation.load(work / "rotation.safetensors")
-    return found | {"loaded_off": np.asarray(float((again.matrix - rotation.matrix).abs().max()))}
+    return found | {"loaded_off": np.asarray(float(abs(again.matrix - rotation.matrix).max()))}
 
 
 def rotated_model(name: str, kind: str, work: Path) -> Numbers:

@@ -16,6 +16,6 @@ from .transforms.layer_cut import LayerCuts as LayerCuts
 from .transforms.layer_cut import fit_layer_cuts as fit_layer_cuts
 from .transforms.model_rotation import rotate_model as rotate_model
 from .transforms.rotation import Rotation as Rotation
-from .transforms.rotation import fit_rotation as fit_rotation
+from .transforms.rotation_fit import fit_rotation as fit_rotation
 
 __version__: str

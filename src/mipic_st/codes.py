@@ -87,6 +87,10 @@ class Ranges:
     def __len__(self) -> int:
         return len(self.low)
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """All four, (4, d): how they are stored. ``Ranges(*array)`` makes them again."""
+        return np.stack([self.low, self.high, self.mean, self.spread]).astype(dtype or np.float32)
+
     def steps(self, levels: int) -> np.ndarray:
         """Distance of neighbouring levels, (d,); 1 where all values were equal."""
         steps = (self.high - self.low) / np.float32(levels - 1)
@@ -113,41 +117,59 @@ def encode(vectors: np.ndarray, precision: str, ranges: Ranges | None = None) ->
     vectors = np.asarray(vectors)
     if vectors.ndim != 2:
         raise ValueError(f"vectors must have the shape (N, d), got {vectors.shape}.")
-    if not np.isfinite(vectors).all():
-        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-        raise ValueError(f"vectors hold NaN or infinite values, first in row {row}: they have no code, leave them out.")
-    if precision in ("float32", "float16"):
-        return vectors.astype(precision)
-    return np.concatenate([_coded(block, precision, _fitting(ranges, vectors.shape[1])) for block in _blocks(vectors)])
+    plain = precision in ("float32", "float16")
+    kind = np.dtype(precision if plain else _KINDS[precision])
+    width = vectors.shape[1] if plain else bytes_per_vector(len(_fitting(ranges, vectors.shape[1])), precision)
+    codes = np.empty((len(vectors), width), dtype=kind)
+    for start in range(0, len(vectors), _BLOCK):
+        block = vectors[start : start + _BLOCK]
+        finite = np.isfinite(block)
+        if not finite.all():
+            row = start + int(np.flatnonzero(~finite.all(axis=1))[0])
+            raise ValueError(
+                f"vectors hold NaN or infinite values, first in row {row}: they have no code, leave them out."
+            )
+        codes[start : start + _BLOCK] = block if plain else _coded(block, precision, ranges)
+    return codes
 
 
-def _coded(vectors: np.ndarray, precision: str, ranges: Ranges) -> np.ndarray:
-    if precision in ("int8", "uint8"):
-        levels = np.clip(np.floor((vectors - ranges.low) / ranges.steps(256)), 0, 255)
-        return levels.astype(np.uint8) if precision == "uint8" else (levels - 128).astype(np.int8)
+def _coded(vectors: np.ndarray, precision: str, ranges: Any) -> np.ndarray:
+    if precision in ("binary", "ubinary"):
+        bits = np.packbits(vectors > ranges.mean, axis=1)
+        return bits if precision == "ubinary" else (bits ^ 128).view(np.int8)
+    levels = vectors - ranges.low
     if precision == "int4":
-        levels = np.clip(np.rint((vectors - ranges.low) / ranges.steps(16)), 0, 15).astype(np.uint8)
-        if levels.shape[1] % 2:
-            levels = np.pad(levels, ((0, 0), (0, 1)))
-        return levels[:, ::2] | levels[:, 1::2] << 4
-    bits = np.packbits(vectors > ranges.mean, axis=1)
-    return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+        levels /= ranges.steps(16)
+        codes = np.clip(np.rint(levels, out=levels), 0, 15, out=levels).astype(np.uint8)
+        if codes.shape[1] % 2:
+            codes = np.pad(codes, ((0, 0), (0, 1)))
+        return codes[:, ::2] | codes[:, 1::2] << 4
+    levels /= ranges.steps(256)
+    codes = np.clip(np.floor(levels, out=levels), 0, 255, out=levels).astype(np.uint8)
+    return codes if precision == "uint8" else (codes ^ 128).view(np.int8)
 
 
 def decode(codes: np.ndarray, precision: str, ranges: Ranges | None = None) -> np.ndarray:
     """The vectors, (N, d), float32, that codes stand for; a bit is the mean plus or minus the spread.
+
+    A code of int8 and uint8 stands for the low end of its step, as in sentence-transformers' rescoring.
 
     Example:
         >>> ranges = Ranges.of(np.array([[0.0, 0.0, 0.0], [15.0, 15.0, 15.0]]), quantiles=(0.0, 1.0))
         >>> decode(np.array([[33, 15]], dtype=np.uint8), "int4", ranges).tolist()
         [[1.0, 2.0, 15.0]]
     """
+    return _decoded(np.asarray(codes), precision, ranges).astype(np.float32)
+
+
+def _decoded(codes: np.ndarray, precision: str, ranges: Any) -> np.ndarray:
+    """What codes stand for, float64, in which int8 and uint8 have no rounding."""
     checked_choice("precision", precision, PRECISIONS)
-    codes = np.asarray(codes)
     if precision in ("float32", "float16"):
-        return codes.astype(np.float32)
+        if not np.issubdtype(codes.dtype, np.floating):
+            raise ValueError(f"{precision} codes must be floating numbers, got {codes.dtype}.")
+        return codes.astype(np.float64)
     dim = len(_fitting(ranges, None))
-    assert ranges is not None
     width, kind = bytes_per_vector(dim, precision), np.dtype(_KINDS[precision])
     if codes.ndim != 2 or codes.shape[1] != width or codes.dtype != kind:
         raise ValueError(
@@ -155,30 +177,32 @@ def decode(codes: np.ndarray, precision: str, ranges: Ranges | None = None) -> n
             f"{codes.dtype}."
         )
     if precision in ("int8", "uint8"):
-        levels = codes.astype(np.float32) + (128 if precision == "int8" else 0)
+        levels = codes.astype(np.float64) + (128 if precision == "int8" else 0)
         return levels * ranges.steps(256) + ranges.low
     if precision == "int4":
         levels = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), 2 * width)[:, :dim]
-        return levels.astype(np.float32) * ranges.steps(16) + ranges.low
-    bits = codes if precision == "ubinary" else (codes.astype(np.int16) + 128).astype(np.uint8)
-    signs = np.unpackbits(bits, axis=1, count=dim).astype(np.float32) * 2 - 1
-    return signs * ranges.spread + ranges.mean
+        return levels * ranges.steps(16).astype(np.float64) + ranges.low
+    packed = codes if precision == "ubinary" else codes.view(np.uint8) ^ np.uint8(128)
+    bits = np.unpackbits(packed, axis=1, count=dim)
+    return (2.0 * bits - 1) * ranges.spread + ranges.mean
 
 
 def scores(queries: np.ndarray, codes: np.ndarray, precision: str, ranges: Ranges | None = None) -> np.ndarray:
     """Dot products, (Q, N), of float queries, (Q, d), truncated as the documents were, with the codes of N documents.
 
+    Those of int8 and uint8 are the scores of sentence-transformers' rescoring, in float32.
+
     Example:
         >>> scores(np.array([[1.0, 0.0]]), np.array([[0.5, 2.0]], dtype=np.float16), "float16").tolist()
         [[0.5]]
     """
-    queries = np.asarray(queries, dtype=np.float32)
-    found = np.empty((len(queries), len(codes)), dtype=np.float32)
+    asked, codes = np.asarray(queries, dtype=np.float64), np.asarray(codes)
+    found = np.empty((len(asked), len(codes)), dtype=np.float32)
     for start in range(0, len(codes), _BLOCK):
-        documents = decode(codes[start : start + _BLOCK], precision, ranges)
-        if documents.shape[1] != queries.shape[1]:
-            raise ValueError(f"queries have {queries.shape[1]} dims, the coded documents {documents.shape[1]}.")
-        found[:, start : start + _BLOCK] = queries @ documents.T
+        documents = _decoded(codes[start : start + _BLOCK], precision, ranges)
+        if documents.shape[1] != asked.shape[1]:
+            raise ValueError(f"queries have {asked.shape[1]} dims, the coded documents {documents.shape[1]}.")
+        found[:, start : start + _BLOCK] = asked @ documents.T
     return found
 
 

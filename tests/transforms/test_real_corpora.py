@@ -10,7 +10,8 @@ import torch
 
 from mipic_st.transforms.measures import cosine_scores, ndcg, ranked
 from mipic_st.transforms.orthogonal import pca_basis
-from mipic_st.transforms.rotation import Rotation, fit_rotation
+from mipic_st.transforms.rotation import Rotation
+from mipic_st.transforms.rotation_fit import fit_rotation
 from transforms_fixtures import unit
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,7 @@ def cranfield(data_folder, encode):
 def searched(matrix, documents, queries, relevant, dims):
     """nDCG@10 x100 per dim of the queries that have an answer."""
     asked = [number for number, rows in enumerate(relevant) if len(rows)]
-    sides = [torch.tensor(side) @ matrix for side in (queries[asked], documents)]
+    sides = [torch.tensor(side) @ torch.as_tensor(matrix) for side in (queries[asked], documents)]
     rows = [torch.tensor(relevant[number]) for number in asked]
     figures = []
     for dim in dims:

@@ -2,7 +2,8 @@
 
 A new map is one frozen dataclass in one file, with a function that fits it. Its fields are what is saved, so it adds
 ``__call__`` and ``to_modules`` and nothing else; ``tests/transforms/test_base.py`` has one. Fields are tensors, dicts
-of numbers to tensors, and what JSON knows.
+of numbers to tensors, and what JSON knows. Files are written and read by NumPy: a map whose fields are arrays, such as
+the rotation, loads without torch.
 """
 
 from __future__ import annotations
@@ -15,25 +16,18 @@ from dataclasses import fields
 from html import escape
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-import torch
-from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mipic_st.encoder.structure import unwrap
-from mipic_st.encoder.surgery import put_in
 from mipic_st.files import write_whole
-from mipic_st.numerics import no_autocast
-from mipic_st.transforms.fitting import as_tensor, powers_of_rows
+from mipic_st.transforms.arrays import as_rows
 from mipic_st.validation import checked_dims, require
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Vectors = TypeVar("Vectors", np.ndarray, Tensor)
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
 
 _FORMAT = 1
 
@@ -84,6 +78,9 @@ class Transform(ABC):
         Returns:
             A function that takes it out again: the model is then what it was.
         """
+        from mipic_st.encoder.structure import unwrap
+        from mipic_st.encoder.surgery import put_in
+
         inner = unwrap(model)
         return put_in(inner, self.to_modules(inner, *args, **kwargs))
 
@@ -95,8 +92,8 @@ class Transform(ABC):
             ValueError: If a value makes no sense.
         """
         checked_dims("dims", self.dims)
-        for name, tensor in _tensors_of(self).items():
-            if not bool(tensor.isfinite().all()):
+        for name, array in _arrays_of(self).items():
+            if not np.isfinite(array).all():
                 raise ValueError(f"{name} holds values that are not finite")
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -105,13 +102,13 @@ class Transform(ABC):
         Args:
             path: The file.
         """
-        from safetensors.torch import save_file
+        from safetensors.numpy import save_file
 
-        tensors = _tensors_of(self)
-        plain = {name: value for name, value in _fields_of(self).items() if not _is_tensors(value)}
+        arrays = _arrays_of(self)
+        plain = {name: value for name, value in _fields_of(self).items() if not _holds_arrays(value)}
         notes = {"kind": self.kind, "format": str(_FORMAT), "fields": json.dumps(plain)}
-        notes["checksum"] = _checksum(tensors, notes["fields"])
-        write_whole(path, lambda place: save_file(tensors, place, metadata=notes))
+        notes["checksum"] = _checksum(arrays, notes["fields"])
+        write_whole(path, lambda place: save_file(arrays, place, metadata=notes))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -132,10 +129,10 @@ class Transform(ABC):
         if not Path(path).is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:
                 notes = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = cls(**cls._read(tensors, notes))
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = cls(**cls._read(arrays, notes))
             found.check()
         except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
@@ -144,23 +141,30 @@ class Transform(ABC):
         return found
 
     @classmethod
-    def _read(cls, tensors: dict[str, Tensor], notes: dict[str, str]) -> dict[str, Any]:
+    def _read(cls, arrays: dict[str, np.ndarray], notes: dict[str, str]) -> dict[str, Any]:
         """The fields of the map in a file."""
         if notes.get("kind") != cls.kind:
             raise ValueError(f"it holds {notes.get('kind', 'nothing of this package')!r}")
         if notes["format"] != str(_FORMAT):
             raise ValueError(f"its format is {notes['format']}, this version of mipic-st reads {_FORMAT}; update it")
-        if notes["checksum"] != _checksum(tensors, notes["fields"]):
+        if notes["checksum"] != _checksum(arrays, notes["fields"]):
             raise ValueError("its checksum does not fit its content")
         found = json.loads(notes["fields"])
         found["dims"] = tuple(found["dims"])
-        for name, tensor in tensors.items():
+        for name, array in arrays.items():
             field, _, key = name.partition("/")
             if key:
-                found.setdefault(field, {})[int(key)] = tensor
+                found.setdefault(field, {})[int(key)] = cls._field(array)
             else:
-                found[field] = tensor
+                found[field] = cls._field(array)
         return found
+
+    @staticmethod
+    def _field(array: np.ndarray) -> Any:
+        """What a field holds for an array in the file."""
+        import torch
+
+        return torch.from_numpy(array)
 
     def to_frame(self) -> pd.DataFrame:
         """The report as a table.
@@ -192,54 +196,38 @@ class Transform(ABC):
 
     def __repr__(self) -> str:
         parts = {
-            name: tuple(value.shape) if isinstance(value, Tensor) else sorted(value)
+            name: sorted(value) if isinstance(value, dict) else tuple(value.shape)
             for name, value in _fields_of(self).items()
-            if _is_tensors(value)
+            if _holds_arrays(value)
         }
         listed = "".join(f"{name} {part}, " for name, part in parts.items())
         return f"{type(self).__name__}({listed}dims {list(self.dims)})"
-
-
-def apply_matrix(name: str, vectors: Vectors, matrix: Tensor, dim: int | None, owner: str) -> Vectors:
-    """Vectors as rows times a matrix; with a dim, its first columns only, and the result at unit length."""
-    given = as_tensor(name, vectors)
-    if vectors.shape[-1] != len(matrix):
-        raise ValueError(f"{name} have width {vectors.shape[-1]}, {owner} is for {len(matrix)}.")
-    if dim is not None:
-        (dim,) = checked_dims("dim", [dim], matrix.shape[1])
-    matrix = matrix[:, :dim].to(given.device)
-    # whatever the lengths, nothing overflows or vanishes: rows are brought near 1, which rounds nothing
-    wide = given.to(torch.promote_types(given.dtype, torch.float32))
-    powers = powers_of_rows(wide)
-    with no_autocast(given):
-        mapped = (wide * powers).to(matrix.dtype) @ matrix
-    mapped = mapped.to(wide.dtype) / powers if dim is None else F.normalize(mapped, dim=-1)
-    mapped = mapped.to(given.dtype)
-    return mapped if isinstance(vectors, Tensor) else mapped.numpy()
 
 
 def _fields_of(transform: Transform) -> dict[str, Any]:
     return {field.name: getattr(transform, field.name) for field in fields(transform)}  # type: ignore[arg-type]
 
 
-def _is_tensors(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values()))
+def _holds_arrays(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else [value]
+    return all(hasattr(part, "__array__") and not isinstance(part, np.generic) for part in parts)
 
 
-def _tensors_of(transform: Transform) -> dict[str, Tensor]:
-    """The fields that are tensors, and ``field/number`` for each tensor of a dict."""
-    found = {}
+def _arrays_of(transform: Transform) -> dict[str, np.ndarray]:
+    """The fields that are arrays, and ``field/number`` for each array of a dict."""
+    found: dict[str, Any] = {}
     for name, value in _fields_of(transform).items():
-        if isinstance(value, Tensor):
+        if isinstance(value, dict) and _holds_arrays(value):
+            found |= {f"{name}/{key}": part for key, part in value.items()}
+        elif _holds_arrays(value):
             found[name] = value
-        elif _is_tensors(value):
-            found |= {f"{name}/{key}": tensor for key, tensor in value.items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+    return {name: np.ascontiguousarray(as_rows(name, array)) for name, array in found.items()}
 
 
-def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+def _checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    for name, array in sorted(arrays.items()):
+        # the name that torch has for the type: files were written by it once
+        digest.update(f"{name} torch.{array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
     return digest.hexdigest()

@@ -17,7 +17,8 @@ from mipic_st.transforms.fitting import split_rows
 from mipic_st.transforms.orthogonal import completed, pca_basis
 from mipic_st.transforms.pair_fit import MOST_VALUES, fit_pairs
 from mipic_st.transforms.pairs import Pairs, first_rows, numbered
-from mipic_st.transforms.search import K, Search, most_queries, report
+from mipic_st.transforms.search import Search, most_queries, report
+from mipic_st.transforms.verdict import K
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from mipic_st.numerics import no_autocast
+from mipic_st.transforms.arrays import as_array
+from mipic_st.validation import checked_dims
+
+Vectors = TypeVar("Vectors", np.ndarray, Tensor)
 Rows = TypeVar("Rows", np.ndarray, Tensor)
 
 # Rows that are held out at most, and rows per block of long sums.
@@ -23,15 +29,12 @@ _CHECK_EVERY = 10
 
 
 def as_tensor(name: str, vectors: Any) -> Tensor:
-    """Floating numbers in a tensor, without a copy where torch can do without one."""
-    if not isinstance(vectors, (np.ndarray, Tensor)):
-        raise TypeError(f"{name} must be a NumPy array or a tensor of vectors, got {type(vectors).__name__}.")
+    """Floating numbers in a tensor, of whatever :func:`as_array` takes, without a copy where torch can do without."""
     if isinstance(vectors, Tensor) and vectors.is_floating_point():
         return vectors
-    if isinstance(vectors, np.ndarray) and np.issubdtype(vectors.dtype, np.floating):
-        # torch takes no reversed rows and no foreign byte order, and warns of a file that is mapped for reading
-        return torch.as_tensor(np.require(vectors, vectors.dtype.newbyteorder("="), ["C", "W"]))
-    raise TypeError(f"{name} must hold floating numbers, got {vectors.dtype}; quantised vectors cannot be mapped.")
+    array = as_array(name, vectors)
+    # torch takes no reversed rows and no foreign byte order, and warns of a file that is mapped for reading
+    return torch.as_tensor(np.require(array, array.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def powers_of_rows(vectors: Tensor) -> Tensor:
@@ -39,6 +42,24 @@ def powers_of_rows(vectors: Tensor) -> Tensor:
     most = 126 if vectors.dtype == torch.float32 else 1022
     exponents = torch.frexp(vectors.abs().amax(dim=-1, keepdim=True)).exponent.clamp(-most, most)
     return torch.exp2(-exponents.to(vectors.dtype))
+
+
+def apply_matrix(name: str, vectors: Vectors, matrix: Tensor, dim: int | None, owner: str) -> Vectors:
+    """Vectors as rows times a matrix; with a dim, its first columns only, and the result at unit length."""
+    given = as_tensor(name, vectors)
+    if given.shape[-1] != len(matrix):
+        raise ValueError(f"{name} have width {given.shape[-1]}, {owner} is for {len(matrix)}.")
+    if dim is not None:
+        (dim,) = checked_dims("dim", [dim], matrix.shape[1])
+    matrix = matrix[:, :dim].to(given.device)
+    # whatever the lengths, nothing overflows or vanishes: rows are brought near 1, which rounds nothing
+    wide = given.to(torch.promote_types(given.dtype, torch.float32))
+    powers = powers_of_rows(wide)
+    with no_autocast(given):
+        mapped = (wide * powers).to(matrix.dtype) @ matrix
+    mapped = mapped.to(wide.dtype) / powers if dim is None else F.normalize(mapped, dim=-1)
+    mapped = mapped.to(given.dtype)
+    return mapped if isinstance(vectors, Tensor) else mapped.numpy()
 
 
 def checked_vectors(name: str, vectors: Any, *, directions: bool = False) -> Tensor:

@@ -23,10 +23,10 @@ from mipic_st.encoder.structure import check_layers, evaluation_mode, full_width
 from mipic_st.encoder.surgery import identity_dense, input_embeddings, no_word_weights, word_weights_module
 from mipic_st.encoder.tail import push_vectors
 from mipic_st.numerics import spearman, unit_length
-from mipic_st.transforms.base import Transform, Vectors, apply_matrix
+from mipic_st.transforms.base import Transform
 from mipic_st.transforms.columns import scored_pairs
 from mipic_st.transforms.cut_fits import fit_cut, refine_cut
-from mipic_st.transforms.fitting import split_rows, wants_bar
+from mipic_st.transforms.fitting import Vectors, apply_matrix, split_rows, wants_bar
 from mipic_st.transforms.word_weights import fit_word_weights
 from mipic_st.validation import checked_count, checked_dims, checked_flag, checked_number, checked_texts, default_dims
 

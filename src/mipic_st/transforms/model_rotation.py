@@ -17,10 +17,11 @@ from mipic_st.encoder.encoding import encode_columns
 from mipic_st.encoder.structure import evaluation_mode, full_width, in_half_precision, unwrap
 from mipic_st.encoder.surgery import keep_description
 from mipic_st.numerics import compare_vectors, unit_length
+from mipic_st.transforms.arrays import off_orthogonal
 from mipic_st.transforms.candidates import require_documents
 from mipic_st.transforms.columns import as_dataset, text_columns
-from mipic_st.transforms.orthogonal import off_orthogonal
-from mipic_st.transforms.rotation import Rotation, checked_settings, fit_rotation
+from mipic_st.transforms.rotation import Rotation
+from mipic_st.transforms.rotation_fit import checked_settings, fit_rotation
 from mipic_st.validation import checked_count, checked_dims, checked_texts, per_column
 
 if TYPE_CHECKING:

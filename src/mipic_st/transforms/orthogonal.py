@@ -44,12 +44,6 @@ def mended(matrix: Tensor) -> Tensor:
     return torch.addmm(matrix, matrix, matrix.T @ matrix, beta=1.5, alpha=-0.5)
 
 
-def off_orthogonal(matrix: Tensor) -> float:
-    """How far a matrix is from orthogonal: the largest value of R^T R - I."""
-    matrix = matrix.double()
-    return float((matrix.T @ matrix - torch.eye(len(matrix), dtype=torch.double)).abs().max())
-
-
 class OrthogonalAdam:
     """Adam on orthogonal matrices Q, (k, k), along a cosine: moments of the skew gradient in the moving basis.
 

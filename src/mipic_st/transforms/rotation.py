@@ -1,8 +1,10 @@
 """The rotation: an orthogonal map of embeddings after which their first values are worth keeping.
 
 Rotated vectors have the same full-width cosines; what changes is what is left when they are truncated.
-:func:`fit_rotation` works on vectors, :func:`mipic_st.transforms.model_rotation.rotate_model` puts the result into a
-model. How it is found: :mod:`mipic_st.transforms.candidates`.
+:func:`mipic_st.transforms.rotation_fit.fit_rotation` finds it for vectors,
+:func:`mipic_st.transforms.model_rotation.rotate_model` puts it into a model.
+
+To load and apply one takes NumPy and safetensors alone: workers that code stored vectors need no torch.
 
 Related work: AdaWidth (arXiv 2608.23862) learns a product of Householder reflections, Matryoshka-Adaptor (arXiv
 2407.20243) a residual network that changes the full width too.
@@ -10,35 +12,47 @@ Related work: AdaWidth (arXiv 2608.23862) learns a product of Householder reflec
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
 
-from mipic_st.encoder.surgery import identity_dense
-from mipic_st.numerics import no_autocast
-from mipic_st.transforms.base import Transform, Vectors, apply_matrix
-from mipic_st.transforms.candidates import Given, best_of
-from mipic_st.transforms.fitting import checked_vectors, one_thread
-from mipic_st.transforms.orthogonal import off_orthogonal
-from mipic_st.transforms.search import Search, most_queries, report, verdict
-from mipic_st.validation import checked_count, checked_dims, checked_number
+import mipic_st.codes as coding
+from mipic_st.codes import Ranges
+from mipic_st.transforms.arrays import (
+    WholeMatrix,
+    as_array,
+    as_matrix,
+    as_rows,
+    is_tensor,
+    mapped,
+    off_orthogonal,
+)
+from mipic_st.transforms.verdict import Judged
+from mipic_st.validation import checked_choice, checked_dims
+
+if TYPE_CHECKING:
+    import faiss
+    from sentence_transformers import SentenceTransformer
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
+# Vectors that ranges are taken from, at most.
+CALIBRATED = 2**16
+
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Rotation(Transform):
+class Rotation(Judged):
     """An orthogonal map of embeddings whose leading values are worth keeping.
 
     Attributes:
-        matrix: R, (D, D), float32, on the CPU. Vectors are rows: rotated vectors are ``vectors @ R``.
+        matrix: R, (D, D), float32, NumPy. Vectors are rows: rotated vectors are ``vectors @ R``.
         dims: The truncation dimensions that it was fitted for, ascending.
         report: How queries that were held out search the given documents, one dict per dim. ``truncated``, ``pca`` and
             ``rotated`` are the values of ``measure`` for plain truncation, for the PCA of the documents and for this
@@ -47,48 +61,228 @@ class Rotation(Transform):
             correlation of cosines with those at full width), where pairs were given also recall@10 and MRR@10.
         chosen: Which way to a rotation was best on the held-out part.
         measure: ``nDCG@10`` of the positives where pairs were given, else ``recall@10`` of what the full width finds.
+        ranges: By dim, what codes go by: :class:`mipic_st.codes.Ranges` of the fitted documents after rotation, cut
+            and scaling to unit length. A fit keeps those of its dims and of the full width.
 
     Example:
-        >>> rotation = Rotation(torch.eye(4)[:, [2, 0, 1, 3]], (1, 2))
+        >>> rotation = Rotation(np.eye(4)[:, [2, 0, 1, 3]], (1, 2))
         >>> rotation(np.array([[1.0, 0.0, 3.0, 4.0]], dtype=np.float32)).tolist()
         [[3.0, 1.0, 0.0, 4.0]]
-        >>> rotation(np.array([[4.0, 0.0, 3.0, 0.0]]), dim=2).round(1).tolist()
+        >>> rotation([[4.0, 0.0, 3.0, 0.0]], dim=2).round(1).tolist()
         [[0.6, 0.8]]
     """
 
     kind: ClassVar[str] = "rotation"
-    headings: ClassVar[dict[str, str]] = {
-        "dim": "dim",
-        "truncated": "truncated",
-        "pca": "PCA",
-        "rotated": "rotated",
-        "change": "change",
-        "error": "error",
-        "similarity_truncated": "similarity, truncated",
-        "similarity_pca": "similarity, PCA",
-        "similarity_rotated": "similarity, rotated",
-    }
-    matrix: Tensor
+    matrix: np.ndarray
     dims: tuple[int, ...]
     report: list[dict[str, float]] = field(default_factory=list)
     chosen: str = ""
     measure: str = ""
+    ranges: dict[int, Ranges] | None = None
 
-    def __call__(self, vectors: Vectors, dim: int | None = None) -> Vectors:
+    def __post_init__(self) -> None:
+        # a copy: what is computed from it once must stay true
+        object.__setattr__(self, "matrix", np.array(as_array("matrix", self.matrix), dtype=np.float32, order="C"))
+
+    def __call__(self, vectors: Any, dim: int | None = None) -> Any:
         """Rotate vectors; with ``dim``, truncate them and scale them to unit length too.
 
+        A row has the same result, to the last bit, alone and among others.
+
         Args:
-            vectors: (N, D) or (D,), NumPy or torch, any floating type and device.
+            vectors: (N, D) or (D,), of any floating type and any lengths: an array, a torch tensor on any device, a
+                list, a column of pandas or Arrow.
             dim: Values to keep, 1 to D. None keeps all, and the length as it is.
 
         Returns:
-            The same kind, type and device, (N, D) or (N, dim).
+            (N, D) or (N, dim): a tensor for a tensor, else an array; of the same type. Zeros stay zeros.
 
         Raises:
-            TypeError: If the vectors are no array of floating numbers.
+            TypeError: If the vectors are no floating numbers.
             ValueError: If the vectors are not of width D, or ``dim`` is out of range.
         """
-        return apply_matrix("vectors", vectors, self.matrix, dim, f"this {self.kind}")
+        if is_tensor(vectors):
+            import torch
+
+            from mipic_st.transforms.fitting import apply_matrix
+
+            return apply_matrix("vectors", vectors, torch.from_numpy(self.matrix), dim, f"this {self.kind}")
+        array = as_array("vectors", vectors)
+        if array.ndim == 1:
+            return self(array[None], dim)[0]
+        array = as_matrix("vectors", array, self._width, f"this {self.kind}")
+        out = np.empty((len(array), self._dim(dim)), dtype=array.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for part in mapped(array, self._whole, out.shape[1]):
+                out[part.rows] = part.values * part.scales if dim is None else part.units()
+        return out
+
+    def encode(self, vectors: Any, dim: int | None = None, precision: str = "int8") -> np.ndarray:
+        """Rotate vectors, truncate them, scale them to unit length, and code them.
+
+        A row has the same code alone and among others, so that streams may come in any parts.
+
+        Args:
+            vectors: (N, D), as for a call.
+            dim: Values to keep, one of those that :attr:`ranges` has, unless the precision needs none. Default: D.
+            precision: ``float32``, ``float16``, ``int8``, ``uint8``, ``int4``, ``binary`` or ``ubinary``, see
+                :mod:`mipic_st.codes`.
+
+        Returns:
+            The codes, (N, values or bytes).
+
+        Raises:
+            TypeError: If the vectors are no floating numbers.
+            ValueError: If a vector has no direction (NaN, infinite or zero values, with its row in the message), the
+                width is not D, or there are no ranges for ``dim``.
+
+        Example:
+            >>> axes = np.eye(4)[:, [2, 0, 1, 3]]
+            >>> Rotation(axes, (2,)).calibrate(axes, [4]).encode(axes[:2], precision="ubinary").tolist()
+            [[64], [32]]
+        """
+        ranges = self._ranges(dim, precision)
+        array = as_matrix("vectors", vectors, self._width, f"this {self.kind}")
+        like = coding.encode(np.empty((0, self._dim(dim)), dtype=np.float32), precision, ranges)
+        codes = np.empty((len(array), like.shape[1]), dtype=like.dtype)
+        for rows, units in self._units("vectors", array, dim):
+            codes[rows] = coding.encode(units, precision, ranges)
+        return codes
+
+    def decode(self, codes: Any, dim: int | None = None, precision: str = "int8") -> np.ndarray:
+        """The rotated, truncated vectors that codes stand for.
+
+        Args:
+            codes: What :meth:`encode` gave, with the same ``dim`` and ``precision``.
+            dim: Values of a vector. Default: D.
+            precision: What the codes are.
+
+        Returns:
+            (N, dim), float32, of about unit length.
+
+        Raises:
+            ValueError: If the codes are not of this dim and precision, or there are no ranges for ``dim``.
+        """
+        found = coding.decode(as_rows("codes", codes), precision, self._ranges(dim, precision))
+        if found.shape[1:] != (self._dim(dim),):
+            raise ValueError(f"codes must be of {self._dim(dim)} dims, got the shape {found.shape}: give their dim.")
+        return found
+
+    def scores(self, queries: Any, codes: Any, dim: int | None = None, precision: str = "int8") -> np.ndarray:
+        """Score coded documents for queries that stay floats: 2 to 10 points of recall more than code against code.
+
+        Args:
+            queries: (Q, D), at full width and not rotated.
+            codes: Of N documents, what :meth:`encode` gave.
+            dim: Values of a document. Default: D.
+            precision: What the codes are.
+
+        Returns:
+            (Q, N), float32: dot products of the queries, rotated, truncated and of unit length, with what the codes
+            stand for.
+
+        Raises:
+            TypeError: If the queries are no floating numbers.
+            ValueError: If a query has no direction, or the codes are not of this dim and precision.
+
+        Example:
+            >>> axes = np.eye(4)[:, [2, 0, 1, 3]]
+            >>> rotation = Rotation(axes, (2,))
+            >>> rotation.scores(axes[:2], rotation.encode(axes, 4, "float16"), 4, "float16").tolist()
+            [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+        """
+        array = as_matrix("queries", queries, self._width, f"this {self.kind}")
+        asked = np.empty((len(array), self._dim(dim)), dtype=np.float32)
+        for rows, units in self._units("queries", array, dim):
+            asked[rows] = units
+        return coding.scores(asked, as_rows("codes", codes), precision, self._ranges(dim, precision))
+
+    def calibrate(self, vectors: Any, dims: Sequence[int] | None = None) -> Rotation:
+        """Take ranges from vectors like those that will be coded, e.g. for further dims, or after a change of corpus.
+
+        Args:
+            vectors: (N, D), as for a call, two or more; of more than 65,536 so many at equal distances are looked at.
+            dims: What is to be coded. Default: the rotation's own dims and D.
+
+        Returns:
+            The same rotation with ranges for these dims, and those that it had for others.
+
+        Raises:
+            TypeError: If the vectors are no floating numbers.
+            ValueError: If a vector has no direction, there are fewer than two, or ``dims`` are out of range.
+        """
+        dims = checked_dims("dims", [*self.dims, self._width] if dims is None else dims, self._width)
+        array = as_matrix("vectors", vectors, self._width, f"this {self.kind}")
+        if len(array) < 2:
+            raise ValueError(f"vectors must be two or more to take ranges from, got {len(array)}.")
+        array = array[:: -(-len(array) // CALIBRATED)]
+        ranges = dict(self.ranges or {})
+        for dim in dims:
+            ranges[dim] = Ranges.of(np.concatenate([units for _, units in self._units("vectors", array, dim)]))
+        return replace(self, ranges=dict(sorted(ranges.items())))
+
+    def to_faiss(self, dim: int | None = None) -> faiss.LinearTransform:
+        """The rotation and cut as the first part of a ``faiss.IndexPreTransform``.
+
+        Truncated vectors are not of unit length. For cosines put ``faiss.NormalizationTransform(dim)`` behind it, as
+        :meth:`faiss_index` does.
+
+        Args:
+            dim: Values to keep. Default: D.
+
+        Returns:
+            A trained ``faiss.LinearTransform`` from D to ``dim`` values, for vectors as they are, not rotated ones.
+
+        Raises:
+            ImportError: If faiss is missing.
+            ValueError: If ``dim`` is out of range.
+        """
+        from mipic_st.transforms.faiss_index import linear_transform
+
+        return linear_transform(self.matrix[:, : self._dim(dim)])
+
+    def faiss_index(self, dim: int | None = None, factory: str = "SQ8", vectors: Any = None) -> faiss.IndexPreTransform:
+        """A faiss index that rotates, truncates, scales to unit length, and codes: by inner product, so by cosine.
+
+        Queries and documents go in as they are, at full width.
+
+        Args:
+            dim: Values to keep. Default: D.
+            factory: What faiss's ``index_factory`` makes of the ``dim`` values: ``Flat``, ``SQ8``, ``SQ4``, ``PQ16``,
+                ``RaBitQ`` (faiss 1.11 or later), ``IVF256,SQ8`` and so on.
+            vectors: (N, D), the documents: the index is trained on them and holds them. None gives an empty index, to
+                be trained and filled by the caller.
+
+        Returns:
+            The index.
+
+        Raises:
+            ImportError: If faiss is missing.
+            TypeError: If the vectors are no floating numbers.
+            ValueError: If faiss does not know ``factory`` or cannot train on so few vectors, or a vector has no
+                direction.
+
+        Example:
+            >>> index = rotation.faiss_index(64, "SQ4", vectors)     # doctest: +SKIP
+            >>> similarities, rows = index.search(queries, k=10)     # doctest: +SKIP
+        """
+        from mipic_st.transforms.faiss_index import filled, index_of
+
+        index = index_of(self.to_faiss(dim), factory)
+        if vectors is None:
+            return index
+        array = as_matrix("vectors", vectors, self._width, f"this {self.kind}")
+        for _ in self._units("vectors", array, dim):
+            pass  # refuses what has no direction
+        return filled(index, array, factory)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name of matrix and ranges: files of codes say by it which rotation made them."""
+        digest = hashlib.blake2b(self.matrix.tobytes(), digest_size=8)
+        for dim, ranges in sorted((self.ranges or {}).items()):
+            digest.update(f"{dim}".encode() + np.asarray(ranges).tobytes())
+        return digest.hexdigest()
 
     def to_modules(self, model: SentenceTransformer | None = None) -> Sequence[nn.Module]:
         """The rotation as a bias-free identity ``Dense``.
@@ -99,9 +293,13 @@ class Rotation(Transform):
         Returns:
             One module, in float32.
         """
-        return [identity_dense(self.matrix)]
+        import torch
 
-    def evaluate(self, vectors: np.ndarray | Tensor, queries: np.ndarray | Tensor | None = None) -> Rotation:
+        from mipic_st.encoder.surgery import identity_dense
+
+        return [identity_dense(torch.from_numpy(self.matrix))]
+
+    def evaluate(self, vectors: Any, queries: Any = None) -> Rotation:
         """Judge the rotation on any vectors, e.g. on the documents of another domain than it was fitted on.
 
         The PCA that it is compared with is that of these very vectors: what a fit on them would give at the least.
@@ -121,23 +319,10 @@ class Rotation(Transform):
         Example:
             >>> print(rotation.evaluate(other_vectors).verdict)  # doctest: +SKIP
         """
-        anchors, _, _, asked = _checked(vectors, None, None, queries)
-        if anchors.shape[1] != len(self.matrix):
-            raise ValueError(f"vectors have width {anchors.shape[1]}, this {self.kind} is for {len(self.matrix)}.")
-        with no_autocast(anchors), torch.inference_mode(), one_thread():
-            given = Given.of(anchors, queries=asked)
-            most = most_queries(len(given.documents))
-            generator = torch.Generator().manual_seed(0)
-            own = torch.randperm(len(given.documents if asked is None else given.queries), generator=generator)[:most]
-            if asked is None:
-                search = Search(given.documents, given.documents[own], own)
-            else:
-                search = Search(given.documents, given.queries[own], given.row_of[given.query_ids[own]])
-            device = anchors.device
-            bases = {"truncated": torch.eye(len(self.matrix), device=device), "pca": given.pca}
-            results = search.judge(bases | {"rotated": self.matrix.to(device)}, self.dims)
-            judged = replace(self, report=report(results, self.dims, search.measure), measure=search.measure)
-        judged._warn("these vectors")
+        from mipic_st.transforms.rotation_fit import judged_on
+
+        judged = judged_on(self, vectors, queries)
+        judged.warn("these vectors")
         if judged.foreign_dims:
             logger.warning(
                 "On these vectors the rotation keeps far fewer neighbours than their own PCA at dims %s, as one that "
@@ -147,168 +332,69 @@ class Rotation(Transform):
             )
         return judged
 
-    def _warn(self, data: str) -> None:
-        if self.worse_dims:
-            logger.warning(
-                "On %s the rotation is worse than plain truncation at dims %s: fit it on the documents that will be "
-                "searched.\n%s",
-                data,
-                list(self.worse_dims),
-                self,
-            )
-
-    @property
-    def caption(self) -> str:  # type: ignore[override]
-        """First line of the report as a text."""
-        return f"{self.measure} of queries that no step has seen, x100; similarity: correlation of cosines"
-
-    @property
-    def verdict(self) -> str:
-        """The report in one line."""
-        return verdict(self.report, self.measure, self.chosen)
-
-    @property
-    def gained(self) -> bool:
-        """Whether any dim is better than plain truncation, by two standard errors."""
-        return any(row["change"] > 2 * row["error"] for row in self.report)
-
-    @property
-    def worse_dims(self) -> tuple[int, ...]:
-        """Dims that are worse than plain truncation, by two standard errors or more."""
-        return tuple(int(row["dim"]) for row in self.report if row["change"] < -2 * row["error"])
-
-    @property
-    def foreign_dims(self) -> tuple[int, ...]:
-        """Dims at which the PCA of the searched documents has a tenth more, by two standard errors or more."""
-        return tuple(
-            int(row["dim"])
-            for row in self.report
-            if row.get("pca_change", 0) < min(-0.1 * row.get("pca", 0), -2 * row.get("pca_error", 0))
-        )
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}\n{self.verdict}"
-
     def check(self) -> None:
-        """Shape, orthogonality and dims, too."""
+        """Shape, orthogonality, dims and ranges, too."""
         super().check()
-        if not self.matrix.is_floating_point() or self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
+        if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
+            raise ValueError(f"its matrix of shape {self.matrix.shape} is not square")
+        if (largest := off_orthogonal(self.matrix)) > 1e-4:
+            raise ValueError(f"its matrix is not orthogonal, R^T R - I has values up to {largest:.1e}")
+        checked_dims("dims", self.dims, self._width)
+        for dim, ranges in (self.ranges or {}).items():
+            if len(ranges) != dim or dim > self._width:
+                raise ValueError(f"its ranges for {dim} of {self._width} dims are those of {len(ranges)}")
+            if max(-ranges.low.min(), ranges.high.max(), np.abs(ranges.mean).max()) > 1 + 1e-5:
+                raise ValueError(f"its ranges for {dim} dims are those of vectors that are not of unit length")
+
+    @property
+    def _width(self) -> int:
+        return len(self.matrix)
+
+    @cached_property
+    def _whole(self) -> WholeMatrix:
+        return WholeMatrix.of(self.matrix)
+
+    def _dim(self, dim: int | None) -> int:
+        return self._width if dim is None else checked_dims("dim", [dim], self._width)[0]
+
+    def _ranges(self, dim: int | None, precision: str) -> Ranges | None:
+        """What codes of a precision go by, at a dim."""
+        dim = self._dim(dim)
+        if checked_choice("precision", precision, coding.PRECISIONS) in ("float32", "float16"):
+            return None
+        if dim not in (self.ranges or {}):
             raise ValueError(
-                f"its matrix of shape {tuple(self.matrix.shape)} is not square, or has no floating numbers"
+                f"this {self.kind} has no ranges for {dim} dims, which {precision} codes need, but for "
+                f"{sorted(self.ranges or {})}: rotation = rotation.calibrate(vectors, [{dim}]), with vectors like "
+                "those that will be coded."
             )
-        if (off := off_orthogonal(self.matrix)) > 1e-4:
-            raise ValueError(f"its matrix is not orthogonal, R^T R - I has values up to {off:.1e}")
-        checked_dims("dims", self.dims, len(self.matrix))
+        return (self.ranges or {})[dim]
+
+    def _units(self, name: str, array: np.ndarray, dim: int | None) -> Iterator[tuple[slice, np.ndarray]]:
+        """Rows, and what they are rotated, truncated and of unit length; what has no direction is refused."""
+        for part in mapped(array, self._whole, self._dim(dim)):
+            wrong = np.flatnonzero(~np.isfinite(part.lengths) | (part.lengths == 0))
+            if len(wrong):
+                row = part.rows.start + int(wrong[0])
+                if np.isfinite(array[row]).all():
+                    where = "" if dim is None else f" at {dim} dims"
+                    raise ValueError(f"{name} are zero{where} in row {row}: it has no direction, leave it out.")
+                raise ValueError(f"{name} hold NaN or infinite values in row {row}: it has no code, leave it out.")
+            yield part.rows, part.units()
+
+    @staticmethod
+    def _field(array: np.ndarray) -> np.ndarray:
+        return array
 
     @classmethod
-    def _read(cls, tensors: dict[str, Tensor], notes: dict[str, str]) -> dict[str, Any]:
-        if "kind" not in notes and set(tensors) == {"rotation"}:  # a file of an earlier version
+    def _read(cls, arrays: dict[str, np.ndarray], notes: dict[str, str]) -> dict[str, Any]:
+        if "kind" not in notes and set(arrays) == {"rotation"}:  # a file of an earlier version
             dims, rows = (json.loads(notes[name]) for name in ("dims", "report"))
             names = {"accuracy_before": "truncated", "accuracy_after": "rotated"}
             names |= {"similarity_before": "similarity_truncated", "similarity_after": "similarity_rotated"}
             rows = [{names.get(name, name): value for name, value in row.items()} for row in rows]
-            return {"matrix": tensors["rotation"], "dims": tuple(dims), "report": rows, "measure": "pairs found"}
-        return super()._read(tensors, notes)
-
-
-def fit_rotation(
-    anchors: np.ndarray | Tensor,
-    positives: np.ndarray | Tensor | None = None,
-    *,
-    dims: Sequence[int],
-    documents: np.ndarray | Tensor | None = None,
-    queries: np.ndarray | Tensor | None = None,
-    max_steps: int | None = None,
-    held_out: float = 0.1,
-    seed: int = 0,
-    show_progress_bar: bool | None = None,
-) -> Rotation:
-    """Learn an orthogonal map after which the first values of an embedding say most, from vectors alone.
-
-    Works on vectors of any origin: a model, an API, a database. Give the documents that will be searched; pairs of a
-    query and its answer, if there are any; queries without answers, if there are any. A part is held out, and searches
-    all documents after truncation, after their PCA, after a rotation of the documents and, with pairs, after a rotation
-    that is fitted to these. What ranks best is kept (``rotation.chosen``) and fitted again on everything, but for the
-    rotation of the pairs, which is stopped at its best step on the held-out part. The report is of the first fit.
-
-    The fit runs on the device of the vectors, in float32, and on one thread of a CPU.
-
-    Args:
-        anchors: (N, D) vectors of the documents or, with ``positives``, of the queries or first texts of pairs. Of any
-            length: directions count.
-        positives: (N, D) vectors of the answers or second texts, row by row; a query with several answers stands in
-            several rows. They are among the documents.
-        dims: The truncation dimensions to serve, each up to D. D itself needs no fit and is left out.
-        documents: (M, D) vectors of further documents.
-        queries: (Q, D) vectors of queries without answers.
-        max_steps: Steps of each fit. Default: 150 on documents, 250 on pairs.
-        held_out: Share of the queries, or documents where there are no pairs, that is held out, in (0, 0.5].
-        seed: Seeds the held-out part and the batches; the global generators are left alone.
-        show_progress_bar: Show a bar over steps. Default: as the log level says, like ``encode``.
-
-    Returns:
-        :class:`Rotation`, with its report. A warning in the log names the dims that got worse than truncation.
-
-    Raises:
-        TypeError: If the vectors are no arrays of floating numbers.
-        ValueError: If shapes do not fit, a value is not finite, a vector is zero, there are fewer than 12 distinct
-            documents, or another argument is out of its range.
-
-    Example:
-        >>> rotation = fit_rotation(document_vectors, dims=[128, 64, 32, 16, 8])  # doctest: +SKIP
-        >>> small = rotation(vectors, dim=16)                                     # doctest: +SKIP
-    """
-    arrays = _checked(anchors, positives, documents, queries)
-    width = arrays[0].shape[1]
-    dims, options = checked_settings(
-        width, dims, max_steps=max_steps, held_out=held_out, seed=seed, show_progress_bar=show_progress_bar
-    )
-    # the fit needs gradients, also where the caller switched them off for its encoder
-    with no_autocast(arrays[0]), torch.inference_mode(False), torch.enable_grad(), one_thread():
-        matrix, chosen, measure, rows = best_of(Given.of(*arrays), dims, prefer_pairs=documents is None, **options)
-    rotation = Rotation(matrix.cpu(), tuple(dims), rows, chosen, measure)
-    rotation._warn("held-out data")
-    return rotation
-
-
-def _checked(anchors: Any, positives: Any, documents: Any, queries: Any) -> tuple[Any, ...]:
-    """The vectors, on one device and of one width."""
-    given = {"anchors": anchors, "positives": positives, "documents": documents, "queries": queries}
-    arrays = {
-        name: None if vectors is None else checked_vectors(name, vectors, directions=True)
-        for name, vectors in given.items()
-    }
-    first = arrays["anchors"]
-    assert first is not None
-    for name, vectors in arrays.items():
-        if vectors is not None and vectors.shape[1] != first.shape[1]:
-            raise ValueError(f"{name} have width {vectors.shape[1]}, anchors {first.shape[1]}: encode both alike.")
-    if (second := arrays["positives"]) is not None and len(second) != len(first):
-        raise ValueError(
-            f"anchors and positives must have one vector for each other, got {tuple(first.shape)} and "
-            f"{tuple(second.shape)}."
-        )
-    return tuple(None if vectors is None else vectors.to(first.device) for vectors in arrays.values())
-
-
-def checked_settings(
-    width: int,
-    dims: Sequence[int],
-    *,
-    max_steps: int | None,
-    held_out: float,
-    seed: int,
-    show_progress_bar: bool | None,
-) -> tuple[list[int], dict[str, Any]]:
-    """Arguments of :func:`fit_rotation`: dims below the width, ascending, and the options of the fit."""
-    dims = sorted(dim for dim in checked_dims("dims", dims, width) if dim < width)
-    if not dims:
-        raise ValueError(
-            f"dims must hold a dimension below the vectors' width of {width}, else there is nothing to do."
-        )
-    return dims, {
-        "max_steps": max_steps if max_steps is None else checked_count("max_steps", max_steps),
-        "held_out": checked_number("held_out", held_out, 0, 0.5, exclusive=True),
-        "seed": checked_count("seed", seed, least=0),
-        "show_progress_bar": show_progress_bar,
-    }
+            return {"matrix": arrays["rotation"], "dims": tuple(dims), "report": rows, "measure": "pairs found"}
+        found = super()._read(arrays, notes)
+        if found.get("ranges"):
+            found["ranges"] = {dim: Ranges(*parts) for dim, parts in sorted(found["ranges"].items())}
+        return found

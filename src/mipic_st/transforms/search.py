@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 from mipic_st.numerics import spearman
 from mipic_st.transforms.measures import cosine_scores, ndcg, ranked, recall, reciprocal_rank
+from mipic_st.transforms.verdict import NDCG, RECALL, K
 
-K = 10
-RECALL, NDCG = f"recall@{K}", f"nDCG@{K}"
 _SAMPLED = 256, 512
 # Queries at most, fewer where the corpus is large: so many scores at most, but 100 queries.
 _MOST_QUERIES, _MOST_SCORES = 1000, 2 * 10**7
@@ -83,22 +82,3 @@ def report(results: Mapping[str, Mapping[str, Tensor]], dims: Sequence[int], mea
                 row |= {f"{other}_{way}": float(measured[other][place].mean()) for way, measured in results.items()}
         rows.append(row)
     return rows
-
-
-def verdict(rows: Sequence[Mapping[str, float]], measure: str, chosen: str) -> str:
-    """The report in one line."""
-    if not rows:
-        return "Not judged on any data."
-
-    def where(key: str, sign: int) -> str:
-        return ", ".join(str(row["dim"]) for row in rows if sign * row[f"{key}change"] > 2 * row[f"{key}error"])
-
-    what = "of what belongs together is found" if measure == NDCG else "of the full width's neighbours is kept"
-    found = [f"more {what} than by truncation at {better}"] if (better := where("", 1)) else []
-    found += [f"LESS than by truncation at {worse}: do not use it there"] if (worse := where("", -1)) else []
-    text = ", ".join(found) or f"no more {what} than by truncation"
-    if "pca_change" in rows[0]:
-        better, worse = where("pca_", 1), where("pca_", -1)
-        text += f"; more than by the PCA alone at {better}" if better else ""
-        text += f"; the PCA alone has more at {worse}" if worse else ""
-    return f"{chosen or 'rotation'}: {text}."

@@ -1,0 +1,53 @@
+"""A rotation in front of faiss's own codes: the parts of :meth:`mipic_st.transforms.rotation.Rotation.faiss_index`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mipic_st.validation import require
+
+
+def _faiss() -> Any:
+    return require("faiss", "indexes need faiss", "serve")
+
+
+def linear_transform(columns: np.ndarray) -> Any:
+    """A matrix, (D, d), of orthonormal columns as faiss's own transform of rows."""
+    faiss = _faiss()
+    transform = faiss.LinearTransform(*columns.shape, False)
+    faiss.copy_array_to_vector(np.ascontiguousarray(columns.T).ravel(), transform.A)
+    transform.set_is_orthonormal()
+    transform.is_trained = True
+    return transform
+
+
+def index_of(transform: Any, factory: str) -> Any:
+    """An empty index by inner product: the transform, unit length, and what faiss's factory makes."""
+    faiss = _faiss()
+    if not isinstance(factory, str):
+        raise TypeError(f"factory must be a string for faiss.index_factory, e.g. 'SQ8', got {factory!r}.")
+    if "RaBitQ" in factory and not hasattr(faiss, "IndexRaBitQ"):
+        raise ValueError(f"factory {factory!r} needs faiss 1.11 or later, this is {faiss.__version__}: update it.")
+    try:
+        coded = faiss.index_factory(transform.d_out, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f"factory {factory!r} is none that faiss {faiss.__version__} makes of {transform.d_out} dims: {error}"
+        ) from error
+    index = faiss.IndexPreTransform(coded)
+    index.prepend_transform(faiss.NormalizationTransform(transform.d_out, 2.0))
+    index.prepend_transform(transform)
+    return index
+
+
+def filled(index: Any, vectors: np.ndarray, factory: str) -> Any:
+    """The index trained on vectors, which it then holds."""
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    try:
+        index.train(vectors)
+    except RuntimeError as error:
+        raise ValueError(f"factory {factory!r} cannot be trained on {len(vectors)} vectors: {error}") from error
+    index.add(vectors)
+    return index

@@ -1,0 +1,98 @@
+"""What the report of a rotation says, in words. No torch: a rotation prints wherever it loads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from mipic_st.transforms.base import Transform
+
+logger = logging.getLogger(__name__)
+
+K = 10
+RECALL, NDCG = f"recall@{K}", f"nDCG@{K}"
+
+
+def verdict(rows: Sequence[Mapping[str, float]], measure: str, chosen: str) -> str:
+    """The report in one line."""
+    if not rows:
+        return "Not judged on any data."
+
+    def where(key: str, sign: int) -> str:
+        return ", ".join(str(row["dim"]) for row in rows if sign * row[f"{key}change"] > 2 * row[f"{key}error"])
+
+    what = "of what belongs together is found" if measure == NDCG else "of the full width's neighbours is kept"
+    found = [f"more {what} than by truncation at {better}"] if (better := where("", 1)) else []
+    found += [f"LESS than by truncation at {worse}: do not use it there"] if (worse := where("", -1)) else []
+    text = ", ".join(found) or f"no more {what} than by truncation"
+    if "pca_change" in rows[0]:
+        better, worse = where("pca_", 1), where("pca_", -1)
+        text += f"; more than by the PCA alone at {better}" if better else ""
+        text += f"; the PCA alone has more at {worse}" if worse else ""
+    return f"{chosen or 'rotation'}: {text}."
+
+
+class Judged(Transform):
+    """A map whose report says how it searches a corpus, beside plain truncation and the corpus's PCA."""
+
+    headings: ClassVar[dict[str, str]] = {
+        "dim": "dim",
+        "truncated": "truncated",
+        "pca": "PCA",
+        "rotated": "rotated",
+        "change": "change",
+        "error": "error",
+        "similarity_truncated": "similarity, truncated",
+        "similarity_pca": "similarity, PCA",
+        "similarity_rotated": "similarity, rotated",
+    }
+    chosen: str
+    measure: str
+
+    def warn(self, data: str) -> None:
+        """Say in the log at which dims truncation is better.
+
+        Args:
+            data: On what.
+        """
+        if self.worse_dims:
+            logger.warning(
+                "On %s the rotation is worse than plain truncation at dims %s: fit it on the documents that will be "
+                "searched.\n%s",
+                data,
+                list(self.worse_dims),
+                self,
+            )
+
+    @property
+    def caption(self) -> str:  # type: ignore[override]
+        """First line of the report as a text."""
+        return f"{self.measure} of queries that no step has seen, x100; similarity: correlation of cosines"
+
+    @property
+    def verdict(self) -> str:
+        """The report in one line."""
+        return verdict(self.report, self.measure, self.chosen)
+
+    @property
+    def gained(self) -> bool:
+        """Whether any dim is better than plain truncation, by two standard errors."""
+        return any(row["change"] > 2 * row["error"] for row in self.report)
+
+    @property
+    def worse_dims(self) -> tuple[int, ...]:
+        """Dims that are worse than plain truncation, by two standard errors or more."""
+        return tuple(int(row["dim"]) for row in self.report if row["change"] < -2 * row["error"])
+
+    @property
+    def foreign_dims(self) -> tuple[int, ...]:
+        """Dims at which the PCA of the searched documents has a tenth more, by two standard errors or more."""
+        return tuple(
+            int(row["dim"])
+            for row in self.report
+            if row.get("pca_change", 0) < min(-0.1 * row.get("pca", 0), -2 * row.get("pca_error", 0))
+        )
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{self.verdict}"
