@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Vectors that ranges are taken from, at most.
-CALIBRATED = 2**16
+CALIBRATED = 2**15
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -87,7 +87,7 @@ class Rotation(Judged):
     def __call__(self, vectors: Any, dim: int | None = None) -> Any:
         """Rotate vectors; with ``dim``, truncate them and scale them to unit length too.
 
-        A row has the same result, to the last bit, alone and among others.
+        A row of an array has the same result, to the last bit, alone and among others, on any number of threads.
 
         Args:
             vectors: (N, D) or (D,), of any floating type and any lengths: an array, a torch tensor on any device, a
@@ -139,7 +139,7 @@ class Rotation(Judged):
         Example:
             >>> axes = np.eye(4)[:, [2, 0, 1, 3]]
             >>> Rotation(axes, (2,)).calibrate(axes, [4]).encode(axes[:2], precision="ubinary").tolist()
-            [[64], [32]]
+            [[32], [128]]
         """
         ranges = self._ranges(dim, precision)
         array = as_matrix("vectors", vectors, self._width, f"this {self.kind}")
@@ -201,7 +201,7 @@ class Rotation(Judged):
         """Take ranges from vectors like those that will be coded, e.g. for further dims, or after a change of corpus.
 
         Args:
-            vectors: (N, D), as for a call, two or more; of more than 65,536 so many at equal distances are looked at.
+            vectors: (N, D), as for a call, two or more; at most 32,768 are looked at, at equal distances.
             dims: What is to be coded. Default: the rotation's own dims and D.
 
         Returns:
@@ -364,9 +364,8 @@ class Rotation(Judged):
             return None
         if dim not in (self.ranges or {}):
             raise ValueError(
-                f"this {self.kind} has no ranges for {dim} dims, which {precision} codes need, but for "
-                f"{sorted(self.ranges or {})}: rotation = rotation.calibrate(vectors, [{dim}]), with vectors like "
-                "those that will be coded."
+                f"this {self.kind} has ranges for {sorted(self.ranges or {})}, and no ranges for {dim} dims, which "
+                f"{precision} codes need: rotation = rotation.calibrate(vectors_like_those_to_code, [{dim}])."
             )
         return (self.ranges or {})[dim]
 
