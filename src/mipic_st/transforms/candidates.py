@@ -184,10 +184,39 @@ def candidates(given: Given, test: Pairs | None, dims: Sequence[int], seed: int,
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """What the held-out part chose.
+
+    Attributes:
+        given: Everything.
+        part: What the candidates were fitted on.
+        search: What judged them.
+        best: The candidate that was chosen.
+        fitted: Its matrix from ``part``, (D, D): the one that was judged.
+        columns: Its columns that were fitted.
+        report: One row per dim.
+    """
+
+    given: Given
+    part: Given
+    search: Search
+    best: Candidate
+    fitted: Tensor
+    columns: int
+    report: list[dict[str, float]]
+
+    def final(self) -> Tensor:
+        """The matrix from everything, unless the held-out part chose its steps."""
+        if not self.best.again:
+            return self.fitted
+        return completed(self.best.fit(self.given), self.columns, self.given.documents, self.given.rows)
+
+
 def best_of(
     given: Given, dims: Sequence[int], *, held_out: float, seed: int, prefer_pairs: bool, **options: Any
-) -> tuple[Tensor, str, str, list[dict[str, float]]]:
-    """The matrix, the name of what was chosen, the measure, and the report.
+) -> Trial:
+    """Fit all candidates on a part, judge them on the other, choose.
 
     A candidate's worth is the mean over dims of the logarithm of the measure: plain means would be those of the large
     dims. Pairs that are preferred, since they came alone, say more than who finds whom (of similar sentences, how
@@ -206,7 +235,5 @@ def best_of(
     if prefer_pairs and worth[best.name] < worth[ways[-1].name] + 0.05:
         best = ways[-1]
     shown = {"truncated": results[ways[0].name], "pca": results[ways[1].name], "rotated": results[best.name]}
-    matrix = fitted[best.name]
-    if best.again:
-        matrix = completed(best.fit(given), max(dims), given.documents, given.rows)
-    return matrix, best.name, search.measure, report(shown, dims, search.measure)
+    rows = report(shown, dims, search.measure)
+    return Trial(given, part, search, best, fitted[best.name], max(dims), rows)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mipic_st.numerics import no_autocast
-from mipic_st.transforms.candidates import Given, best_of
+from mipic_st.transforms.candidates import Given, Trial, best_of
 from mipic_st.transforms.fitting import checked_vectors, one_thread
 from mipic_st.transforms.rotation import CALIBRATED, Rotation
 from mipic_st.transforms.search import Search, most_queries, report
@@ -69,13 +69,24 @@ def fit_rotation(
     dims, options = checked_settings(
         width, dims, max_steps=max_steps, held_out=held_out, seed=seed, show_progress_bar=show_progress_bar
     )
+    rotation, _ = fitted(arrays, dims, prefer_pairs=documents is None, **options)
+    rotation.warn("held-out data")
+    return rotation
+
+
+def fitted(
+    arrays: Sequence[Any], dims: Sequence[int], *, prefer_pairs: bool, **options: Any
+) -> tuple[Rotation, Trial]:
+    """The rotation of checked vectors (anchors, positives, documents, queries), and what was tried for it."""
     # the fit needs gradients, also where the caller switched them off for its encoder
     with no_autocast(arrays[0]), torch.inference_mode(False), torch.enable_grad(), one_thread():
-        given = Given.of(*arrays)
-        matrix, chosen, measure, rows = best_of(given, dims, prefer_pairs=documents is None, **options)
-    rotation = Rotation(matrix.cpu().numpy(), tuple(dims), rows, chosen, measure)
-    rotation.warn("held-out data")
-    return rotation.calibrate(given.documents[:: -(-len(given.documents) // CALIBRATED)])
+        trial = best_of(Given.of(*arrays), dims, prefer_pairs=prefer_pairs, **options)
+        matrix = trial.final()
+    rotation = Rotation(
+        matrix.cpu().numpy(), tuple(dims), trial.report, trial.best.name, trial.search.measure
+    )
+    documents = trial.given.documents
+    return rotation.calibrate(documents[:: -(-len(documents) // CALIBRATED)]), trial
 
 
 def judged_on(rotation: Rotation, vectors: Any, queries: Any) -> Rotation:
