@@ -374,12 +374,37 @@ def test_missing_extra_gives_the_command(monkeypatch, tmp_path):
         ("a.jsonl", '{"sentence": "one"}\n', ["one"]),
         ("a.csv", "anchor,positive,negative\na,b,c\nd,b,e\n", ["a", "d", "b", "c", "e"]),
         ("a.csv", "sentence1,sentence2,score\na,b,0.5\n", ["a", "b"]),
+        ("a.csv", "query,document\na,b\n", ["a", "b"]),
+        ("a.csv", "id,document\n1,b\n", ["b"]),
+        ("a.csv", "query\na\n", ["a"]),
     ],
 )
 def test_texts_of_a_file(tmp_path, name, content, expected):
     """Lines, a column of texts, or both sides of pairs; each text once."""
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert load_texts_file(tmp_path / name) == expected
+
+
+def test_columns_of_other_names(tmp_path):
+    """Named columns are the pairs or the texts, whatever else there is; query and document need no names."""
+    path = write(
+        tmp_path / "data.csv", {"label": [0, 1], "Frage": ["a", "c"], "Antwort": ["b", "d"], "text": ["x", "y"]}
+    )
+    assert load_training_file(path, columns=["Frage", "Antwort"]).to_dict() == {
+        "anchor": ["a", "c"],
+        "positive": ["b", "d"],
+    }
+    assert load_texts_file(path, columns=["Antwort"]) == ["b", "d"]
+    assert load_texts_file(path, columns=["Frage", "Antwort"]) == ["a", "c", "b", "d"]
+    with pytest.raises(ValueError, match=r"has the columns .*'Frage'.*, but not \['Question'\]"):
+        load_training_file(path, columns=["Question", "Antwort"])
+    for wrong in ([], ["Frage", "Antwort", "text"], ["Frage", "Frage"]):
+        with pytest.raises(ValueError, match="one column of texts or two of pairs"):
+            load_training_file(path, columns=wrong)
+    with pytest.raises(TypeError, match="columns must be a sequence"):
+        load_training_file(path, columns="Frage")
+    pairs = write(tmp_path / "pairs.csv", {"document": ["b"], "query": ["a"]})
+    assert load_training_file(pairs).to_dict() == {"anchor": ["a"], "positive": ["b"]}
 
 
 @pytest.mark.parametrize(

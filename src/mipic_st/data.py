@@ -19,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mipic_st.validation import is_number, plain, require
+from mipic_st.validation import as_list, is_number, plain, require
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 #: Columns of the two shapes, each with the other names it is known by, most telling first.
 PAIR_COLUMNS: dict[str, tuple[str, ...]] = {
     "anchor": ("anchor", "query", "question"),
-    "positive": ("positive", "pos", "answer"),
+    "positive": ("positive", "pos", "answer", "document"),
 }
 NEGATIVE_COLUMN: tuple[str, ...] = ("negative", "neg", "hard_negative")
 SCORED_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -44,6 +44,8 @@ CLASS_COLUMNS: tuple[str, ...] = ("label", "labels", "is_duplicate")
 #: All names under which a column may say which texts belong together, most telling first.
 SCORE_NAMES: tuple[str, ...] = tuple(dict.fromkeys(("score", "scores", *SCORED_COLUMNS["score"], *LABEL_COLUMNS)))
 TEXT_COLUMN: dict[str, tuple[str, ...]] = {"text": ("text", "sentence")}
+#: One side of pairs, in a file that has no other.
+_SIDE_COLUMN: dict[str, tuple[str, ...]] = {"text": ("document", "query")}
 _SENTENCES = {name: SCORED_COLUMNS[name] for name in ("sentence1", "sentence2")}
 #: How files write flags, and what is not there.
 TRUTHS: dict[str, float] = {"true": 1, "false": 0, "yes": 1, "no": 0}
@@ -53,12 +55,19 @@ _FILL = " Fill it or leave the row out."
 SUFFIXES: tuple[str, ...] = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
-def load_training_file(path: str | PathLike[str], *, score_range: tuple[float, float] | None = None) -> Dataset:
+def load_training_file(
+    path: str | PathLike[str],
+    *,
+    columns: Sequence[str] | None = None,
+    score_range: tuple[float, float] | None = None,
+) -> Dataset:
     """Read training data from a file, in either shape; one with both is read as pairs.
 
     Args:
         path: A ``.csv``, ``.tsv`` (no quoting), ``.jsonl`` (one object a line) or ``.parquet`` file, UTF-8, with named
             columns.
+        columns: Names of the two columns that are the pairs, first and second text; others are left out. Default: the
+            known names, e.g. anchor and positive, query and document, question and answer.
         score_range: Lowest and highest possible score, e.g. ``(0, 5)``, to map scores to [0, 1]. None keeps them.
 
     Returns:
@@ -73,14 +82,15 @@ def load_training_file(path: str | PathLike[str], *, score_range: tuple[float, f
         >>> load_training_file("pairs.csv").column_names  # doctest: +SKIP
         ['anchor', 'positive']
     """
-    return _select(_read(path), (PAIR_COLUMNS, SCORED_COLUMNS), str(path), score_range)
+    return _select(_read(path, columns), (PAIR_COLUMNS, SCORED_COLUMNS), str(path), score_range)
 
 
-def load_texts_file(path: str | PathLike[str]) -> list[str]:
+def load_texts_file(path: str | PathLike[str], *, columns: Sequence[str] | None = None) -> list[str]:
     """Read texts without labels or scores from a file: each once, in the order of the file.
 
-    ``path`` is a ``.txt`` file with one text a line, or a table as for :func:`load_training_file`: of this the column
-    ``text`` (or ``sentence``), or else both sides of its pairs, and their negatives.
+    ``path`` is a ``.txt`` file with one text a line, or a table as for :func:`load_training_file`: of this the one or
+    two ``columns`` that are named, or the column ``text`` (or ``sentence``), or else both sides of its pairs, and their
+    negatives, or a column ``document`` or ``query`` that is alone.
 
     Example:
         >>> load_texts_file("corpus.txt")[:2]  # doctest: +SKIP
@@ -96,7 +106,8 @@ def load_texts_file(path: str | PathLike[str]) -> list[str]:
         if not texts:
             raise ValueError(f"{path} holds no text.")
     else:
-        selected = _select(_read(path), (TEXT_COLUMN, PAIR_COLUMNS, _SENTENCES), str(path), None)
+        shapes = (TEXT_COLUMN, PAIR_COLUMNS, _SENTENCES, _SIDE_COLUMN)
+        selected = _select(_read(path, columns), shapes, str(path), None)
         texts = [text for name in selected.column_names for text in selected[name]]
     return list(dict.fromkeys(texts))
 
@@ -141,8 +152,8 @@ def _datasets() -> Any:
     return require("datasets", "Reading data needs datasets", "train")
 
 
-def _read(path: str | PathLike[str]) -> Dataset:
-    """Read a file as it is, texts as texts."""
+def _read(path: str | PathLike[str], columns: Sequence[str] | None = None) -> Dataset:
+    """Read a file as it is, texts as texts; of named columns these only, under standard names."""
     datasets = _datasets()
     # datasets depends on pandas, whose readers need no cache folder on disk.
     import pandas as pd
@@ -172,6 +183,13 @@ def _read(path: str | PathLike[str]) -> Dataset:
         raise ValueError(f"{path} is empty.") from error
     except (ValueError, OSError) as error:  # ParserError, UnicodeDecodeError and pyarrow's errors are ValueErrors
         raise ValueError(f"Cannot read {path} as {suffix[1:]}: {error}") from error
+    if columns is not None:
+        wanted = as_list("columns", columns, '["question", "answer"]')
+        if len(set(wanted)) != len(wanted) or not 1 <= len(wanted) <= 2:
+            raise ValueError(f"columns must be one column of texts or two of pairs, got {wanted}.")
+        if missing := [name for name in wanted if name not in frame]:
+            raise ValueError(f"{path} has the columns {list(frame)}, but not {missing} of columns={wanted}.")
+        frame = frame[wanted].set_axis(["text"] if len(wanted) == 1 else list(PAIR_COLUMNS), axis=1)
     return datasets.Dataset.from_pandas(frame, preserve_index=False)
 
 
