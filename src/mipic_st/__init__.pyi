@@ -1,4 +1,6 @@
 # The one table of public names, and where each lives ("as" makes a name of a stub public).
+from .advice.advice import Advice as Advice
+from .advice.advise import advise as advise
 from .deploy.endpoint import check_endpoint as check_endpoint
 from .deploy.onnx import export_onnx as export_onnx
 from .deploy.tei import save_for_tei as save_for_tei

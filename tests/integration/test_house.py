@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "losses": {*GROUND, "encoder"},
     "transforms": {*GROUND, "encoder"},
     "evaluation": {*GROUND, "encoder"},
+    "advice": {*GROUND, "encoder", "transforms", "evaluation"},
     "deploy": {*GROUND, "encoder", "losses", "transforms", "evaluation"},
-    "cli": {*GROUND, "encoder", "losses", "transforms", "evaluation", "deploy"},
+    "cli": {*GROUND, "encoder", "losses", "transforms", "evaluation", "advice", "deploy"},
     "__main__": {"cli"},
 }
 # Kinds of modules that sentence-transformers models are built of: only encoder/ asks for them.

@@ -27,7 +27,7 @@ def given(text: str) -> str:
     return text
 
 
-def _output_folder(text: str) -> Path:
+def output_folder(text: str) -> Path:
     """A folder that is there or can be made, for argparse."""
     path = Path(given(text))
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
@@ -60,13 +60,13 @@ def add_list(parser: argparse.ArgumentParser, name: str, kind: Callable[[str], A
     parser.add_argument(name, nargs="+", type=split, action=_Flat, **options)
 
 
-def add_model(parser: argparse.ArgumentParser, *, many: bool = False) -> None:
+def add_model(parser: argparse.ArgumentParser, *, many: bool = False, required: bool = True) -> None:
     """The model or models, and how to load and run them."""
     text = "hub name or local folder"
     if many:
         parser.add_argument("models", nargs="+", metavar="MODEL", help=text)
     else:
-        parser.add_argument("model", metavar="MODEL", help=text)
+        parser.add_argument("model", nargs=None if required else "?", metavar="MODEL", help=text)
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
     parser.add_argument("--quiet", action="store_true", help="errors only: no progress bars, tables or hints")
@@ -92,7 +92,7 @@ def add_dim(parser: argparse.ArgumentParser, text: str) -> None:
 
 def add_output(parser: argparse.ArgumentParser, text: str = "new or empty folder") -> None:
     """Where results go."""
-    parser.add_argument("--output", type=_output_folder, required=True, metavar="DIR", help=text)
+    parser.add_argument("--output", type=output_folder, required=True, metavar="DIR", help=text)
 
 
 def check_places(places: Sequence[str]) -> None:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Okabe and Ito's colours: told apart by readers with colour blindness and in grey
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SCORE = "score (x 100)"
 
 
@@ -37,14 +37,15 @@ class _Point(NamedTuple):
     score: float
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib, where it is installed."""
     return require("matplotlib.pyplot", "plots need matplotlib", "eval")
 
 
 def score_by_dim(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
     """Score against dim, one line per model."""
     points = [(point.row, (point.dim,), point.score) for point in _curves(report, task)]
-    return _saved(_line_plot(points, _SCORE, _title(report, task)), path)
+    return saved(_line_plot(points, _SCORE, _title(report, task)), path)
 
 
 def retained(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
@@ -68,7 +69,7 @@ def retained(report: EvaluationReport, path: str | Path | None, task: str | None
     ]
     figure = _line_plot(points, "share of the largest dim kept (%)", title)
     figure.axes[0].axhline(100, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def quality_by_bytes(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
@@ -82,7 +83,7 @@ def quality_by_bytes(report: EvaluationReport, path: str | Path | None, task: st
         (f"{point.row}, {point.precision}" if several else point.precision, (point.bytes, point.dim), point.score)
         for point in curves
     ]
-    return _saved(_line_plot(points, _SCORE, _title(report, task), x="bytes per vector"), path)
+    return saved(_line_plot(points, _SCORE, _title(report, task), x="bytes per vector"), path)
 
 
 def layer_dim(report: EvaluationReport, path: str | Path | None, task: str | None, model: str | None) -> Figure:
@@ -97,7 +98,7 @@ def layer_dim(report: EvaluationReport, path: str | Path | None, task: str | Non
     cells = _of_task({key: cell for key, cell in cells.items() if key[0] == shown}, task)
     layers, dims = sorted({key[1] for key in cells}, reverse=True), sorted({key[3] for key in cells})
     columns = {key[4:] for key in cells}
-    figure, axes = _pyplot().subplots(figsize=(1.6 + 0.75 * len(dims), 1.4 + 0.45 * len(layers)), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(1.6 + 0.75 * len(dims), 1.4 + 0.45 * len(layers)), layout="constrained")
     places = [(shown, layer, "float32", dim) for layer in layers for dim in dims]
     scores = [
         [cells[*place, *key].mean() if (*place, *key) in cells else np.nan for key in columns] for place in places
@@ -113,7 +114,7 @@ def layer_dim(report: EvaluationReport, path: str | Path | None, task: str | Non
     axes.set(xlabel="dimensions", ylabel="layer")
     axes.set_title(f"{str(shown).rsplit('/', 1)[-1]}: {_title(report, task)}", loc="left", fontsize=11)
     figure.colorbar(image, ax=axes, label=_SCORE)
-    return _saved(figure, path)
+    return saved(figure, path)
 
 
 def _of_task(cells: dict[tuple[Any, ...], Cell], task: str | None) -> dict[tuple[Any, ...], Cell]:
@@ -179,7 +180,7 @@ def _line_plot(
     """One line per name through the means of each place (drawn at its first number), a band from lowest to highest."""
     if not any(y == y for *_, y in points):
         raise ValueError(f"nothing to draw: {y_label} is not a number at any point.")
-    figure, axes = _pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")
     lines: dict[str, dict[tuple[int, ...], list[float]]] = {}
     for name, place, y in points:
         lines.setdefault(name, {}).setdefault(tuple(map(int, place)), []).append(y)
@@ -190,7 +191,7 @@ def _line_plot(
         # NumPy's mean of a NaN is NaN: a gap in the line, not a mean over fewer seeds
         means, lows, highs = ([float(f(line[place])) for place in places] for f in (np.mean, np.min, np.max))
         label = shorts[number] if shorts.count(shorts[number]) == 1 else name
-        colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         axes.plot(across, means, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label)
         if lows != highs:
             axes.fill_between(across, lows, highs, color=colour, alpha=0.18, linewidth=0)
@@ -206,7 +207,7 @@ def _line_plot(
     return figure
 
 
-def _saved(figure: Figure, path: str | Path | None) -> Figure:
+def saved(figure: Figure, path: str | Path | None) -> Figure:
     """Write PNG (200 dpi) and SVG, or the one that the path's ending names."""
     if path is None:
         return figure
@@ -214,5 +215,5 @@ def _saved(figure: Figure, path: str | Path | None) -> Figure:
     endings = [""] if path.suffix in (".png", ".svg") else [".png", ".svg"]
     for target in (path.with_name(path.name + ending) for ending in endings):
         write_whole(target, partial(figure.savefig, format=target.suffix[1:], dpi=200, bbox_inches="tight"))
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return figure

@@ -1,0 +1,1 @@
+"""Which dim and precision to store, measured on a corpus."""

@@ -1,0 +1,214 @@
+"""What `advise` found: the cells, which of them to take for how many bytes, and how they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from html import escape
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from mipic_st.advice.cells import MEASURES, Cell
+from mipic_st.advice.engines import engine_lines
+from mipic_st.files import write_json, write_whole
+from mipic_st.transforms.rotation import Rotation
+from mipic_st.validation import require
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+LOSSES = (0.01, 0.02, 0.05)
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Advice:
+    """Which dim and precision to store.
+
+    Attributes:
+        measure: What decides: ``nDCG@10`` of the answers where pairs were given, else ``3-recall@10``, how many of the
+            full width's first three are among the ten that are found, or ``recall@10``, how many of its first ten.
+        full: Mean of the measure at full width in float32.
+        cells: All :class:`~mipic_st.advice.cells.Cell` that were measured.
+        budgets: For each number of bytes the best cell that takes no more.
+        within: For losses of 0.01, 0.02 and 0.05 the cell of the fewest bytes that loses no more of the measure.
+        gained: Whether a rotation helps on documents that its fit has not seen; if not, no rotated cell is recommended.
+        gain: How much more of the full width's neighbours it keeps there, and the ends of the 95% interval.
+        rotation: The map that rotated cells need, fitted on everything that was given.
+        settings: What the figures depend on: model, fingerprint, numbers of documents and queries, seed, versions.
+
+    Example:
+        >>> advice = advise(model, documents, pairs=pairs)   # doctest: +SKIP
+        >>> print(advice)                                    # doctest: +SKIP
+        >>> advice.rotation.save("rotation.safetensors")     # doctest: +SKIP
+    """
+
+    measure: str
+    full: float
+    cells: list[Cell]
+    budgets: dict[int, Cell]
+    within: dict[float, Cell]
+    gained: bool
+    gain: tuple[float, float, float]
+    rotation: Rotation
+    settings: dict[str, Any]
+
+    @property
+    def cell(self) -> Cell:
+        """The cell to take: the smallest that loses at most 5%, or the best within the largest budget."""
+        enough, best = self.within[max(LOSSES)], self.budgets[max(self.budgets)]
+        return enough if enough.bytes <= max(self.budgets) else best
+
+    @property
+    def verdict(self) -> str:
+        """The advice in words."""
+        share, low, high = (f"{100 * value:+.1f}" for value in self.gain)
+        where = f"among documents that the fit has not seen: {share} points of the neighbours, {low} to {high}"
+        rotated = (
+            f"The {self.rotation.chosen} gains {where}"
+            if self.gained
+            else f"Nothing is gained by a rotation {where}, so none is recommended"
+        )
+        cell = self.cell
+        lost = f"{100 * (1 - cell.kept):.1f}% of {self.measure} ({100 * self.full:.1f} at full width)"
+        text = f"{rotated}.\nStore {cell}: it loses {lost}."
+        if cell is not self.within[max(LOSSES)]:
+            text += f" No budget reaches a loss of {100 * max(LOSSES):.0f}%: that takes {self.within[max(LOSSES)]}."
+        return text
+
+    @property
+    def snippet(self) -> str:
+        """Python and engines' settings that make the cell."""
+        cell, model = self.cell, self.settings["model"] is not None
+        documents, queries = (
+            ("model.encode_document(texts)", "model.encode_query(questions)") if model else ("vectors", "query_vectors")
+        )
+        coded = cell.precision != "float32"
+        options = f'dim={cell.dim}, precision="{cell.precision}"'
+        if cell.way == "rotated":
+            lines = ["from mipic_st import Rotation", ""]
+            lines += [
+                'rotation = Rotation.load("rotation.safetensors")  # advice.rotation.save("rotation.safetensors")'
+            ]
+            lines += [f"codes = rotation.encode({documents}, {options})"]
+            lines += [f"scores = rotation.scores({queries}, codes, {options})"]
+            if model:
+                lines += ['rotation.put_in(model)  # or in the model; then model.save_pretrained("rotated")']
+        else:
+            lines = ["from mipic_st.codes import Ranges, encode"] if coded else []
+            lines += ["from mipic_st.numerics import unit_length", ""]
+            lines += [f"vectors = unit_length({documents}[:, :{cell.dim}])"]
+            lines += [f'codes = encode(vectors, "{cell.precision}", Ranges.of(vectors))'] if coded else []
+        head = f"# {cell.dim} dims in {cell.precision}, as engines have it:"
+        return "\n".join([*lines, head, *(f"# {line}" for line in engine_lines(cell.dim, cell.precision))])
+
+    def to_frame(self) -> pd.DataFrame:
+        """All cells as a table, the fewest bytes first.
+
+        Returns:
+            One row per cell with the fields of `Cell`, and one column per measure.
+
+        Raises:
+            ImportError: If pandas is missing.
+        """
+        pandas = require("pandas", "the table needs pandas", "eval")
+        rows = [{**(row := asdict(cell)).pop("scores"), **row} for cell in sorted(self.cells, key=_by_bytes)]
+        measures = [name for name in MEASURES if name in rows[0]]
+        return pandas.DataFrame(rows)[["bytes", "precision", "dim", "way", *measures, *_REST]]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything but the rotation as JSON.
+
+        The keys are those of this class; cells are objects with the fields of `Cell`, keys of ``budgets`` and
+        ``within`` texts, and ``format`` is 1. Beside them stand ``cell``, ``verdict`` and ``snippet``.
+
+        Args:
+            path: The file.
+        """
+        content: dict[str, Any] = {"format": _FORMAT, "measure": self.measure, "full": self.full}
+        content |= {"gained": self.gained, "gain": list(self.gain), "settings": self.settings}
+        content |= {"verdict": self.verdict, "snippet": self.snippet, "cell": asdict(self.cell)}
+        for name in ("budgets", "within"):
+            content[name] = {str(key): asdict(cell) for key, cell in getattr(self, name).items()}
+        content["cells"] = [asdict(cell) for cell in self.cells]
+        write_whole(path, partial(write_json, content=content))
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
+        """Quality over bytes: every cell with its interval, the Pareto front, the full width as a line.
+
+        Args:
+            path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+
+        Returns:
+            The figure.
+        """
+        from mipic_st.advice.plot import quality_by_bytes
+
+        return quality_by_bytes(self, path)
+
+    def __repr__(self) -> str:
+        return f"Advice({self.measure} of {self.settings['queries']} queries, {len(self.cells)} cells: {self.cell})"
+
+    def __str__(self) -> str:
+        budgets = [(f"up to {size} bytes", cell) for size, cell in self.budgets.items()]
+        losses = [(f"loses up to {100 * loss:.0f}%", cell) for loss, cell in self.within.items()]
+        rows = [["", "bytes", "precision", "dim", "", self.measure, "kept", "change", "95% interval"]]
+        for name, cell in [*budgets, *losses]:
+            figures = [f"{100 * cell.scores[self.measure]:.1f}", f"{100 * cell.kept:.1f}%", f"{100 * cell.change:+.1f}"]
+            interval = f"{100 * cell.low:+.1f} to {100 * cell.high:+.1f}"
+            rows.append([name, str(cell.bytes), cell.precision, str(cell.dim), cell.way, *figures, interval])
+        settings = self.settings
+        caption = f"{self.measure} x100 of {settings['queries']} held-out queries in {settings['documents']} documents"
+        return "\n".join([caption, *_aligned(rows), "", self.verdict, "", self.snippet])
+
+    def _repr_html_(self) -> str | None:
+        """The Pareto front in a notebook; None, which stands for the plain text, where pandas is missing."""
+        try:
+            table = self.to_frame()
+        except ImportError:
+            return None
+        shown = table[table.front].drop(columns="front").to_html(index=False, float_format="{:.3f}".format)
+        return f"{shown}<p>{escape(self.verdict)}</p><pre>{escape(self.snippet)}</pre>"
+
+
+_REST = ("kept", "change", "low", "high", "front")
+
+
+def _by_bytes(cell: Cell) -> tuple[int, float]:
+    return cell.bytes, -cell.kept
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Texts to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust, str.rjust, str.ljust, str.rjust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust]
+    return [
+        "  ".join(side(text, width) for side, text, width in zip(sides, row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def chosen(
+    cells: Sequence[Cell], budgets: Sequence[int], rotated: bool
+) -> tuple[list[Cell], dict[int, Cell], dict[float, Cell]]:
+    """The cells with the front marked, the best one per budget, and the smallest one per loss.
+
+    Of cells that are equal the one of fewer bytes counts, then the truncated one, which needs no map.
+    """
+    allowed = sorted((cell for cell in cells if rotated or cell.way == "truncated"), key=_order)
+    front, best = set(), -1.0
+    for cell in allowed:
+        if cell.kept > best:
+            front.add(id(cell))
+            best = cell.kept
+    by_budget = {}
+    for size in sorted(budgets):
+        by_budget[size] = max((cell for cell in allowed if cell.bytes <= size), key=lambda cell: cell.kept)
+    by_loss = {loss: next(cell for cell in allowed if cell.kept >= 1 - loss) for loss in LOSSES}
+    return [Cell(**{**vars(cell), "front": id(cell) in front}) for cell in cells], by_budget, by_loss
+
+
+def _order(cell: Cell) -> tuple[int, float, bool]:
+    return cell.bytes, -cell.kept, cell.way == "rotated"

@@ -1,0 +1,173 @@
+"""What a corpus's vectors are worth at each dim and precision, truncated and rotated: one number per query.
+
+Queries stay floats and search the coded documents, as engines do. All are judged by the same queries, so differences
+have a paired interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mipic_st.codes import Ranges, bytes_per_vector, decode, encode
+from mipic_st.transforms.measures import cosine_scores, ndcg, ranked, recall
+from mipic_st.transforms.search import NDCG, RECALL, K, Search
+
+PRECISIONS = ("float32", "float16", "int8", "int4", "binary")
+TOP = f"3-recall@{K}"
+MEASURES = (NDCG, TOP, RECALL)
+
+_BLOCK = 8192
+_RESAMPLES, _BATCH_VALUES = 2000, 2**20
+# What rotated vectors must find more of unseen documents, as a share of them, before a rotation is worth its while.
+_LEAST_GAIN = 0.01
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to store a vector, and what it finds.
+
+    Attributes:
+        dim: Values that are kept.
+        precision: What each is stored in.
+        way: "truncated" or "rotated".
+        bytes: Of one vector.
+        scores: Means over the held-out queries by measure, 0 to 1.
+        kept: The measure that decides, as a share of the full width's in float32.
+        change: The measure minus the full width's; ``low`` and ``high`` are the ends of its 95% interval.
+        low: See ``change``.
+        high: See ``change``.
+        front: Whether no other cell that can be recommended is as good in as few bytes.
+
+    Example:
+        >>> print(Cell(64, "int4", "rotated", 32, {"recall@10": 0.78}, 0.78, -0.22, -0.24, -0.2, True))
+        int4 x 64, rotated (32 bytes)
+    """
+
+    dim: int
+    precision: str
+    way: str
+    bytes: int
+    scores: dict[str, float]
+    kept: float
+    change: float
+    low: float
+    high: float
+    front: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.precision} x {self.dim}, {self.way} ({self.bytes} bytes)"
+
+
+def cell_keys(width: int, dims: Sequence[int], precisions: Sequence[str], rotated: bool) -> list[tuple[str, int, str]]:
+    """(way, dim, precision) of all cells; floats at full width are the same vectors, rotated or not."""
+    ways = ("truncated", "rotated") if rotated else ("truncated",)
+    keys = [
+        (way, dim, precision)
+        for way in ways
+        for dim in dims
+        for precision in precisions
+        if way == "truncated" or dim < width or not precision.startswith("float")
+    ]
+    full = ("truncated", width, "float32")
+    return keys if full in keys else [*keys, full]
+
+
+def values_by_cell(
+    search: Search, rows: Tensor, matrix: Tensor | None, dims: Sequence[int], precisions: Sequence[str]
+) -> Iterator[tuple[tuple[str, int, str], dict[str, np.ndarray]]]:
+    """For each cell its key, and one number per query for each measure; codes have the ranges of the fitted rows."""
+    shape, width = (len(search.queries), len(search.documents)), search.documents.shape[1]
+    wanted = ranked(cosine_scores(search.queries, search.documents), shape, K, search.own)
+    ranges: tuple[str, int, Ranges] | None = None
+    for key in cell_keys(width, dims, precisions, matrix is not None):
+        way, dim, precision = key
+        basis = matrix if way == "rotated" else None
+        if not precision.startswith("float") and (ranges is None or ranges[:2] != key[:2]):
+            ranges = way, dim, Ranges.of(_prefixes(search.documents, basis, dim, rows))
+        stored = _prefixes(search.documents, basis, dim, None, precision, ranges[2] if ranges else None)
+        queries = torch.from_numpy(_prefixes(search.queries, basis, dim))
+        scores = cosine_scores(
+            queries.to(search.documents.device), torch.from_numpy(stored).to(search.documents.device)
+        )
+        found = ranked(scores, shape, K, search.own)
+        values = {TOP: recall(found, wanted[:, :3]), RECALL: recall(found, wanted)}
+        if search.relevant is not None:
+            values = {NDCG: ndcg(found, search.relevant)} | values
+        yield key, {measure: value.cpu().numpy() for measure, value in values.items()}
+
+
+def _prefixes(
+    vectors: Tensor,
+    matrix: Tensor | None,
+    dim: int,
+    rows: Tensor | None = None,
+    precision: str = "float32",
+    ranges: Ranges | None = None,
+) -> np.ndarray:
+    """(N, dim), float32: vectors or some rows of them rotated, truncated, of unit length, coded and decoded.
+
+    Block by block, so that there is one array beside the vectors.
+    """
+    count = len(vectors) if rows is None else len(rows)
+    found = np.empty((count, dim), dtype=np.float32)
+    for start in range(0, count, _BLOCK):
+        place = slice(start, start + _BLOCK)
+        part = vectors[place if rows is None else rows[place].to(vectors.device)]
+        part = part[:, :dim] if matrix is None else part @ matrix[:, :dim]
+        block = F.normalize(part, dim=1).cpu().numpy()
+        found[place] = decode(encode(block, precision, ranges), precision, ranges)
+    return found
+
+
+def paired_intervals(differences: np.ndarray, seed: int) -> np.ndarray:
+    """95% intervals, (C, 2), of the means over queries of (C, Q): all rows take the same resampled queries."""
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        (differences,),
+        np.mean,
+        axis=1,
+        method="percentile",
+        n_resamples=_RESAMPLES,
+        batch=max(1, _BATCH_VALUES // differences.size),
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return np.stack([found.low, found.high], axis=1)
+
+
+def bytes_of(keys: Sequence[tuple[str, int, str]]) -> list[int]:
+    """Bytes of one vector of each cell."""
+    return [bytes_per_vector(dim, precision) for _, dim, precision in keys]
+
+
+def gain_on_unseen(
+    search: Search, rows: Tensor, matrix: Tensor, dims: Sequence[int], seed: int
+) -> tuple[bool, tuple[float, float, float]]:
+    """Whether rotated vectors find more than truncated ones among documents that the fit has not seen.
+
+    The neighbours of the full width among these documents, mean over dims and documents: the difference and its
+    interval. On the whole corpus even random vectors gain, since the map knows the documents that are searched.
+    """
+    unseen = torch.ones(len(search.documents), dtype=torch.bool)
+    unseen[rows] = False
+    own = unseen.nonzero().flatten()[:1000]
+    documents = search.documents[own.to(search.documents.device)]
+    count = len(documents)
+    if count < 6:
+        return False, (0.0, 0.0, 0.0)
+    shape, own, k = (count, count), torch.arange(count), min(K, count // 3)
+    wanted = ranked(cosine_scores(documents, documents), shape, k, own)
+    total = np.zeros(count)
+    for dim in dims:
+        for sign, part in ((1, documents @ matrix[:, :dim]), (-1, documents[:, :dim])):
+            side = F.normalize(part, dim=1)
+            found = ranked(cosine_scores(side, side), shape, k, own)
+            total += sign * recall(found, wanted).cpu().numpy() / len(dims)
+    ((low, high),) = paired_intervals(total[None], seed)
+    return bool(low > _LEAST_GAIN), (float(total.mean()), float(low), float(high))

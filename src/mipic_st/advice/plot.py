@@ -1,0 +1,57 @@
+"""The plot of an `Advice`."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mipic_st.evaluation import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mipic_st.advice.advice import Advice
+
+
+def quality_by_bytes(advice: Advice, path: str | PathLike[str] | None) -> Figure:
+    """A colour for each precision, filled for rotated, hollow for truncated."""
+    figure, axes = plots.pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")
+    precisions = list(dict.fromkeys(cell.precision for cell in advice.cells))
+    for way, face in (("rotated", None), ("truncated", "white")):
+        for number, precision in enumerate(precisions):
+            cells = [cell for cell in advice.cells if (cell.way, cell.precision) == (way, precision)]
+            means = [100 * cell.scores[advice.measure] for cell in cells]
+            errors = [
+                [100 * (cell.change - cell.low) for cell in cells],
+                [100 * (cell.high - cell.change) for cell in cells],
+            ]
+            axes.errorbar(
+                [cell.bytes for cell in cells],
+                means,
+                yerr=errors,
+                fmt=plots.MARKERS[number],
+                color=plots.COLOURS[number],
+                markerfacecolor=face,
+                markersize=5,
+                elinewidth=0.8,
+                label=f"{precision}, {way}" if cells else None,
+            )
+    front = sorted((cell for cell in advice.cells if cell.front), key=lambda cell: cell.bytes)
+    axes.plot(
+        [cell.bytes for cell in front],
+        [100 * cell.scores[advice.measure] for cell in front],
+        color="0.4",
+        linewidth=1.2,
+        zorder=0,
+        label="Pareto front",
+    )
+    axes.axhline(100 * advice.full, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({size for size in (cell.bytes for cell in advice.cells) if size & (size - 1) == 0})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set(xlabel="bytes per vector", ylabel=f"{advice.measure} (x 100)")
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return plots.saved(figure, None if path is None else Path(path))

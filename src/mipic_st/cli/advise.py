@@ -1,0 +1,147 @@
+"""Say in which dim and precision to store vectors, measured on your own corpus.
+
+A rotation is fitted on a part of it, and the rest searches the corpus in every cell of dims and precisions, truncated
+and rotated. What comes out: the best cell for each number of bytes, the smallest that loses 1, 2 and 5%, and how it is
+made. With --output, DIR gets advice.json, rotation.safetensors (if a rotation is worth it) and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mipic_st.cli import options
+
+if TYPE_CHECKING:
+    from mipic_st.advice.advice import Advice
+
+EXAMPLES = """examples:
+  mipic-st advise sentence-transformers/all-MiniLM-L6-v2 --texts corpus.txt
+  mipic-st advise ./run-a --pairs qa.csv --columns question,answer --bytes 16,32 --output advice
+  mipic-st advise --vectors vectors.parquet --columns embedding --precisions int8 binary"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    options.add_model(parser, required=False)
+    data = parser.add_mutually_exclusive_group(required=True)
+    for name, text in (
+        ("texts", "the documents: txt (a text a line), or a table (csv, tsv, jsonl, parquet) with texts"),
+        ("pairs", "a table of queries and the documents that answer them"),
+        ("vectors", "the documents' vectors, without MODEL: npy, or parquet with a list of numbers a row"),
+    ):
+        data.add_argument(f"--{name}", type=options.given, metavar="FILE", help=text)
+    parser.add_argument("--documents", type=options.given, metavar="FILE", help="with --pairs: more, as --texts")
+    parser.add_argument(
+        "--queries", type=options.given, metavar="FILE", help="queries without answers, as --texts or --vectors"
+    )
+    options.add_list(
+        parser, "--columns", options.given, metavar="NAME", help="of that table (default: the known names; embedding)"
+    )
+    options.add_list(
+        parser, "--bytes", options.whole_number, metavar="N", default=[8, 16, 32, 64, 128], help="budgets per vector"
+    )
+    options.add_dims(parser, "powers of 2 from 8, and full width")
+    options.add_list(
+        parser, "--precisions", options.given, metavar="P", help="float32, float16, int8, int4, binary (default: all)"
+    )
+    parser.add_argument("--measure", metavar="M", help="nDCG@10 (needs --pairs), 3-recall@10 or recall@10")
+    for side in ("query", "corpus"):
+        parser.add_argument(f"--{side}-prompt", metavar="TEXT", help="default: the model's own")
+    parser.add_argument(
+        "--output", type=options.output_folder, metavar="DIR", help="new or empty folder (default: print only)"
+    )
+    options.add_batch_size(parser)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out part and the batches")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, write."""
+    from contextlib import ExitStack
+
+    from mipic_st.advice.cells import PRECISIONS
+    from mipic_st.files import new_folder
+
+    if bool(args.model) is bool(args.vectors):
+        raise ValueError("name a MODEL for texts, or --vectors without one.")
+    if args.documents and not args.pairs:
+        raise ValueError("--documents goes with --pairs; without them the documents are --texts.")
+    if args.model:
+        options.check_places([args.model])
+    with ExitStack() as stack:
+        folder = stack.enter_context(new_folder(args.output)) if args.output else None
+        advice = _advised(
+            args,
+            bytes=args.bytes,
+            dims=args.dims,
+            precisions=args.precisions or PRECISIONS,
+            measure=args.measure,
+            query_prompt=args.query_prompt,
+            corpus_prompt=args.corpus_prompt,
+            seed=args.seed,
+            batch_size=args.batch_size,
+            show_progress_bar=not args.quiet,
+        )
+        if folder is not None:
+            _write(advice, folder)
+    if not args.quiet:
+        print(advice)
+        if args.output:
+            print(f"written to {args.output}", file=sys.stderr)
+
+
+def _advised(args: argparse.Namespace, **settings: Any) -> Advice:
+    """The advice on what the files hold."""
+    from mipic_st.advice.advise import advise
+    from mipic_st.data import load_texts_file, load_training_file
+
+    if args.vectors:
+        (column,) = args.columns or ["embedding"]
+        queries = _vectors(args.queries, column) if args.queries else None
+        return advise(_vectors(args.vectors, column), queries=queries, **settings)
+    corpus = load_texts_file(args.texts, columns=args.columns) if args.texts else None
+    if args.documents:
+        corpus = load_texts_file(args.documents)
+    pairs = load_training_file(args.pairs, columns=args.columns) if args.pairs else None
+    queries = load_texts_file(args.queries) if args.queries else None
+    return advise(options.load_model(args.model, args), corpus, queries=queries, pairs=pairs, **settings)
+
+
+def _vectors(path: str, column: str) -> Any:
+    """The vectors of a file: NumPy's own, or a column of a Parquet file."""
+    from mipic_st.validation import require
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    suffix = Path(path).suffix.lower()
+    if suffix == ".npy":
+        import numpy as np
+
+        try:
+            return np.load(path, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"Cannot read {path} as npy: {error}") from error
+    if suffix != ".parquet":
+        raise ValueError(f"Cannot tell the format of {path}: the name must end in .npy or .parquet.")
+    parquet = require("pyarrow.parquet", "Parquet files need pyarrow", "serve")
+    names = parquet.read_schema(path).names
+    if column not in names:
+        raise ValueError(f"{path} has the columns {names}, but not {column!r}: give --columns NAME.")
+    return parquet.read_table(path, columns=[column])[column]
+
+
+def _write(advice: Advice, folder: Path) -> None:
+    """The advice, the map and, with matplotlib, the plot."""
+    from mipic_st.validation import require
+
+    advice.save(folder / "advice.json")
+    if advice.gained:
+        advice.rotation.save(folder / "rotation.safetensors")
+    try:
+        require("matplotlib", "no plot, it needs matplotlib", "eval").use("Agg")
+    except ImportError as error:
+        print(error, file=sys.stderr)
+    else:
+        advice.plot(folder / "quality_by_bytes")
