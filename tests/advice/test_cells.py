@@ -96,7 +96,9 @@ def test_every_cell_is_what_loops_give(relevant):
         compared.append((way, precision))
         assert set(values) == set(expected)
         for measure, value in values.items():
-            np.testing.assert_allclose(value, expected[measure], atol=1e-9, err_msg=f"{way} {dim} {precision} {measure}")
+            np.testing.assert_allclose(
+                value, expected[measure], atol=1e-9, err_msg=f"{way} {dim} {precision} {measure}"
+            )
     assert set(compared) >= {(way, precision) for way in ("truncated", "rotated") for precision in PRECISIONS}
     assert found["truncated", WIDTH, "float32"]["recall@10"].min() == 1
     assert found["truncated", 3, "binary"]["recall@10"].mean() < found["truncated", 12, "int8"]["recall@10"].mean()
@@ -118,7 +120,9 @@ def test_intervals_are_the_bootstrap_of_the_same_queries():
     found = paired_intervals(np.concatenate([rows, rows[:1]]), seed=0)
     for row, (low, high) in zip(rows, found[:3], strict=True):
         error = row.std() / 20
-        np.testing.assert_allclose([low, high], [row.mean() - 1.96 * error, row.mean() + 1.96 * error], atol=0.2 * error)
+        np.testing.assert_allclose(
+            [low, high], [row.mean() - 1.96 * error, row.mean() + 1.96 * error], atol=0.2 * error
+        )
     assert found[1].tolist() == [0, 0]
     assert found[0].tolist() == found[3].tolist(), "paired"
     assert paired_intervals(rows, seed=0).tolist() == found[:3].tolist()
@@ -134,20 +138,19 @@ def test_seen_documents_do_not_count_as_gain():
     values = dict(values_by_cell(search, rows, basis, [8, 16, 32], ["float32"]))
     seen = np.mean([values["rotated", dim, "float32"]["recall@10"] for dim in (16, 32)])
     assert seen > np.mean([values["truncated", dim, "float32"]["recall@10"] for dim in (16, 32)]) + 0.02
-    gained, (gain, low, high) = gain_on_unseen(search, rows, basis, [8, 16, 32], 0)
+    gained, gain, chance = gain_on_unseen(search, rows, basis, [8, 16, 32], 0)
     assert not gained
-    assert low < gain < high
-    assert abs(gain) < 0.03
+    assert abs(gain) < chance < 0.1
     # what is in the last values of all documents is found by axes of some of them
     documents[:, :32] *= 0.1
     search = Search(documents, documents[400:], torch.arange(400, 600))
     basis = torch.linalg.eigh(documents[rows].T @ documents[rows]).eigenvectors.flip(1)
-    gained, (gain, low, _) = gain_on_unseen(search, rows, basis, [8, 16, 32], 0)
+    gained, gain, chance = gain_on_unseen(search, rows, basis, [8, 16, 32], 0)
     assert gained
-    assert low > 0.1
+    assert gain > chance + 0.1
 
 
 def test_too_few_unseen_documents_gain_nothing():
     """Five documents find each other in any case."""
     search, _ = case(relevant=False)
-    assert gain_on_unseen(search, torch.arange(35), torch.eye(WIDTH), [3], 0) == (False, (0.0, 0.0, 0.0))
+    assert gain_on_unseen(search, torch.arange(35), torch.eye(WIDTH), [3], 0) == (False, 0.0, 0.0)

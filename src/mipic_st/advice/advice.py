@@ -35,7 +35,8 @@ class Advice:
         budgets: For each number of bytes the best cell that takes no more.
         within: For losses of 0.01, 0.02 and 0.05 the cell of the fewest bytes that loses no more of the measure.
         gained: Whether a rotation helps on documents that its fit has not seen; if not, no rotated cell is recommended.
-        gain: How much more of the full width's neighbours it keeps there, and the ends of the 95% interval.
+        gain: How much more of the full width's neighbours it keeps there than truncation.
+        chance: How far random rotations are from each other there, at most (three standard deviations).
         rotation: The map that rotated cells need, fitted on everything that was given.
         settings: What the figures depend on: model, fingerprint, numbers of documents and queries, seed, versions.
 
@@ -51,7 +52,8 @@ class Advice:
     budgets: dict[int, Cell]
     within: dict[float, Cell]
     gained: bool
-    gain: tuple[float, float, float]
+    gain: float
+    chance: float
     rotation: Rotation
     settings: dict[str, Any]
 
@@ -64,13 +66,12 @@ class Advice:
     @property
     def verdict(self) -> str:
         """The advice in words."""
-        share, low, high = (f"{100 * value:+.1f}" for value in self.gain)
-        where = f"among documents that the fit has not seen: {share} points of the neighbours, {low} to {high}"
-        rotated = (
-            f"The {self.rotation.chosen} gains {where}"
-            if self.gained
-            else f"Nothing is gained by a rotation {where}, so none is recommended"
+        where = (
+            f"{100 * self.gain:+.1f} points of the neighbours among documents that the fit has not seen, where random "
+            f"rotations differ by {100 * self.chance:.1f}"
         )
+        nothing = f"Nothing is gained by a rotation: {where}; none is recommended"
+        rotated = f"The {self.rotation.chosen} gains: {where}" if self.gained else nothing
         cell = self.cell
         lost = f"{100 * (1 - cell.kept):.1f}% of {self.measure} ({100 * self.full:.1f} at full width)"
         text = f"{rotated}.\nStore {cell}: it loses {lost}."
@@ -128,7 +129,7 @@ class Advice:
             path: The file.
         """
         content: dict[str, Any] = {"format": _FORMAT, "measure": self.measure, "full": self.full}
-        content |= {"gained": self.gained, "gain": list(self.gain), "settings": self.settings}
+        content |= {"gained": self.gained, "gain": self.gain, "chance": self.chance, "settings": self.settings}
         content |= {"verdict": self.verdict, "snippet": self.snippet, "cell": asdict(self.cell)}
         for name in ("budgets", "within"):
             content[name] = {str(key): asdict(cell) for key, cell in getattr(self, name).items()}

@@ -30,9 +30,10 @@ from mipic_st.transforms.candidates import Trial, require_documents
 from mipic_st.transforms.columns import as_dataset, text_columns
 from mipic_st.transforms.fitting import checked_vectors, wants_bar
 from mipic_st.transforms.pairs import numbered
-from mipic_st.transforms.rotation import Rotation, checked_settings, fitted
-from mipic_st.transforms.search import NDCG
-from mipic_st.validation import as_list, checked_choice, checked_count, checked_dims, checked_texts, powers_of_two
+from mipic_st.transforms.rotation import Rotation
+from mipic_st.transforms.rotation_fit import checked_settings, fitted
+from mipic_st.transforms.verdict import NDCG
+from mipic_st.validation import as_list, checked_choice, checked_count, checked_dims, checked_texts, default_dims
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +60,7 @@ def advise(
     precisions: Sequence[str] = PRECISIONS,
     measure: str | None = None,
     query_prompt: str | None = None,
-    corpus_prompt: str | None = None,
+    document_prompt: str | None = None,
     held_out: float | None = None,
     seed: int = 0,
     batch_size: int = 32,
@@ -93,7 +94,7 @@ def advise(
         precisions: Those that the search engine knows, of float32, float16, int8, int4 and binary.
         measure: ``"nDCG@10"``, the default with pairs; ``"3-recall@10"``, the default without; or ``"recall@10"``.
         query_prompt: Default: the model's own for queries, as ``encode_query`` takes it.
-        corpus_prompt: Default: the model's own for documents, as ``encode_document`` takes it.
+        document_prompt: Default: the model's own for documents, as ``encode_document`` takes it.
         held_out: Share of the queries that judges, in (0, 0.5]. Default: a tenth, or up to half so that 200 judge.
         seed: Seeds the held-out part, the fit and the intervals.
         batch_size: Texts per forward pass.
@@ -112,10 +113,10 @@ def advise(
         >>> print(advice)                                                  # doctest: +SKIP
         >>> print(advise(vectors, bytes=[16, 64]).snippet)                 # doctest: +SKIP
     """
-    if isinstance(model, (str, Mapping)) or hasattr(model, "columns"):
+    if isinstance(model, (str, Mapping)):
         raise TypeError(
             f"model must be a SentenceTransformer, or vectors as an array, got {type(model).__name__}: load a model "
-            "with SentenceTransformer(name), take a table's vectors with to_numpy()."
+            "with SentenceTransformer(name), give one column of a table."
         )
     own = unwrap(model) if isinstance(model, nn.Module) else None
     if own is None and corpus is not None:
@@ -124,7 +125,7 @@ def advise(
     names = _PAIRED if pairs is not None else _ALONE
     arrays: list[Any] = [] if own is not None else _vectors(names, given)
     width = full_width(own) if own is not None else arrays[0].shape[1]
-    wanted = checked_dims("dims", [*_default_dims(width), width] if dims is None else dims, width)
+    wanted = checked_dims("dims", default_dims(width) if dims is None else dims, width)
     fit_dims, options = checked_settings(
         width,
         wanted,
@@ -143,7 +144,7 @@ def advise(
     settings: dict[str, Any] = {"model": None, "fingerprint": None}
     if own is not None:
         require_documents(len({*given.get("positives", given["anchors"]), *given.get("documents", ())}))
-        prompts = (query_prompt, corpus_prompt)
+        prompts = (query_prompt, document_prompt)
         arrays = _encoded(own, names, given, prompts, checked_count("batch_size", batch_size), show_progress_bar)
         settings = {"model": model_name_of(own), "fingerprint": fingerprint(own)}
     if held_out is None:
@@ -163,10 +164,6 @@ def advise(
     if settings["queries"] < _FEW:
         logger.warning("Only %d queries judge: look at the intervals, and give more queries.", settings["queries"])
     return _measured(rotation, trial, wanted, precisions, budgets, decides, settings, wants_bar(show_progress_bar))
-
-
-def _default_dims(width: int) -> list[int]:
-    return powers_of_two(8 if width > 8 else 2, width)
 
 
 def _given(documents: Any, queries: Any, pairs: Any, texts: bool) -> dict[str, Any]:
@@ -274,7 +271,7 @@ def _measured(
         found = values_by_cell(trial.search, trial.part.rows, None if plain else trial.fitted, dims, precisions)
         values = dict(tqdm(found, total=len(keys), desc="Cells", disable=not show_bar))
         below = [dim for dim in dims if dim < width]
-        gained, *gain = gain_on_unseen(trial.search, trial.part.rows, trial.fitted, below, settings["seed"])
+        gained, gain, chance = gain_on_unseen(trial.search, trial.part.rows, trial.fitted, below, settings["seed"])
     full = values["truncated", width, "float32"][measure]
     if not full.any():
         raise ValueError(
@@ -289,4 +286,4 @@ def _measured(
         kept, change = scores[measure] / float(full.mean()), scores[measure] - float(full.mean())
         cells.append(Cell(dim, precision, way, size, scores, kept, change, low, high))
     cells, by_budget, by_loss = chosen(cells, budgets, gained)
-    return Advice(measure, float(full.mean()), cells, by_budget, by_loss, gained, gain[0], rotation, settings)
+    return Advice(measure, float(full.mean()), cells, by_budget, by_loss, gained, gain, chance, rotation, settings)

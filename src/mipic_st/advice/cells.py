@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from mipic_st.codes import Ranges, bytes_per_vector, decode, encode
 from mipic_st.transforms.measures import cosine_scores, ndcg, ranked, recall
-from mipic_st.transforms.search import NDCG, RECALL, K, Search
+from mipic_st.transforms.search import Search
+from mipic_st.transforms.verdict import NDCG, RECALL, K
 
 PRECISIONS = ("float32", "float16", "int8", "int4", "binary")
 TOP = f"3-recall@{K}"
@@ -24,8 +25,9 @@ MEASURES = (NDCG, TOP, RECALL)
 
 _BLOCK = 8192
 _RESAMPLES, _BATCH_VALUES = 2000, 2**20
-# What rotated vectors must find more of unseen documents, as a share of them, before a rotation is worth its while.
-_LEAST_GAIN = 0.01
+# Documents that tell whether a rotation is worth its while, random rotations that show what is chance, and what must be
+# found more of the neighbours in any case.
+_UNSEEN, _RANDOM, _LEAST_GAIN = 1000, 16, 0.01
 
 
 @dataclass(frozen=True)
@@ -148,26 +150,31 @@ def bytes_of(keys: Sequence[tuple[str, int, str]]) -> list[int]:
 
 def gain_on_unseen(
     search: Search, rows: Tensor, matrix: Tensor, dims: Sequence[int], seed: int
-) -> tuple[bool, tuple[float, float, float]]:
+) -> tuple[bool, float, float]:
     """Whether rotated vectors find more than truncated ones among documents that the fit has not seen.
 
-    The neighbours of the full width among these documents, mean over dims and documents: the difference and its
-    interval. On the whole corpus even random vectors gain, since the map knows the documents that are searched.
+    On the whole corpus even random vectors gain, since the map knows the documents that are searched. What is compared
+    are the neighbours of the full width, as a mean over dims and documents. Also given are the difference, and how far
+    random rotations of these documents are from each other: what is no more than that may be chance.
     """
     unseen = torch.ones(len(search.documents), dtype=torch.bool)
     unseen[rows] = False
-    own = unseen.nonzero().flatten()[:1000]
-    documents = search.documents[own.to(search.documents.device)]
-    count = len(documents)
+    documents = search.documents[unseen.nonzero().flatten()[:_UNSEEN].to(search.documents.device)]
+    count, width = documents.shape
     if count < 6:
-        return False, (0.0, 0.0, 0.0)
+        return False, 0.0, 0.0
     shape, own, k = (count, count), torch.arange(count), min(K, count // 3)
     wanted = ranked(cosine_scores(documents, documents), shape, k, own)
-    total = np.zeros(count)
-    for dim in dims:
-        for sign, part in ((1, documents @ matrix[:, :dim]), (-1, documents[:, :dim])):
-            side = F.normalize(part, dim=1)
-            found = ranked(cosine_scores(side, side), shape, k, own)
-            total += sign * recall(found, wanted).cpu().numpy() / len(dims)
-    ((low, high),) = paired_intervals(total[None], seed)
-    return bool(low > _LEAST_GAIN), (float(total.mean()), float(low), float(high))
+
+    def kept(basis: Tensor) -> float:
+        rotated, found = documents @ basis.to(documents), []
+        for dim in dims:
+            part = F.normalize(rotated[:, :dim], dim=1)
+            found.append(recall(ranked(cosine_scores(part, part), shape, k, own), wanted).mean())
+        return float(torch.stack(found).mean())
+
+    gain = kept(matrix) - kept(torch.eye(width))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randn(width, max(dims), generator=generator) for _ in range(_RANDOM))
+    chance = 3 * 2**0.5 * float(np.std([kept(torch.linalg.qr(values).Q) for values in drawn], ddof=1))
+    return gain > max(chance, _LEAST_GAIN), gain, chance

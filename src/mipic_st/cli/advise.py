@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_list(
         parser, "--bytes", options.whole_number, metavar="N", default=[8, 16, 32, 64, 128], help="budgets per vector"
     )
-    options.add_dims(parser, "powers of 2 from 8, and full width")
+    options.add_dims(parser)
     options.add_list(
         parser, "--precisions", options.given, metavar="P", help="float32, float16, int8, int4, binary (default: all)"
     )
     parser.add_argument("--measure", metavar="M", help="nDCG@10 (needs --pairs), 3-recall@10 or recall@10")
-    for side in ("query", "corpus"):
+    for side in ("query", "document"):
         parser.add_argument(f"--{side}-prompt", metavar="TEXT", help="default: the model's own")
     parser.add_argument(
         "--output", type=options.output_folder, metavar="DIR", help="new or empty folder (default: print only)"
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
             precisions=args.precisions or PRECISIONS,
             measure=args.measure,
             query_prompt=args.query_prompt,
-            corpus_prompt=args.corpus_prompt,
+            document_prompt=args.document_prompt,
             seed=args.seed,
             batch_size=args.batch_size,
             show_progress_bar=not args.quiet,
@@ -98,7 +98,9 @@ def _advised(args: argparse.Namespace, **settings: Any) -> Advice:
     from mipic_st.data import load_texts_file, load_training_file
 
     if args.vectors:
-        (column,) = args.columns or ["embedding"]
+        column, *more = args.columns or ["embedding"]
+        if more:
+            raise ValueError(f"--columns names one column of vectors, got {args.columns}.")
         queries = _vectors(args.queries, column) if args.queries else None
         return advise(_vectors(args.vectors, column), queries=queries, **settings)
     corpus = load_texts_file(args.texts, columns=args.columns) if args.texts else None

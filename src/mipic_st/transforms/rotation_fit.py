@@ -74,17 +74,13 @@ def fit_rotation(
     return rotation
 
 
-def fitted(
-    arrays: Sequence[Any], dims: Sequence[int], *, prefer_pairs: bool, **options: Any
-) -> tuple[Rotation, Trial]:
+def fitted(arrays: Sequence[Any], dims: Sequence[int], *, prefer_pairs: bool, **options: Any) -> tuple[Rotation, Trial]:
     """The rotation of checked vectors (anchors, positives, documents, queries), and what was tried for it."""
     # the fit needs gradients, also where the caller switched them off for its encoder
     with no_autocast(arrays[0]), torch.inference_mode(False), torch.enable_grad(), one_thread():
         trial = best_of(Given.of(*arrays), dims, prefer_pairs=prefer_pairs, **options)
         matrix = trial.final()
-    rotation = Rotation(
-        matrix.cpu().numpy(), tuple(dims), trial.report, trial.best.name, trial.search.measure
-    )
+    rotation = Rotation(matrix.cpu().numpy(), tuple(dims), trial.report, trial.best.name, trial.search.measure)
     documents = trial.given.documents
     return rotation.calibrate(documents[:: -(-len(documents) // CALIBRATED)]), trial
 
