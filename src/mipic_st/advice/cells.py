@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mipic_st.codes import Ranges, bytes_per_vector, decode, encode
 from mipic_st.transforms.measures import cosine_scores, ndcg, ranked, recall
+from mipic_st.transforms.rotation import CALIBRATED
 from mipic_st.transforms.search import Search
 from mipic_st.transforms.verdict import NDCG, RECALL, K
 
@@ -84,24 +85,30 @@ def values_by_cell(
     search: Search, rows: Tensor, matrix: Tensor | None, dims: Sequence[int], precisions: Sequence[str]
 ) -> Iterator[tuple[tuple[str, int, str], dict[str, np.ndarray]]]:
     """For each cell its key, and one number per query for each measure; codes have the ranges of the fitted rows."""
-    shape, width = (len(search.queries), len(search.documents)), search.documents.shape[1]
-    wanted = ranked(cosine_scores(search.queries, search.documents), shape, K, search.own)
+    plain = cosine_scores(search.queries, search.documents)
+    wanted = ranked(plain, (len(search.queries), len(search.documents)), K, search.own)
     ranges: tuple[str, int, Ranges] | None = None
-    for key in cell_keys(width, dims, precisions, matrix is not None):
+    rows = rows[:: -(-len(rows) // CALIBRATED)]
+    for key in cell_keys(search.documents.shape[1], dims, precisions, matrix is not None):
         way, dim, precision = key
         basis = matrix if way == "rotated" else None
         if not precision.startswith("float") and (ranges is None or ranges[:2] != key[:2]):
             ranges = way, dim, Ranges.of(_prefixes(search.documents, basis, dim, rows))
-        stored = _prefixes(search.documents, basis, dim, None, precision, ranges[2] if ranges else None)
-        queries = torch.from_numpy(_prefixes(search.queries, basis, dim))
-        scores = cosine_scores(
-            queries.to(search.documents.device), torch.from_numpy(stored).to(search.documents.device)
-        )
-        found = ranked(scores, shape, K, search.own)
+        found = _found(search, basis, dim, precision, ranges[2] if ranges else None)
         values = {TOP: recall(found, wanted[:, :3]), RECALL: recall(found, wanted)}
         if search.relevant is not None:
             values = {NDCG: ndcg(found, search.relevant)} | values
         yield key, {measure: value.cpu().numpy() for measure, value in values.items()}
+
+
+def _found(search: Search, basis: Tensor | None, dim: int, precision: str, ranges: Ranges | None) -> Tensor:
+    """What each query finds among the coded documents, (Q, K)."""
+    sides = (
+        _prefixes(search.queries, basis, dim),
+        _prefixes(search.documents, basis, dim, precision=precision, ranges=ranges),
+    )
+    queries, stored = (torch.from_numpy(side).to(search.documents.device) for side in sides)
+    return ranked(cosine_scores(queries, stored), (len(queries), len(stored)), K, search.own)
 
 
 def _prefixes(
