@@ -68,11 +68,11 @@ def advise(
 ) -> Advice:
     """Say in which dim and precision a corpus should be stored: fit a rotation, measure the grid, recommend.
 
-    A rotation is fitted as in :func:`~mipic_st.transforms.rotation.fit_rotation`, without a part of the queries (of the
-    pairs, or of the documents and ``queries`` where there are no pairs). These search the whole corpus, coded in every
-    cell of the grid, truncated and rotated; they stay floats, as in search engines, and have taken no part in the fit
-    or in the ranges of the codes. Intervals are of the difference to full width in float32, per query, by bootstrap.
-    They do not include that the best of many cells was picked.
+    A rotation is fitted as in :func:`~mipic_st.transforms.rotation_fit.fit_rotation`, without a part of the queries (of
+    the pairs, or of the documents and ``queries`` where there are no pairs). These search the whole corpus, coded in
+    every cell of the grid, truncated and rotated; they stay floats, as in search engines, and have taken no part in the
+    fit or in the ranges of the codes. Intervals are of the difference to full width in float32, per query, by
+    bootstrap. They do not include that the best of many cells was picked.
 
     Whether the rotation helps at all is judged on documents that its fit has not seen: among those that it has seen,
     even random vectors seem to gain. Where it does not, truncated cells are recommended.
