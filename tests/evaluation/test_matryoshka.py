@@ -275,9 +275,10 @@ class Widths(BaseEvaluator):
         return {f"{self.name}_first": 0.0, f"{self.name}_width": float(model.encode(["cat"]).shape[-1])}
 
 
-def test_a_primary_metric_without_the_name_is_found(model):
-    """The scores carry the evaluator's name and the primary metric does not: it is still the one meant."""
-    evaluator = MatryoshkaEvaluator(Widths("width"), [8, 32], primary=8)
+@pytest.mark.parametrize("primary_metric", ["width", "own_width"])
+def test_a_primary_metric_is_found_with_and_without_the_name(model, primary_metric):
+    """The scores carry the evaluator's name, and at each dim another one; the primary metric is the one meant."""
+    evaluator = MatryoshkaEvaluator(Widths(primary_metric), [8, 32], primary=8)
     assert evaluator(model)["own-mean_width"] == 20
     assert evaluator.primary_metric == "own-8_width"
 
