@@ -87,9 +87,9 @@ def by_name(monkeypatch):
     return make
 
 
-@pytest.fixture
-def model(tmp_path):
-    return tiny_model(tmp_path / "model")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def run(model, tasks, dims, output, **kwargs):

@@ -85,8 +85,8 @@ class MatryoshkaEvaluator(BaseEvaluator):
         calibration: What the ranges of codes and the mean of bits come from: texts like those that will be stored, or a
             dict of `Ranges` by dim, such as a rotation keeps. The default, ``"scored texts"``, takes the texts of the
             evaluator itself, since no others are at hand; int8 and uint8 then have their extremes as ranges, as in
-            sentence-transformers. It flatters codes a little: an index is calibrated before it sees a query. Records
-            and model card say which it was.
+            sentence-transformers. That may flatter codes: an index is calibrated before it sees a query. Records and
+            model card say which it was.
         primary: Which score selects checkpoints: one of ``dims``, ``"mean"`` or ``"worst"``, over float32 vectors of
             the deepest layer.
         normalize: Renormalise after the cut. With False the vectors are those of ``encode(truncate_dim=...)``.
