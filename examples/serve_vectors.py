@@ -35,7 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 
 from mipic_st import fit_rotation
-from mipic_st.evaluation.precisions import bytes_per_vector
+from mipic_st.codes import bytes_per_vector
 from mipic_st.numerics import unit_length
 
 NEIGHBORS = 10

@@ -1,6 +1,12 @@
-"""What each process of test_shared_encoding.py runs: python evaluation_worker.py MODEL_FOLDER OUTPUT_FOLDER."""
+"""What test_shared_encoding.py runs: python evaluation_worker.py MODEL_FOLDER OUTPUT_FOLDER.
+
+Two processes as torchrun starts them, forked from one that has imported everything: imports take most of the time.
+"""
 
 import json
+import multiprocessing
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -38,8 +44,10 @@ def evaluator(**options):
     return MatryoshkaEvaluator(SequentialEvaluator(parts), [8, 32], **options)
 
 
-def main(model_folder, output):
+def main(rank, port, model_folder, output):
     """One step and one evaluation by the trainer for each case; then the same scores by this process alone."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({key: str(value) for key, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     scores = {}
     for name, options in CASES.items():
         model = SentenceTransformer(
@@ -57,10 +65,19 @@ def main(model_folder, output):
         trainer.train()
         logged = [row for row in trainer.state.log_history if any(key.startswith("eval_sts") for key in row)]
         scores[name] = {"shared": logged[-1], "alone": evaluator(**options)(model)}
-    rank = torch.distributed.get_rank()
+    assert torch.distributed.get_world_size() == 2
     (output / f"rank{rank}.json").write_text(json.dumps(scores))
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=main, args=(rank, port, Path(sys.argv[1]), Path(sys.argv[2]))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(max(abs(process.exitcode) for process in ranks))

@@ -42,11 +42,17 @@ def test_eval_compares_models_side_by_side(tmp_path, capsys, monkeypatch):
             str(tmp_path / "out"),
             "--precisions",
             "int8",
+            "int4",
+            "--scoring",
+            "asymmetric",
+            "--calibration",
+            str(tmp_path / "sts13_test.csv"),
         ]
     )
     printed = capsys.readouterr()
     assert code == 0, printed.err
-    assert printed.out.count("**") == 2 * 4
+    assert printed.out.count("**") == 2 * 6
+    assert "int4 (asymmetric, texts-" in printed.out
     for file in ("report.md", "report.csv", "report.json", "report.tex", "score_by_dim.png", "quality_by_bytes.svg"):
         assert (tmp_path / "out" / file).is_file()
     # random models: what cannot be drawn is said, and costs nothing else

@@ -25,7 +25,6 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from conftest import sentences
 from evaluation_fixtures import CountingModel, tiny_model
 from mipic_st.evaluation.matryoshka import MatryoshkaEvaluator
-from mipic_st.evaluation.precisions import bytes_per_vector
 from mipic_st.evaluation.probe import ClassificationProbeEvaluator
 from mipic_st.evaluation.store import EmbeddingStore
 
@@ -131,23 +130,6 @@ def test_csv_files_are_one_per_dim(model, tmp_path):
         assert lines[0].count(",") == lines[1].count(",")
 
 
-@pytest.mark.parametrize("precision", ["int8", "binary"])
-@pytest.mark.parametrize("dim", [9, 32])
-def test_quantised_columns_equal_the_native_ones(model, precision, dim):
-    """int8 and binary scores equal EmbeddingSimilarityEvaluator(precision=...), odd dims included."""
-    ours = MatryoshkaEvaluator(sts(), [dim], precisions=["float32", precision])(model)
-    native = sts(precision=precision, truncate_dim=dim)(model)
-    key = f"sts-dev-{dim}-{precision}_spearman_cosine"
-    assert ours[key] == pytest.approx(native["sts-dev_spearman_cosine"], abs=1e-6)
-
-
-def test_bytes_per_vector():
-    """4 bytes, 1 byte, 1 bit per value, bits rounded up to bytes."""
-    assert [bytes_per_vector(9, p) for p in ("float32", "int8", "binary")] == [36, 9, 2]
-    with pytest.raises(ValueError, match="dim must be an integer >= 1, got -3"):
-        bytes_per_vector(-3)
-
-
 def test_last_layer_of_the_grid_is_the_model(model):
     """The last layer's cells equal the scores without layers; a lower layer's differ; the config flag is restored."""
     plain = MatryoshkaEvaluator(sts(), DIMS)(model)
@@ -206,7 +188,6 @@ def test_sequence_scores_every_evaluator(model):
         ({"dims": [8], "layers": [-1]}, r"layers must be from 0 \(embeddings\), got \[-1\]"),
         ({"dims": [8], "layers": [2, 2]}, "layers has duplicates"),
         ({"dims": [8], "precisions": ["int8"]}, "must include 'float32'"),
-        ({"dims": [8], "precisions": ["float32", "int4"]}, "int4"),
         ({"dims": [8], "evaluator": sts(truncate_dim=8)}, "leave it unset"),
         ({"dims": [8], "evaluator": SequentialEvaluator([sts(), sts()])}, "share the name 'sts-dev'"),
         ({"dims": [8], "layers": []}, "layers is empty"),
@@ -294,9 +275,10 @@ class Widths(BaseEvaluator):
         return {f"{self.name}_first": 0.0, f"{self.name}_width": float(model.encode(["cat"]).shape[-1])}
 
 
-def test_a_primary_metric_without_the_name_is_found(model):
-    """The scores carry the evaluator's name and the primary metric does not: it is still the one meant."""
-    evaluator = MatryoshkaEvaluator(Widths("width"), [8, 32], primary=8)
+@pytest.mark.parametrize("primary_metric", ["width", "own_width"])
+def test_a_primary_metric_is_found_with_and_without_the_name(model, primary_metric):
+    """The scores carry the evaluator's name, and at each dim another one; the primary metric is the one meant."""
+    evaluator = MatryoshkaEvaluator(Widths(primary_metric), [8, 32], primary=8)
     assert evaluator(model)["own-mean_width"] == 20
     assert evaluator.primary_metric == "own-8_width"
 

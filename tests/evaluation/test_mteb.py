@@ -87,9 +87,9 @@ def by_name(monkeypatch):
     return make
 
 
-@pytest.fixture
-def model(tmp_path):
-    return tiny_model(tmp_path / "model")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def run(model, tasks, dims, output, **kwargs):
@@ -981,6 +981,7 @@ def test_load_results_finds_what_was_written(model, sts13, tmp_path):
     for dim, precision in ((8, "float32"), (32, "int8"), (16, "binary")):
         kwargs = {"embed_dim": dim} if dim < 32 else {}
         kwargs |= {"output_dtypes": precision} if precision != "float32" else {}
+        kwargs |= {"calibration": "scored texts"} if precision == "binary" else {}
         assert list(found(experiment_kwargs=kwargs).values()) == [ours["STS13", dim, precision]]
     for options, dim in (({}, 32), ({"experiment_kwargs": {"embed_dim": 8}}, 8)):
         frame = cache.load_results(**options).to_dataframe(format="long")

@@ -187,6 +187,23 @@ def test_plots_of_one_task_and_one_model(plot):
             drawn(every, model="m2")
 
 
+def test_codes_are_drawn_over_bytes_only():
+    """A line over dims is float32's alone; over bytes each code has its own, asymmetric ones apart."""
+    codes = [("float32", None, 0.5), ("int8", "symmetric", 0.3), ("int8", "asymmetric", 0.4)]
+    records = [
+        one(score + dim / 1000, dim=dim, precision=precision, scoring=scoring, bytes=dim * (4 if score == 0.5 else 1))
+        for precision, scoring, score in codes
+        for dim in (8, 16)
+    ]
+    report = EvaluationReport(records)
+    assert report.plot_score_by_dim().axes[0].lines[0].get_ydata() == pytest.approx([50.8, 51.6])
+    lines = report.plot_quality_by_bytes().axes[0].lines
+    assert [line.get_label() for line in lines] == ["float32", "int8", "int8 (asymmetric)"]
+    assert lines[2].get_ydata() == pytest.approx([40.8, 41.6])
+    with pytest.raises(ValueError, match="the report holds no float32 scores"):
+        EvaluationReport(records[2:]).plot_score_by_dim()
+
+
 def test_models_that_would_share_a_row_are_refused():
     """A model's name that looks like another one's revision: their mean would be of two models."""
     records = [one(0.2, revision="a"), one(0.4, revision="b"), one(0.9, "m@a")]

@@ -21,9 +21,8 @@ def scores(tmp_path_factory, transformer_folder):
     assemble(transformer_folder("bert")).save(str(folder / "start"))
     paths = [str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
-        [*launch, str(TESTS / "evaluation_worker.py"), str(folder / "start"), str(folder)],
+        [sys.executable, str(TESTS / "evaluation_worker.py"), str(folder / "start"), str(folder)],
         env=environment,
         capture_output=True,
         text=True,

@@ -397,8 +397,9 @@ def test_memory_limit_changes_no_vector(limit, layers, small_blocks, transformer
     assert store.in_file == (limit is not None and limit < 10_000)
     assert store.nbytes == len(TEXTS) * WIDTH * 4 * len(layers or [0])
     store.calibrate()
-    ranges = store.int8_ranges(8, layer, False)
-    np.testing.assert_allclose(ranges, [reference[:, :8].min(axis=0), reference[:, :8].max(axis=0)], atol=1e-5)
+    ranges = store.ranges(8, layer, False, "int8")
+    np.testing.assert_allclose(ranges.low, reference[:, :8].min(axis=0), atol=1e-5)
+    np.testing.assert_allclose(ranges.high, reference[:, :8].max(axis=0), atol=1e-5)
 
 
 def test_a_result_from_a_file_may_be_changed(small_blocks, transformer_folder):

@@ -142,12 +142,12 @@ def draw_evaluator(rng, model, batch_size, kind=None):
 class HandCut:
     """The obvious reference: the model's own methods, the first values, divided by their length, codes at the end.
 
-    With ``float32`` it keeps what it gave; ``int8`` is calibrated on that.
+    With ``float32`` it keeps what it gave, each distinct vector of a text once; codes are calibrated on that.
     """
 
-    def __init__(self, model, dim, normalize, memo, precision="float32", seen=()):
+    def __init__(self, model, dim, normalize, memo, precision="float32", seen=None):
         self.model, self.dim, self.normalize, self.memo = model, dim, normalize, memo
-        self.precision, self.seen = precision, list(seen)
+        self.precision, self.seen = precision, seen or {}
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -165,12 +165,22 @@ class HandCut:
         if self.dim < full.shape[1] or self.precision != "float32":
             vectors = self.unit(vectors)
         if self.precision == "float32":
-            self.seen.append(vectors)
-        elif self.precision == "int8":
-            texts = np.concatenate([self.unit(part) for part in self.seen])
-            vectors = quantize_embeddings(vectors, "int8", calibration_embeddings=texts).astype(np.float32)
-        else:
-            vectors = (vectors > 0).astype(np.float32)
+            for text, vector in zip([inputs] if single else inputs, vectors, strict=True):
+                known = self.seen.setdefault(text, [])
+                known += [vector] if not any(np.allclose(vector, other, atol=1e-5) for other in known) else []
+            return self.given(vectors, single, convert_to_tensor, convert_to_numpy)
+        calibration = self.unit(np.array([vector for known in self.seen.values() for vector in known]))
+        if self.precision == "int8":
+            vectors = quantize_embeddings(vectors, "int8", calibration_embeddings=calibration).astype(np.float32)
+        else:  # filled up with ones to a power of four, where cosines are exact, so that ties are ties
+            signs = np.where(vectors > calibration.mean(axis=0), 1, -1)
+            total = next(4**k for k in range(9) if 4**k >= self.dim)
+            filled = np.hstack([signs, np.ones((len(signs), total - self.dim))])
+            vectors = (filled / np.sqrt(total)).astype(np.float32)
+        return self.given(vectors, single, convert_to_tensor, convert_to_numpy)
+
+    @staticmethod
+    def given(vectors, single, convert_to_tensor, convert_to_numpy):
         if convert_to_tensor:
             vectors = torch.tensor(vectors)
         elif not convert_to_numpy:

@@ -24,8 +24,10 @@ EXAMPLES = """examples:
 
 
 def _precision(text: str) -> str:
-    if text not in ("float32", "int8", "binary"):
-        raise argparse.ArgumentTypeError(f"must be among float32, int8, binary, got {text!r}")
+    from mipic_st.codes import PRECISIONS
+
+    if text not in PRECISIONS:
+        raise argparse.ArgumentTypeError(f"must be among {', '.join(PRECISIONS)}, got {text!r}")
     return text
 
 
@@ -46,7 +48,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data-dir", type=options.input_folder, metavar="DIR", help="folder with local data, looked at before the hub"
     )
     options.add_list(
-        parser, "--precisions", _precision, default=["float32"], metavar="P", help="float32 (default), int8, binary"
+        parser,
+        "--precisions",
+        _precision,
+        default=["float32"],
+        metavar="P",
+        help="float32 (default), float16, int8, uint8, int4, binary, ubinary",
+    )
+    parser.add_argument(
+        "--scoring",
+        choices=("symmetric", "asymmetric"),
+        default="symmetric",
+        help="compare code with code (default), or float queries with decoded documents, as search engines do",
+    )
+    parser.add_argument(
+        "--calibration",
+        type=options.given,
+        metavar="FILE",
+        help="texts that ranges of codes come from: txt (a text a line), or a table (default: the scored texts)",
     )
     options.add_batch_size(parser)
     parser.add_argument("--no-normalize", action="store_true", help="do not normalise after truncation")
@@ -57,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate one model after another, and write what all of them gave."""
+    from mipic_st.data import load_texts_file
     from mipic_st.evaluation.report import EvaluationReport
     from mipic_st.evaluation.tasks import resolve_tasks
     from mipic_st.files import require_writable
@@ -69,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
     tasks = args.tasks[0] if len(args.tasks) == 1 else args.tasks
     resolve_tasks(tasks)
     require_writable(args.output)
+    args.calibration = load_texts_file(args.calibration) if args.calibration else "scored texts"
     report = EvaluationReport([])
     try:
         for place, name in zip(args.models, names, strict=True):
@@ -104,6 +125,8 @@ def _evaluated(place: str, name: str, tasks: str | list[str], args: argparse.Nam
         model_name=name,
         data_dir=args.data_dir,
         precisions=list(dict.fromkeys(["float32", *args.precisions])),
+        scoring=args.scoring,
+        calibration=args.calibration,
         batch_size=args.batch_size,
         normalize=not args.no_normalize,
         overwrite=args.overwrite,

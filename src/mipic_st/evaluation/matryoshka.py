@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
 
+from mipic_st.codes import bytes_per_vector
 from mipic_st.encoder.fingerprint import fingerprint
 from mipic_st.encoder.structure import check_layers, full_width
 from mipic_st.evaluation.cells import (
@@ -30,11 +31,20 @@ from mipic_st.evaluation.cells import (
     set_primary_metrics,
     teachers_have_unit_length,
 )
-from mipic_st.evaluation.precisions import bytes_per_vector, check_precisions
+from mipic_st.evaluation.coded import (
+    SCORED_TEXTS,
+    SCORINGS,
+    check_calibration,
+    check_precisions,
+    how_coded,
+    name_of_calibration,
+    needs_ranges,
+)
 from mipic_st.evaluation.store import MEMORY_LIMIT, EmbeddingStore, check_place, checked_limit
-from mipic_st.validation import checked_dims, checked_flag, checked_layers, is_whole, plain
+from mipic_st.validation import checked_choice, checked_dims, checked_flag, checked_layers, is_whole, plain
 
 if TYPE_CHECKING:
+    from mipic_st.codes import Ranges
     from mipic_st.evaluation.report import EvaluationReport
 
 logger = logging.getLogger(__name__)
@@ -64,8 +74,19 @@ class MatryoshkaEvaluator(BaseEvaluator):
             makes mean, worst and primary. Its ``truncate_dim`` is unset.
         dims: Distinct dims, 1 to the model's width.
         layers: Layers, 0 (embeddings) to L (last), for a (layer, dim) grid; None scores the final vector.
-        precisions: Columns, from ``"float32"`` (always there), ``"int8"``, ``"binary"``. int8 is calibrated at each dim
-            on all texts of the evaluator.
+        precisions: Columns, from ``"float32"`` (always there), ``"float16"``, ``"int8"``, ``"uint8"``, ``"int4"``,
+            ``"binary"``, ``"ubinary"``, as `mipic_st.codes` makes them.
+        scoring: ``"symmetric"`` compares code with code: int8 and uint8 as sentence-transformers' evaluators do,
+            float16 and int4 decoded, bits exactly by their Hamming distance (the vectors that the evaluator gets have
+            up to four columns more for it). ``"asymmetric"`` keeps queries floats and decodes documents, as search
+            engines do; scores are called ``ir-64-int8-asymmetric_...``. A query is what ``encode_query`` encodes, or
+            ``encode`` with the task or prompt ``"query"``; where nothing tells queries from documents (pairs of texts,
+            classification), all texts are coded and decoded, with a warning.
+        calibration: What the ranges of codes and the mean of bits come from: texts like those that will be stored, or a
+            dict of `Ranges` by dim, such as a rotation keeps. The default, ``"scored texts"``, takes the texts of the
+            evaluator itself, since no others are at hand; int8 and uint8 then have their extremes as ranges, as in
+            sentence-transformers. That may flatter codes: an index is calibrated before it sees a query. Records and
+            model card say which it was.
         primary: Which score selects checkpoints: one of ``dims``, ``"mean"`` or ``"worst"``, over float32 vectors of
             the deepest layer.
         normalize: Renormalise after the cut. With False the vectors are those of ``encode(truncate_dim=...)``.
@@ -76,8 +97,8 @@ class MatryoshkaEvaluator(BaseEvaluator):
     Raises:
         TypeError: If ``evaluator`` is not an evaluator; on a call, if it does not use ``encode``.
         ValueError: If an argument is out of range, the evaluator truncates itself, two evaluators share a name, or
-            precisions are asked of an evaluator with a teacher; on a call, if a dim exceeds the model's width,
-            embeddings hold NaN, a teacher has another width, or a dim lacks the primary metric.
+            precisions are asked of an evaluator with a teacher, or Ranges do not fit; on a call, if a dim exceeds the
+            model's width, embeddings hold NaN, a teacher has another width, or a dim lacks the primary metric.
 
     Example:
         >>> from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
@@ -93,6 +114,8 @@ class MatryoshkaEvaluator(BaseEvaluator):
         *,
         layers: Sequence[int] | None = None,
         precisions: Sequence[str] = ("float32",),
+        scoring: str = SCORINGS[0],
+        calibration: str | Sequence[str] | Mapping[int, Ranges] = SCORED_TEXTS,
         primary: int | str = "mean",
         normalize: bool = True,
         memory_limit: int | None = MEMORY_LIMIT,
@@ -128,9 +151,10 @@ class MatryoshkaEvaluator(BaseEvaluator):
             raise ValueError(f"primary must be 'mean', 'worst' or one of dims {list(self.dims)}, got {primary!r}.")
         if self.precisions != ("float32",) and any(isinstance(leaf, WITH_TEACHER) for leaf in leaves):
             raise ValueError(
-                "precisions: an MSEEvaluator compares values with its teacher's, which int8 and binary codes have not; "
-                "leave them out."
+                "precisions: an MSEEvaluator compares values with its teacher's, which codes have not; leave them out."
             )
+        self.scoring = checked_choice("scoring", scoring, SCORINGS)
+        self.calibration = check_calibration(calibration, self.dims, self.layers)
         self.normalize = checked_flag("normalize", normalize)
         self.memory_limit = checked_limit(memory_limit)
         self.device = check_place(device, self.layers)
@@ -193,19 +217,22 @@ class MatryoshkaEvaluator(BaseEvaluator):
         cells: dict[_Place, Cell] = {}
         first: Cell | None = None
         for precision, layer, dim in product(self.precisions, reversed(layers), reversed(self.dims)):
-            if precision == "int8" and not store.calibrated:
-                store.calibrate()
+            if needs_ranges(precision) and not store.calibrated:
+                store.calibrate(None if self.calibration == SCORED_TEXTS else self.calibration)
             cell = cells[layer, precision, dim] = self._score(store, (layer, precision, dim), first, when)
             first = first or cell
         return cells
 
     def _score(self, store: EmbeddingStore, place: _Place, first: Cell | None, when: _When) -> Cell:
         layer, precision, dim = place
-        as_unit, label = precision == UNIT, cell_label(layer, dim, precision)
+        as_unit, code = precision == UNIT, precision not in (UNIT, "float32")
+        asymmetric = code and self.scoring == "asymmetric"
+        label = cell_label(layer, dim, f"{precision}-asymmetric" if asymmetric else precision)
         view = store.view(
             dim,
             layer=layer,
             precision="float32" if as_unit else precision,
+            scoring=self.scoring,
             normalize=self.normalize,
             normalize_uncut=as_unit,
         )
@@ -220,6 +247,11 @@ class MatryoshkaEvaluator(BaseEvaluator):
             raise TypeError(
                 f"{type(self.evaluator).__name__} never called model.encode, so its scores say nothing about dims; use "
                 "an evaluator that encodes."
+            )
+        if asymmetric and not view.query_calls:
+            self._warn(
+                f"scoring='asymmetric': {type(self.evaluator).__name__} does not say which texts are queries (it never "
+                "calls encode_query), so all are coded and decoded."
             )
         cell = Cell(evaluator, label, *named_scores(evaluator, scores, label))
         return cell if first is None else self._with_metric_of(first, cell)
@@ -292,6 +324,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
     def _cell_records(self, cell: Cell, layer: int | None, precision: str, dim: int) -> list[dict[str, Any]]:
         primaries = main_keys(cell.evaluator, cell.scores, cell.primary_key, cell.label)
         place = {"layer": layer, "dim": dim, "precision": precision, "bytes": bytes_per_vector(dim, precision)}
+        place |= how_coded(precision, self.scoring, self.calibration)
         records = []
         for key, score in cell.scores.items():
             task, metric = self._task_and_metric(cell, key)
@@ -330,4 +363,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
             config["layers"] = list(self.layers)
         if self.precisions != ("float32",):
             config["precisions"] = list(self.precisions)
+            config["scoring"] = self.scoring
+        if any(map(needs_ranges, self.precisions)):
+            config["calibration"] = name_of_calibration(self.calibration)
         return config if self.normalize else {**config, "normalize": False}

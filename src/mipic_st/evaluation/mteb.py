@@ -11,6 +11,7 @@ import logging
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +20,24 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from mipic_st.codes import bytes_per_vector
 from mipic_st.encoder.fingerprint import fingerprint, model_name_of
+from mipic_st.evaluation.coded import (
+    SCORED_TEXTS,
+    SCORINGS,
+    check_calibration,
+    check_precisions,
+    how_coded,
+    needs_ranges,
+)
 from mipic_st.evaluation.mteb_data import with_listed_columns
-from mipic_st.evaluation.precisions import bytes_per_vector, check_precisions
 from mipic_st.evaluation.store import MEMORY_LIMIT, EmbeddingStore
 from mipic_st.evaluation.tasks import Job, NotLoadedError, resolve_jobs
 from mipic_st.files import write_whole
-from mipic_st.validation import checked_count, checked_dims, checked_flag, require
+from mipic_st.validation import checked_choice, checked_count, checked_dims, checked_flag, require
 
 if TYPE_CHECKING:
+    from mipic_st.codes import Ranges
     from mipic_st.evaluation.report import EvaluationReport
 
 logger = logging.getLogger(__name__)
@@ -57,6 +67,8 @@ def evaluate_mteb(
     model_name: str | None = None,
     data_dir: str | Path | None = None,
     precisions: Sequence[str] = ("float32",),
+    scoring: str = SCORINGS[0],
+    calibration: str | Sequence[str] | Mapping[int, Ranges] = SCORED_TEXTS,
     batch_size: int = 32,
     normalize: bool = True,
     overwrite: bool = False,
@@ -70,9 +82,11 @@ def evaluate_mteb(
     Results are mteb's own files under ``output/results``, one folder per model and revision (its `fingerprint`): the
     full width in the folder itself, every other dim and precision as one of mteb's experiments
     (``.../experiments/embed_dim_64__output_dtypes_int8/STS13.json``). ``mteb.ResultCache(output).load_results()`` gives
-    the full width, ``load_results(experiment_kwargs={"embed_dim": 64})`` one dim. A task given by name is not run again
-    where its file is there; a task object is run each time, and its scores are in the report only. Files are written
-    whole or not at all, so several runs may share a folder. The caller's random state is left as it was.
+    the full width, ``load_results(experiment_kwargs={"embed_dim": 64})`` one dim. Codes that mteb would not make in the
+    same way (asymmetric, calibrated on other texts, int4, bits) have ``scoring`` and ``calibration`` as further keys. A
+    task given by name is not run again where its file is there; a task object is run each time, and its scores are in
+    the report only. Files are written whole or not at all, so several runs may share a folder. The caller's random
+    state is left as it was.
 
     A score is the mean over the task's own splits and subsets. A task that was narrowed to some of them says so in its
     name: ``STS22 (en, fr)``.
@@ -90,7 +104,12 @@ def evaluate_mteb(
             ``sentence1, sentence2, labels``. A file must hold as many rows as MTEB's set. Data that is not known to be
             MTEB's own (STS13, STS14, STS15, Banking77Classification) is reported as local, ``STS16-local-`` and a
             digest.
-        precisions: ``"float32"`` and, if wanted, ``"int8"``, ``"binary"``.
+        precisions: ``"float32"`` and, if wanted, others of `MatryoshkaEvaluator`.
+        scoring: ``"symmetric"`` compares code with code; ``"asymmetric"`` keeps queries floats and decodes documents,
+            as search engines do: tasks of retrieval and reranking tell which is which, all others have all their texts
+            coded and decoded.
+        calibration: Where ranges of codes come from, as in `MatryoshkaEvaluator`: the scored texts of the task by
+            default, since mteb has no others; a list of texts, or a dict of Ranges by dim. The report says which.
         batch_size: Texts per forward pass.
         normalize: Renormalise after the cut; the full width stays as the model gives it.
         overwrite: Run again what is there; a damaged result file is replaced.
@@ -121,7 +140,8 @@ def evaluate_mteb(
     with EmbeddingStore(model, memory_limit=memory_limit, device=device) as store:
         dims = sorted(checked_dims("dims", dims, store.width))
         cells = [(dim, precision) for precision in precisions for dim in dims]
-        run = _Run(model, store, cells, Path(output), model_name, normalize, overwrite, batch_size)
+        codes = _Codes(checked_choice("scoring", scoring, SCORINGS), check_calibration(calibration, dims))
+        run = _Run(model, store, cells, Path(output), model_name, codes, normalize, overwrite, batch_size)
         jobs = _with_data(resolve_jobs(tasks, data_dir), run, data_dir, skip_missing)
         return run.report(jobs, skip_missing, show_progress_bar)
 
@@ -142,6 +162,29 @@ def _with_data(jobs: list[Job], run: _Run, data_dir: Path | None, skip_missing: 
     return [job for job in jobs if job.label not in absent]
 
 
+@dataclass
+class _Codes:
+    """How codes are compared and calibrated in a run."""
+
+    scoring: str
+    calibration: Any
+
+    def says(self, precision: str) -> dict[str, str | None]:
+        """What records say of codes of this precision."""
+        return how_coded(precision, self.scoring, self.calibration)
+
+    def of_task(self, precision: str) -> bool:
+        """Whether codes depend on all texts of a task."""
+        return needs_ranges(precision) and self.calibration == SCORED_TEXTS
+
+    def keys(self, precision: str) -> dict[str, str]:
+        """What tells result files of these codes from those that mteb itself might have written."""
+        usual = {"scoring": SCORINGS[0]}
+        if precision in ("int8", "uint8"):
+            usual["calibration"] = SCORED_TEXTS
+        return {key: said for key, said in self.says(precision).items() if said not in (None, usual.get(key))}
+
+
 class _Run:
     """Jobs on views of a store under mteb's own protocol, with their result files."""
 
@@ -152,13 +195,15 @@ class _Run:
         cells: list[_Cell],
         output: Path,
         model_name: str | None,
+        codes: _Codes,
         normalize: bool,
         overwrite: bool,
         batch_size: int,
     ) -> None:
         self.mteb = require("mteb", "MTEB tasks need mteb", "eval")
         self.name, self.revision = model_name_of(model, model_name), fingerprint(model)
-        self.store, self.cells, self.normalize, self.overwrite = store, cells, normalize, overwrite
+        self.store, self.cells, self.codes, self.normalize, self.overwrite = store, cells, codes, normalize, overwrite
+        self.ranges = codes.calibration if isinstance(codes.calibration, dict) else None
         self.files = self.mteb.ResultCache(output)
         self.encode_kwargs = {"batch_size": batch_size, "show_progress_bar": False}
         self.encoder = self.mteb.models.SentenceTransformerEncoderWrapper(model)
@@ -184,6 +229,7 @@ class _Run:
                 job_row = {"task": job.label, "metric": str(job.task.metadata.main_score)}
                 for (dim, precision), result in found.items():
                     cell = {"dim": dim, "precision": precision, "bytes": bytes_per_vector(dim, precision)}
+                    cell |= self.codes.says(precision)
                     records.append({**model_row, **job_row, **cell, "score": _main_score(result)})
         return EvaluationReport(records)
 
@@ -207,21 +253,30 @@ class _Run:
         for cell in self.cells:
             progress.set_postfix_str(f"{job.label} {cell[0]} {cell[1]}")
             missing = job.missing(found[cell])
-            if missing and cell[1] == "int8" and not self.store.calibrated:
+            if missing and needs_ranges(cell[1]) and not self.store.calibrated:
                 # float32 results of an earlier run are not run again, so the store may hold a part of the texts
-                if not complete:
+                if self.codes.calibration == SCORED_TEXTS and not complete:
                     list(self._evaluated(job, (cell[0], "float32"), everything))
-                self.store.calibrate()
+                self._calibrate()
             complete |= missing == everything
             for result in self._evaluated(job, cell, missing):
                 found[cell] = result if found[cell] is None else found[cell].merge(result)
                 self.save(job, cell, found[cell])
             progress.update()
 
+    def _calibrate(self) -> None:
+        """Set the ranges of codes; texts of the caller's are encoded for the first job only."""
+        if isinstance(self.codes.calibration, list) and not self.ranges:
+            self.store.calibrate(self.codes.calibration)
+            dims = {dim for dim, _ in self.cells}
+            self.ranges = {dim: self.store.ranges(dim, None, self.normalize, "int8") for dim in dims}
+        self.store.calibrate(self.ranges)
+
     def _evaluated(self, job: Job, cell: _Cell, missing: Mapping[str, Sequence[str]]) -> Iterator[Any]:
         """Results of mteb for the missing subsets, one after the other, in mteb's order."""
         encoder = copy.copy(self.encoder)
-        encoder.model = self.store.view(cell[0], precision=cell[1], normalize=self.normalize)
+        dim, precision = cell
+        encoder.model = self.store.view(dim, precision=precision, scoring=self.codes.scoring, normalize=self.normalize)
         encoder.mteb_model_meta = self.meta(*cell)
         kind = job.task.metadata.type
         task = with_listed_columns(job.task) if kind == "Classification" else job.task
@@ -244,8 +299,9 @@ class _Run:
         experiment: dict[str, Any] = {} if dim == self.store.width else {"embed_dim": dim}
         update: dict[str, Any] = {"name": self.name, "revision": self.revision, "embed_dim": dim}
         if precision != "float32":
-            experiment["output_dtypes"] = precision
-            update["output_dtypes"] = [self.mteb.types.OutputDType(precision)]
+            experiment |= {"output_dtypes": precision, **self.codes.keys(precision)}
+            # mteb knows bits by one name
+            update["output_dtypes"] = [self.mteb.types.OutputDType("binary" if precision == "ubinary" else precision)]
         if experiment and not self.normalize:
             experiment["normalize"] = False
         update["experiment_kwargs"] = experiment or None
@@ -254,13 +310,13 @@ class _Run:
     def _paths(self, job: Job, cell: _Cell) -> list[Path]:
         """Where a result file may be: under the keys of mteb, or under those that this package had before."""
         dim, precision = cell
+        path = self.files.get_task_result_path(job.name, self.meta(*cell))
+        if precision not in ("float32", "int8") or self.codes.keys(precision):
+            return [path]
         parts = [] if self.normalize else ["normalize_False"]
         parts += [] if precision == "float32" else [f"precision_{precision}"]
         before = {"experiment_name": "__".join([*parts, f"truncate_dim_{dim}"])}
-        return [
-            self.files.get_task_result_path(job.name, self.meta(*cell)),
-            self.files.get_task_result_path(job.name, self.name, self.revision, **before),
-        ]
+        return [path, self.files.get_task_result_path(job.name, self.name, self.revision, **before)]
 
     def is_complete(self, job: Job) -> bool:
         """Whether the files hold all cells of a job."""
@@ -268,7 +324,7 @@ class _Run:
 
     def load(self, job: Job, cell: _Cell) -> Any:
         """What is there of the job's scores, as mteb's result under the task's own name; None for nothing."""
-        if self.overwrite or not job.in_files(cell[1]):
+        if self.overwrite or not job.in_files(self.codes.of_task(cell[1])):
             return None
         path = next((path for path in self._paths(job, cell) if path.is_file()), None)
         if path is None:
@@ -287,7 +343,7 @@ class _Run:
 
     def save(self, job: Job, cell: _Cell, result: Any) -> None:
         """Write a job's result with mteb's own cache, aside, and then put each file into its place as a whole."""
-        if not job.in_files(cell[1]):
+        if not job.in_files(self.codes.of_task(cell[1])):
             return
         result, meta = result.model_copy(update={"task_name": job.name}), self.meta(*cell)
         path = self.files.get_task_result_path(job.name, meta)

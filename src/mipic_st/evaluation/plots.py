@@ -74,7 +74,7 @@ def retained(report: EvaluationReport, path: str | Path | None, task: str | None
 
 def quality_by_bytes(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
     """Score against bytes per vector, one line per model and precision."""
-    curves = _curves(report, task, ("float32", "int8", "binary"))
+    curves = _curves(report, task, codes=True)
     if any(point.bytes is None for point in curves):
         raise ValueError("bytes are missing from some records; give each its bytes per vector.")
     several = len({point.row for point in curves}) > 1
@@ -134,11 +134,11 @@ def _of_task(cells: dict[tuple[Any, ...], Cell], task: str | None) -> dict[tuple
     return cells
 
 
-def _curves(report: EvaluationReport, task: str | None, precisions: Sequence[str] = ("float32",)) -> list[_Point]:
+def _curves(report: EvaluationReport, task: str | None, codes: bool = False) -> list[_Point]:
     """Score x 100 per (row, run, precision, dim), of the final vector or the deepest layer; NaN if a task lacks."""
-    cells = {key: cell for key, cell in report.cells().items() if key[2] in precisions}
+    cells = {key: cell for key, cell in report.cells().items() if codes or key[2] == "float32"}
     if not cells:
-        raise ValueError(f"the report holds no scores at precisions {list(precisions)}.")
+        raise ValueError("the report holds no float32 scores.")
     cells = _of_task(cells, task)
     final: dict[tuple[Any, ...], int | None] = {}
     for row, layer, _, _, *column in cells:

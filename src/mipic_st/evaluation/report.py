@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mipic_st.evaluation import plots
+from mipic_st.evaluation.coded import label_of_codes
 from mipic_st.files import write_whole
 from mipic_st.validation import is_number, is_whole, plain, require
 
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("model", "revision", "seed", "task", "metric", "primary", "layer", "dim", "precision", "bytes", "score")
+COLUMNS = (
+    *("model", "revision", "seed", "task", "metric", "primary", "layer", "dim"),
+    *("precision", "scoring", "calibration", "bytes", "score"),
+)
 _REQUIRED = ("model", "task", "metric", "dim", "score")
-_DEFAULTS = {"revision": None, "seed": None, "primary": True, "layer": None, "precision": "float32", "bytes": None}
+_DEFAULTS = {"primary": True, "precision": "float32"}
 # Scores of one identity that differ by less are one score: below the last digit that tables show.
 _SAME_SCORE = 5e-5
 NOT_A_NUMBER = "n/a"
@@ -120,7 +124,7 @@ class EvaluationReport:
     Args:
         records: One dict per score with ``model``, ``task``, ``metric``, ``dim``, ``score`` and, if they apply,
             ``revision`` (which state of the model), ``seed`` (of the training run), ``layer``, ``precision``,
-            ``bytes``, ``primary`` (whether it is the task's main metric).
+            ``scoring`` and ``calibration`` of its codes, ``bytes``, ``primary`` (whether it is the task's main metric).
         info: Anything to keep with the scores; written to JSON.
 
     Raises:
@@ -151,7 +155,10 @@ class EvaluationReport:
         return frame.astype({"layer": "Int64", "seed": "Int64"})
 
     def cells(self) -> dict[tuple[Any, ...], Cell]:
-        """Main scores by (row's name, layer, precision, dim, task, metric), in the order of the records."""
+        """Main scores by (row's name, layer, precision, dim, task, metric), in the order of the records.
+
+        The precision says what is not usual about its codes: ``int8 (asymmetric)``.
+        """
         main = [record for record in self.records if record["primary"]]
         if not main:
             raise ValueError("the report holds no main scores.")
@@ -159,7 +166,7 @@ class EvaluationReport:
         cells: dict[tuple[Any, ...], Cell] = {}
         for record in main:
             run, layer, dim = _run(record), record["layer"], record["dim"]
-            key = (row_of[run], layer, record["precision"], dim, record["task"], record["metric"])
+            key = (row_of[run], layer, label_of_codes(record), dim, record["task"], record["metric"])
             cell = cells.setdefault(key, Cell(record["bytes"]))
             score = float(record["score"])
             known = cell.scores.setdefault(run[1:], score)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
+from mipic_st.codes import Ranges
 from mipic_st.encoder.encoding import encode_layers
 from mipic_st.encoder.structure import NO_CUT, check_layers, evaluation_mode, full_width, in_half_precision, model_depth
 from mipic_st.evaluation.vectors import Vectors
@@ -26,6 +28,8 @@ from mipic_st.validation import checked_count, checked_number
 MEMORY_LIMIT = 2**29
 # Bytes of vectors that one call of the model gives: what an evaluation holds besides the store does not grow with it.
 _PORTION_BYTES = 2**26
+# Vectors that quantiles are taken of, evenly spaced: 150 of these lie beyond each end.
+_MOST_CALIBRATED = 50_000
 # Arguments of encode that say how to compute, and so change no vector.
 _HOW = ("batch_size", "show_progress_bar", "device", "pool", "chunk_size")
 # The prompts that the methods look for where none is named, in sentence-transformers' order.
@@ -65,8 +69,10 @@ class EmbeddingStore:
         self._states = 1 if self.layers is None else len(self.layers)
         self._vectors = Vectors(self._states, self.width, self.memory_limit)
         self._rows: dict[Any, dict[str, int]] = {}
-        self._calibration: int | None = None
-        self._ranges: dict[tuple[int, int, bool], np.ndarray] = {}
+        # rows to read ranges off, or ranges by dim
+        self._calibration: np.ndarray | Mapping[int, Ranges] | None = None
+        self._scored = False  # whether the rows are those of the scored texts
+        self._ranges: dict[tuple[Any, ...], Ranges] = {}
         self._pools: dict[tuple[str, ...], Any] = {}
         self._stop_pools: Any = None
         self.has_unit_length = True  # all stored vectors of the deepest state, at full width
@@ -113,16 +119,20 @@ class EmbeddingStore:
         *,
         layer: int | None = None,
         precision: str = "float32",
+        scoring: str = "symmetric",
         normalize: bool = True,
         normalize_uncut: bool = False,
     ) -> DimView:
-        """A stand-in for the model; ``normalize`` renormalises after a cut, ``normalize_uncut`` also without one."""
+        """A stand-in for the model; ``normalize`` renormalises after a cut, ``normalize_uncut`` also without one.
+
+        With ``scoring="asymmetric"`` queries stay floats, and documents are coded and decoded.
+        """
         dim = checked_count("dim", dim)
         if dim > self.width:
             raise ValueError(f"dim must be from 1 to the model's width {self.width}, got {dim}.")
         if (layer is None) != (self.layers is None) or (self.layers is not None and layer not in self.layers):
             raise ValueError(f"layer {layer!r} is not in this store, which holds layers {self.layers}.")
-        return DimView(self, dim, layer, precision, normalize, normalize_uncut)
+        return DimView(self, dim, layer, precision, scoring, normalize, normalize_uncut)
 
     def rows_of(self, texts: Sequence[str], method: str = "encode", **given: Any) -> np.ndarray:
         """Row numbers for :meth:`vectors`, (n,), after encoding new texts by the model's method with what is given."""
@@ -193,29 +203,56 @@ class EmbeddingStore:
         for start in range(0, len(rows), self._vectors.block_rows):
             yield rows[start : start + self._vectors.block_rows]
 
-    def calibrate(self) -> None:
-        """Calibrate int8 on the texts that are stored now; values of later ones are clipped to the range."""
-        with self._lock:
-            self._calibration = len(self._vectors)
-            self._ranges.clear()
+    def calibrate(self, calibration: Sequence[str] | Mapping[int, Ranges] | None = None) -> None:
+        """Set what the ranges of codes come from; values outside of a range get its nearest code.
 
-    def int8_ranges(self, dim: int, layer: int | None, normalize: bool) -> np.ndarray:
-        """Smallest and largest value of each position over the calibration texts, (2, dim)."""
-        if not self._calibration:
+        Args:
+            calibration: Texts, which are encoded as documents; or ready Ranges by dim, of vectors as a view has them
+                (unit length, but for ``normalize=False``). None takes the texts that are stored now.
+        """
+        with self._lock:
+            self._ranges.clear()
+            self._scored = calibration is None
+            if isinstance(calibration, Mapping):
+                self._calibration = calibration
+            elif calibration is None:
+                self._calibration = np.arange(len(self._vectors))
+            else:
+                self._calibration = self.rows_of(calibration, "encode_document")
+
+    def ranges(self, dim: int, layer: int | None, normalize: bool, precision: str) -> Ranges:
+        """Ranges of this precision's codes.
+
+        Of the scored texts, int8 and uint8 take the extremes, as sentence-transformers' evaluators do; else the ends
+        are the quantiles of `Ranges.of`, as for vectors that are stored.
+        """
+        if self._calibration is None or (isinstance(self._calibration, np.ndarray) and not len(self._calibration)):
             raise ValueError(
-                "int8 has no calibration texts, and must not depend on what happens to be stored: encode all texts "
-                "of the evaluation through a float32 view, then call calibrate() on the store."
+                f"{precision} has no calibration texts, and must not depend on what happens to be stored: encode all "
+                "texts of the evaluation through a float32 view, then call calibrate() on the store; or give texts or "
+                "ranges to calibrate()."
             )
-        key = (dim, self._state(layer), normalize)
+        if isinstance(self._calibration, Mapping):
+            return self._calibration[dim]
+        extremes = self._scored and precision in ("int8", "uint8")
+        key = (dim, self._state(layer), normalize, extremes)
         with self._lock:
             if key not in self._ranges:
-                low, high = np.full(dim, np.inf, dtype=np.float32), np.full(dim, -np.inf, dtype=np.float32)
-                for rows in self.portions(np.arange(self._calibration)):
-                    vectors = self._vectors.gather(rows, self._state(layer), dim)
-                    vectors = unit_length(vectors) if normalize else vectors
-                    low, high = np.minimum(low, vectors.min(axis=0)), np.maximum(high, vectors.max(axis=0))
-                self._ranges[key] = np.stack([low, high])
+                rows = self._calibration
+                every = -(-len(rows) // _MOST_CALIBRATED)
+                found = Ranges.of(self._prepared(rows[::every], layer, dim, normalize))
+                if extremes:
+                    low, high = found.low, found.high
+                    for part in self.portions(rows):
+                        vectors = self._prepared(part, layer, dim, normalize)
+                        low, high = np.minimum(low, vectors.min(axis=0)), np.maximum(high, vectors.max(axis=0))
+                    found = replace(found, low=low, high=high)
+                self._ranges[key] = found
             return self._ranges[key]
+
+    def _prepared(self, rows: np.ndarray, layer: int | None, dim: int, normalize: bool) -> np.ndarray:
+        vectors = self.vectors(rows, dim, layer)
+        return unit_length(vectors) if normalize else vectors
 
     def _state(self, layer: int | None) -> int:
         return 0 if self.layers is None else self.layers.index(layer if layer is not None else self.layers[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from functools import partialmethod
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
-from mipic_st.evaluation.precisions import PRECISIONS
+from mipic_st.codes import PRECISIONS
+from mipic_st.evaluation.coded import SCORINGS, coded, needs_ranges
 from mipic_st.evaluation.vectors import write_array
 from mipic_st.numerics import unit_length
 from mipic_st.validation import checked_choice
@@ -34,13 +36,15 @@ class DimView:
         dim: int,
         layer: int | None,
         precision: str,
+        scoring: str,
         normalize: bool,
-        normalize_uncut: bool = False,
+        normalize_uncut: bool,
     ) -> None:
         checked_choice("precision", precision, PRECISIONS)
-        self._store, self._dim, self._layer, self._precision = store, dim, layer, precision
+        checked_choice("scoring", scoring, SCORINGS)
+        self._store, self._dim, self._layer, self._precision, self._scoring = store, dim, layer, precision, scoring
         self._unit = normalize_uncut or (normalize and (dim < store.width or precision != "float32"))
-        self.encode_calls = 0
+        self.encode_calls = self.query_calls = 0
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_store":
@@ -54,7 +58,7 @@ class DimView:
         return found
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_") or name in ("encode_calls", "training"):
+        if name.startswith("_") or name in ("encode_calls", "query_calls", "training"):
             object.__setattr__(self, name, value)
             return
         raise AttributeError(
@@ -119,7 +123,10 @@ class DimView:
         single = self._store.model.is_singular_input(inputs)
         texts = [inputs] if single else list(inputs)
         rows = self._store.rows_of(texts, method, **given)
-        result: Any = self._collect(rows, unit)
+        queries = method == "encode_query" or "query" in (given.get("task"), given.get("prompt_name"))
+        self.query_calls += queries
+        as_floats = queries and self._scoring == "asymmetric"
+        result: Any = self._collect(rows, unit, "float32" if as_floats else self._precision)
         if precision not in (None, "float32") and len(result):
             result = quantize_embeddings(result, precision=precision)
         if as_tensor:
@@ -137,35 +144,34 @@ class DimView:
         inputs, given = self._arguments("encode_multi_process", args, kwargs)
         return self.encode(inputs, **given)
 
-    def _collect(self, rows: np.ndarray, unit: bool) -> np.ndarray:
-        """(n, d), in memory, or mapped from a temporary file if it is larger than the store's limit."""
-        shape = (len(rows), self._dim)
-        limit = self._store.memory_limit
-        parts = (self._finished(part, unit) for part in self._store.portions(rows))
-        if len(rows) == 0 or limit is None or 4 * len(rows) * self._dim <= limit:
+    def _collect(self, rows: np.ndarray, unit: bool, precision: str) -> np.ndarray:
+        """(n, columns), in memory, or mapped from a temporary file if it is larger than the store's limit."""
+        if len(rows) == 0:
+            return np.empty((0, self._dim), dtype=np.float32)
+        parts = (self._finished(part, unit, precision) for part in self._store.portions(rows))
+        first = next(parts)
+        shape, limit = (len(rows), first.shape[1]), self._store.memory_limit
+        if limit is None or 4 * len(rows) * first.shape[1] <= limit:
             out, done = np.empty(shape, dtype=np.float32), 0
-            for part in parts:
+            for part in chain([first], parts):
                 out[done : done + len(part)] = part
                 done += len(part)
             return out
         with tempfile.TemporaryFile(prefix="mipic-st-") as file:
-            for part in parts:
+            for part in chain([first], parts):
                 write_array(file, part)
             # copy-on-write: the evaluator may change its vectors, as it may change those of the model
             return np.memmap(file, dtype=np.float32, mode="c", shape=shape)
 
-    def _finished(self, rows: np.ndarray, unit: bool) -> np.ndarray:
-        """Cut, renormalised and quantised; codes are widened to float32 as sentence-transformers' evaluators do."""
+    def _finished(self, rows: np.ndarray, unit: bool, precision: str) -> np.ndarray:
+        """Cut and renormalised, as float32 or as what stands for the codes; bits have up to four columns more."""
         vectors = self._store.vectors(rows, self._dim, self._layer)
         if unit:
             vectors = unit_length(vectors)
-        if self._precision == "int8":
-            ranges = self._store.int8_ranges(self._dim, self._layer, unit)
-            return np.asarray(quantize_embeddings(vectors, "int8", ranges=ranges)).astype(np.float32)
-        if self._precision == "binary":
-            packed = quantize_embeddings(vectors, "ubinary")
-            return np.unpackbits(packed, axis=1, count=self._dim).astype(np.float32)
-        return vectors
+        if precision == "float32":
+            return vectors
+        ranges = self._store.ranges(self._dim, self._layer, unit, precision) if needs_ranges(precision) else None
+        return coded(vectors, precision, ranges, self._scoring)
 
 
 # What would give the model's vectors at another width than the view's, or change what the store holds.
