@@ -160,8 +160,10 @@ def test_a_pooling_without_the_prompt_is_refused(tiny_model, tmp_path, write):
     model.prompts = {"query": "book ", "document": ""}
     with pytest.raises(ValueError, match=r"leaves out the tokens of its prompts .*set model\.prompts = \{\}"):
         write(model, tmp_path / "new")
-    model.prompts = {}
-    write(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    if write is save_for_tei:  # of export_onnx, which takes seconds, test_onnx_of_a_model_with_a_low_limit shows it
+        model.prompts = {}
+        write(model, tmp_path / "new")
 
 
 @pytest.mark.parametrize("write", [save_for_tei, export_onnx])

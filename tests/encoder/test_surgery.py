@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import nn
 
 from conftest import TAILS, WIDTH, make_tail, sentences
-from mipic_st.encoder.surgery import identity_dense, linear_end, put_in, with_map, word_weights_module
+from mipic_st.encoder.surgery import cut_layers, identity_dense, linear_end, put_in, with_map, word_weights_module
 
 TEXTS = sentences(9)
 
@@ -39,6 +39,7 @@ def test_put_in_and_taken_out(tiny_model, tail, width):
     normalized = isinstance(model[-1], Normalize)
     plain, before = model.encode(TEXTS), state(model)
     own = model.get_embedding_dimension()
+    widths = [module.out_features for module in model if isinstance(module, Dense)]
     matrix = torch.randn(own, width or own, generator=torch.Generator().manual_seed(1))
     take_out = put_in(model, [identity_dense(matrix)])
     expected = plain @ matrix.numpy()
@@ -51,6 +52,8 @@ def test_put_in_and_taken_out(tiny_model, tail, width):
     after = state(model)
     assert after[0] == before[0]
     assert all(torch.equal(value, after[1][name]) for name, value in before[1].items())
+    assert model.get_embedding_dimension() == own
+    assert [module.out_features for module in model if isinstance(module, Dense)] == widths
     np.testing.assert_array_equal(model.encode(TEXTS), plain)
 
 
@@ -130,3 +133,21 @@ def test_a_parametrized_linear_is_left_alone():
     tail = make_tail("sentence-t5")[:1]
     torch.nn.utils.parametrizations.weight_norm(tail[0].linear)
     assert linear_end(tail) is None
+
+
+@pytest.mark.parametrize("architecture", ["bert", "qwen3"])
+def test_a_cut_backbone_has_copies_of_weights_and_buffers(tiny_model, architecture):
+    """The model's own, also where its config would make others."""
+    encoder = tiny_model(architecture)[0].auto_model
+    for buffer in encoder.buffers():
+        buffer.add_(1)
+    cut = cut_layers(encoder, 2)
+    for own, copies in (
+        (encoder.named_parameters(), cut.named_parameters()),
+        (encoder.named_buffers(), cut.named_buffers()),
+    ):
+        own, copies = dict(own), dict(copies)
+        assert copies
+        for name, value in copies.items():
+            assert torch.equal(value, own[name]), name
+            assert value.data_ptr() != own[name].data_ptr(), name

@@ -18,10 +18,9 @@ from test_examples import ROOT, needs_model, run
 ROWS = ["--rows", "truncation", "rotation", "base", "base+pca", "matryoshka", "specialist-8", "rotation+mipic"]
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """The script's functions; it reads its arguments when it is imported."""
-    monkeypatch.setattr(sys, "argv", ["compare_losses.py", "--dims", "8", "4"])
+def load(monkeypatch, *arguments):
+    """The script with these arguments, which it reads when it is imported."""
+    monkeypatch.setattr(sys, "argv", ["compare_losses.py", *map(str, arguments)])
     spec = importlib.util.spec_from_file_location(
         "compare_losses", ROOT / "examples" / "benchmarks" / "compare_losses.py"
     )
@@ -29,6 +28,12 @@ def script(monkeypatch):
     monkeypatch.setitem(sys.modules, "compare_losses", module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script's functions."""
+    return load(monkeypatch, "--dims", 8, 4)
 
 
 @needs_model
@@ -102,11 +107,12 @@ def test_comparison_resumes_merges_and_reports(tmp_path):
         (["--steps", "0"], "--steps, --bootstrap and --probe-shots must be at least 1"),
     ],
 )
-def test_comparison_refuses_wrong_arguments(tmp_path, arguments, message):
+def test_comparison_refuses_wrong_arguments(tmp_path, monkeypatch, capsys, arguments, message):
     """Before anything is trained, naming the option."""
-    code, _, errors = run("benchmarks/compare_losses.py", "--smoke", "--output", tmp_path, *arguments)
-    assert code != 0
-    assert message in errors
+    with pytest.raises(SystemExit) as stopped:
+        load(monkeypatch, "--smoke", "--output", tmp_path, *arguments).main()
+    assert message in f"{stopped.value} {capsys.readouterr().err}"
+    assert not list(tmp_path.iterdir())
 
 
 @needs_model

@@ -96,6 +96,8 @@ def test_python_blocks_run(document, tmp_path, monkeypatch, offline_model):
 
         matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
+    for fit in (mipic_st.fit_rotation, mipic_st.fit_layer_cuts.__wrapped__):  # the defaults are for real data
+        monkeypatch.setitem(fit.__kwdefaults__, "max_steps", 20)
     parsed = sybil.Sybil(parsers=[PythonCodeBlockParser(), SkipParser()]).parse(document)
     if document.name == "README.md":
         parsed.namespace.update(readers_own())

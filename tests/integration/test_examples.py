@@ -38,6 +38,22 @@ def run(script, *arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run a script as its main program does, in this process, which has paid for imports; returns what it printed."""
+
+    def run_script(script, *arguments):
+        path = ROOT / "examples" / script
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(path.parent))
+        capsys.readouterr()
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_script
+
+
 def table_rows(printed):
     """Numbers of the table's body by dim: the lines between vertical bars that start with a whole number."""
     lines = [line.replace("│", " ").split() for line in printed.splitlines() if line.startswith("│")]
@@ -45,11 +61,9 @@ def table_rows(printed):
 
 
 @needs_model
-def test_retrieval_scores_both_measures_before_and_after():
+def test_retrieval_scores_both_measures_before_and_after(run_here):
     """The rotation leaves the full width alone and changes the cuts."""
-    code, printed, errors = run("retrieval.py", "--smoke", "--dims", 384, 16)
-    assert code == 0, errors
-    rows = table_rows(printed)
+    rows = table_rows(run_here("retrieval.py", "--smoke", "--dims", 384, 16))
     assert list(rows) == [384, 16]
     assert rows[384][::2] == pytest.approx(rows[384][1::2], abs=0.011)
     assert rows[16][0] != rows[16][1]
@@ -209,23 +223,7 @@ def test_quickstart_refuses_a_file_without_the_columns(run_here, tmp_path):
         run_here("quickstart.py", "--smoke", "--pairs", tmp_path / "sts.csv")
 
 
-# --- the training scripts: run in this process, which has paid for the imports already -------------------------------
-
-
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """Run a script as its main program does, with these arguments; returns what it printed."""
-
-    def run_script(script, *arguments):
-        path = ROOT / "examples" / script
-        monkeypatch.setenv("COLUMNS", "120")
-        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-        monkeypatch.syspath_prepend(str(path.parent))
-        capsys.readouterr()
-        runpy.run_path(str(path), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run_script
+# --- the training scripts ---------------------------------------------------------------------------------------------
 
 
 @needs_model
@@ -270,6 +268,7 @@ def test_training_script(run_here, script, says):
         assert gain != 0
     for term in ("matryoshka", "sia_attention", "sia_cka"):
         assert f"'{term}'" in printed
+    assert ("'distillation':" in printed) == (script == "larger_teacher.py")
 
 
 @needs_model
@@ -677,13 +676,11 @@ def test_benchmark_of_some_methods():
 
 
 @needs_model
-def test_rotate_existing_model_saves_a_plain_model(tmp_path):
+def test_rotate_existing_model_saves_a_plain_model(run_here, tmp_path):
     """Without training: full width as before, some dim changed; the folder loads and gives the same vectors."""
     from sentence_transformers import SentenceTransformer
 
-    code, printed, errors = run("rotate_existing_model.py", "--smoke", "--output-dir", tmp_path / "out")
-    assert code == 0, errors
-    rows = table_rows(printed)
+    rows = table_rows(run_here("rotate_existing_model.py", "--smoke", "--output-dir", tmp_path / "out"))
     assert rows[384][2] == pytest.approx(0, abs=0.011)
     assert any(abs(gain) > 0.05 for _, _, gain in rows.values())
     model = SentenceTransformer(str(tmp_path / "out"), device="cpu", truncate_dim=16)
@@ -691,7 +688,7 @@ def test_rotate_existing_model_saves_a_plain_model(tmp_path):
     assert model.encode(["a text"]).shape == (1, 16)
 
 
-def test_rotate_vectors_writes_vectors_and_matrix(tmp_path):
+def test_rotate_vectors_writes_vectors_and_matrix(run_here, tmp_path):
     """Vectors of a file are rotated, and the saved matrix rotates them in the same way."""
 
     from mipic_st import Rotation
@@ -699,8 +696,7 @@ def test_rotate_vectors_writes_vectors_and_matrix(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(300, 24)).astype(np.float32)
     np.save(tmp_path / "vectors.npy", vectors)
     files = [tmp_path / "vectors.npy", "--dims", "8", "4", "--output", tmp_path / "rotated.npy"]
-    code, printed, errors = run("rotate_vectors.py", "--smoke", *files)
-    assert code == 0, errors
+    printed = run_here("rotate_vectors.py", "--smoke", *files)
     assert [line.split()[0] for line in printed.splitlines()[:4]] == ["recall@10", "dim", "4", "8"]
     rotation = Rotation.load(tmp_path / "rotated.safetensors")
     np.testing.assert_allclose(np.load(tmp_path / "rotated.npy"), rotation(vectors), atol=1e-6)
@@ -783,10 +779,8 @@ def test_compare_rotations_on_fewer_pairs_without_cuts(tmp_path):
 
 @needs_model
 def test_larger_teacher_is_for_pairs_and_has_a_weight(run_here, tmp_path):
-    """The term is logged with its weight and gone without; scored pairs are refused."""
-    logged = {weight: run_here("larger_teacher.py", "--smoke", "--distill-weight", weight) for weight in ("0", "4")}
-    assert "'distillation':" not in logged["0"]
-    assert "'distillation':" in logged["4"]
+    """The term is logged with its weight (test_training_script) and gone without; scored pairs are refused."""
+    assert "'distillation':" not in run_here("larger_teacher.py", "--smoke", "--distill-weight", "0")
     scored = tmp_path / "scored.csv"
     scored.write_text("sentence1,sentence2,score\na dog eats,the dog eats,0.9\na cat,the house,0.1\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"scored ones are for sts_regression\.py"):

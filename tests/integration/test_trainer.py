@@ -47,19 +47,19 @@ def test_training_the_real_model(minilm, tmp_path):
         tmp_path / "run",
         pairs(),
         eval_dataset=pairs().select(range(40)),
-        max_steps=24,
+        max_steps=10,
         per_device_train_batch_size=20,
-        learning_rate=5e-5,
-        learning_rate_mapping={r"^mipic_projections\.": 3e-4},
+        learning_rate=1e-4,
+        learning_rate_mapping={r"^mipic_projections\.": 1e-3},
         warmup_steps=2,
         eval_strategy="steps",
-        eval_steps=24,
+        eval_steps=10,
     )
     trainer.evaluate()
     start = trainer.state.log_history[-1]
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "sia_cka" in entry]
-    assert len(logs) == 24
+    assert len(logs) == 10
     for entry in logs:
         assert set(TERMS) <= set(entry)
         assert entry["loss"] == pytest.approx(sum(entry[name] for name in TERMS), rel=1e-2, abs=2e-3)

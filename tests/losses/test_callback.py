@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,17 +49,17 @@ class StopAt(TrainerCallback):
 
 @pytest.fixture
 def interrupted(tiny_model, tmp_path):
-    """A run that saved at step 3 and went no further."""
+    """A run that saved at step 2 and went no further."""
     folder = tmp_path / "run"
     model, loss = fresh(tiny_model, **DRAWN)
     trainer = make_trainer(
         model,
         loss,
         folder,
-        max_steps=6,
+        max_steps=4,
         save_strategy="steps",
-        save_steps=3,
-        callbacks=[MIPICCallback(loss), StopAt(3)],
+        save_steps=2,
+        callbacks=[MIPICCallback(loss), StopAt(2)],
     )
     trainer.train()
     return folder
@@ -69,13 +70,13 @@ def interrupted(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resume_is_bit_identical(tiny_model, tmp_path, accumulation):
-    """Stopped at step 3 and resumed, every parameter and head is that of the uninterrupted run, dropout included."""
+    """Stopped at step 2 and resumed, every parameter and head is that of the uninterrupted run, dropout included."""
     arguments = {
-        "max_steps": 6,
+        "max_steps": 4,
         "gradient_accumulation_steps": accumulation,
         "per_device_train_batch_size": 4,
         "save_strategy": "steps",
-        "save_steps": 3,
+        "save_steps": 2,
     }
     model, loss = fresh(tiny_model, **DRAWN)
     start = parameters(loss)
@@ -85,9 +86,9 @@ def test_resume_is_bit_identical(tiny_model, tmp_path, accumulation):
     assert len(moved) == len([name for name in start if "mipic_projections" in name])
 
     model, loss = fresh(tiny_model, **DRAWN)
-    callbacks = [MIPICCallback(loss), StopAt(3)]
+    callbacks = [MIPICCallback(loss), StopAt(2)]
     make_trainer(model, loss, tmp_path / "parts", callbacks=callbacks, **arguments).train()
-    assert (tmp_path / "parts" / "checkpoint-3" / PROJECTIONS_FILE).is_file()
+    assert (tmp_path / "parts" / "checkpoint-2" / PROJECTIONS_FILE).is_file()
     model, loss = fresh(tiny_model, **DRAWN)
     trainer = make_trainer(model, loss, tmp_path / "parts", callbacks=[MIPICCallback(loss)], **arguments)
     trainer.train(resume_from_checkpoint=True)
@@ -97,7 +98,7 @@ def test_resume_is_bit_identical(tiny_model, tmp_path, accumulation):
 def test_projections_without_the_callback_are_told_once(tiny_model, interrupted, caplog):
     """Whoever trains or resumes without it finds in the log, once, that nobody keeps the projections, and the fix."""
     model, loss = fresh(tiny_model, **DRAWN)
-    make_trainer(model, loss, interrupted, max_steps=6).train(resume_from_checkpoint=True)
+    make_trainer(model, loss, interrupted, max_steps=4).train(resume_from_checkpoint=True)
     assert caplog.text.count("which nobody clips, saves with checkpoints or restores from them") == 1
     assert "callbacks=[MIPICCallback(loss)]" in caplog.text
     caplog.clear()
@@ -113,19 +114,19 @@ def test_projections_without_the_callback_are_told_once(tiny_model, interrupted,
 def test_resume_from_another_folder(tiny_model, interrupted, tmp_path):
     """A folder that is not in output_dir is named to the callback; without that, a clear error."""
     elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(interrupted / "checkpoint-3", elsewhere)
+    shutil.copytree(interrupted / "checkpoint-2", elsewhere)
     model, loss = fresh(tiny_model, **DRAWN)
-    trainer = make_trainer(model, loss, tmp_path / "new", max_steps=6, callbacks=[MIPICCallback(loss)])
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-3.* is missing.*resume_from_checkpoint=\.\.\."):
+    trainer = make_trainer(model, loss, tmp_path / "new", max_steps=4, callbacks=[MIPICCallback(loss)])
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-2.* is missing.*resume_from_checkpoint=\.\.\."):
         trainer.train(resume_from_checkpoint=str(elsewhere))
 
     callback = MIPICCallback(loss, resume_from_checkpoint=elsewhere)
-    make_trainer(model, loss, tmp_path / "new", max_steps=6, callbacks=[callback]).train(
+    make_trainer(model, loss, tmp_path / "new", max_steps=4, callbacks=[callback]).train(
         resume_from_checkpoint=str(elsewhere)
     )
     resumed = parameters(loss)
     model, loss = fresh(tiny_model, **DRAWN)
-    make_trainer(model, loss, interrupted, max_steps=6, callbacks=[MIPICCallback(loss)]).train(
+    make_trainer(model, loss, interrupted, max_steps=4, callbacks=[MIPICCallback(loss)]).train(
         resume_from_checkpoint=True
     )
     assert_equal(resumed, parameters(loss))
@@ -135,24 +136,24 @@ def test_projections_of_another_run_are_recognised(tiny_model, interrupted, tmp_
     """A projections file that does not belong to the resumed optimizer is refused."""
     model, loss = fresh(tiny_model, **DRAWN)
     other = tmp_path / "other"
-    arguments = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "learning_rate": 5e-3}
+    arguments = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2, "learning_rate": 5e-3}
     make_trainer(model, loss, other, callbacks=[MIPICCallback(loss)], **arguments).train()
-    shutil.copy(other / "checkpoint-3" / PROJECTIONS_FILE, interrupted / "checkpoint-3" / PROJECTIONS_FILE)
+    shutil.copy(other / "checkpoint-2" / PROJECTIONS_FILE, interrupted / "checkpoint-2" / PROJECTIONS_FILE)
     model, loss = fresh(tiny_model, **DRAWN)
-    trainer = make_trainer(model, loss, interrupted, max_steps=6, callbacks=[MIPICCallback(loss)])
+    trainer = make_trainer(model, loss, interrupted, max_steps=4, callbacks=[MIPICCallback(loss)])
     with pytest.raises(ValueError, match="is of another run than the optimizer"):
         trainer.train(resume_from_checkpoint=True)
 
 
 def without_projections(tiny_model, folder, step=None, callback=True, **options):
-    """A trainer of 6 steps whose loss has no parameters, and its loss; it stops at a step."""
+    """A trainer of 4 steps whose loss has no parameters, and its loss; it stops at a step."""
     model = tiny_model(training=True)
     options = {"n_dims_per_step": 1} | options
     loss = MIPICLoss(model, losses.MultipleNegativesRankingLoss(model), DIMS, **options)
     assert not any(True for _ in loss.mipic_projections.parameters())
     callbacks = [MIPICCallback(loss)] if callback else []
     callbacks += [StopAt(step)] if step else []
-    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     return make_trainer(model, loss, folder, callbacks=callbacks, **arguments), loss
 
 
@@ -161,7 +162,7 @@ def test_drawn_dims_of_a_loss_without_parameters(tiny_model, tmp_path):
     trainer, loss = without_projections(tiny_model, tmp_path / "whole")
     trainer.train()
     expected = loss.model.state_dict()
-    without_projections(tiny_model, tmp_path / "parts", step=3)[0].train()
+    without_projections(tiny_model, tmp_path / "parts", step=2)[0].train()
     trainer, loss = without_projections(tiny_model, tmp_path / "parts")
     trainer.train(resume_from_checkpoint=True)
     assert all(torch.equal(value, expected[name]) for name, value in loss.model.state_dict().items())
@@ -174,7 +175,7 @@ def test_all_dims_resume_without_the_callback_or_its_file(tiny_model, tmp_path):
     trainer, loss = without_projections(tiny_model, tmp_path / "whole", **all_dims)
     trainer.train()
     expected = loss.model.state_dict()
-    without_projections(tiny_model, tmp_path / "parts", step=3, callback=False, **all_dims)[0].train()
+    without_projections(tiny_model, tmp_path / "parts", step=2, callback=False, **all_dims)[0].train()
     shutil.copytree(tmp_path / "parts", tmp_path / "again")
     for folder, callback in (("parts", False), ("again", True)):
         trainer, loss = without_projections(tiny_model, tmp_path / folder, callback=callback, **all_dims)
@@ -196,14 +197,14 @@ def truncate(path):
 )
 def test_bad_projections_files(tiny_model, interrupted, spoil, error, message):
     """Truncated, empty, missing: a clear error, and the projections in memory stay as they were."""
-    spoil(interrupted / "checkpoint-3" / PROJECTIONS_FILE)
+    spoil(interrupted / "checkpoint-2" / PROJECTIONS_FILE)
     model, loss = fresh(tiny_model, **DRAWN)
     before = {name: parameter.clone() for name, parameter in loss.mipic_projections.named_parameters()}
-    trainer = make_trainer(model, loss, interrupted, max_steps=6, callbacks=[MIPICCallback(loss)])
+    trainer = make_trainer(model, loss, interrupted, max_steps=4, callbacks=[MIPICCallback(loss)])
     with pytest.raises(error, match=message):
         trainer.train(resume_from_checkpoint=True)
     assert all(torch.equal(before[name], value) for name, value in loss.mipic_projections.named_parameters())
-    assert (interrupted / "checkpoint-3" / "optimizer.pt").is_file()
+    assert (interrupted / "checkpoint-2" / "optimizer.pt").is_file()
 
 
 @pytest.mark.parametrize(
@@ -305,11 +306,11 @@ def test_projections_of_another_shape_are_refused(tiny_model, interrupted):
         model, losses.MultipleNegativesRankingLoss(model), DIMS, attention_weight=1, sia_layers=[2], lift_init="random"
     )
     with pytest.raises(ValueError, match=r"other projections, they differ in .*mipic_projections.sia.2"):
-        MIPICCallback(loss).load(interrupted / "checkpoint-3")
+        MIPICCallback(loss).load(interrupted / "checkpoint-2")
     loss = make_loss(model, pic_chain=[(4, 1), (8, 2), (32, 3)])
     before = {name: parameter.clone() for name, parameter in loss.mipic_projections.named_parameters()}
     with pytest.raises(ValueError, match=r"other projections, they differ in .*'mipic_projections.pic.0"):
-        MIPICCallback(loss).load(interrupted / "checkpoint-3")
+        MIPICCallback(loss).load(interrupted / "checkpoint-2")
     assert all(torch.equal(before[name], value) for name, value in loss.mipic_projections.named_parameters())
 
 
@@ -397,9 +398,9 @@ def test_a_dict_of_losses_resumes_bit_for_bit(tiny_model, tmp_path):
             by_name,
             folder,
             train=datasets.DatasetDict(data),
-            max_steps=12,
+            max_steps=8,
             save_strategy="steps",
-            save_steps=6,
+            save_steps=4,
             per_device_train_batch_size=4,
             callbacks=callbacks,
             learning_rate_mapping={r"^(one|two)\.mipic_projections\.": 5e-3},
@@ -408,7 +409,7 @@ def test_a_dict_of_losses_resumes_bit_for_bit(tiny_model, tmp_path):
         return {f"{name}.{key}": value for name in ("one", "two") for key, value in parameters(by_name[name]).items()}
 
     expected = run(tmp_path / "whole")
-    run(tmp_path / "parts", stop=6)
+    run(tmp_path / "parts", stop=4)
     assert_equal(run(tmp_path / "parts", resume=True), expected)
 
 
@@ -436,6 +437,33 @@ def test_gradients_of_the_projections_are_clipped_and_logged(tiny_model, tmp_pat
     assert logged[False] == []
     assert len(logged[True]) == 3
     assert logged[True][0] == pytest.approx(norms[False][0], rel=1e-3)
+
+
+def test_the_flags_of_the_loss_end_with_the_training(tiny_model, tmp_path):
+    """Who looks after it, whether a scaler skips steps, and the step: a loop of one's own begins without them."""
+    model, loss = fresh(tiny_model)
+    during = []
+
+    class Note(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            during.append((loss.managed, loss.skips_nonfinite, loss.global_step))
+
+    trainer = make_trainer(model, loss, tmp_path, max_steps=1, callbacks=[MIPICCallback(loss), Note()])
+    trainer.args.fp16 = True  # which needs a GPU; the callback asks the arguments only
+    trainer.train()
+    assert during == [(True, True, 0)]
+    assert (loss.managed, loss.skips_nonfinite, loss.global_step) == (False, False, None)
+
+
+def test_without_a_limit_nothing_is_clipped(tiny_model):
+    """max_grad_norm=0 means none, as it does to the trainer."""
+    model, loss = fresh(tiny_model)
+    total(loss(column_features(model), None)).backward()
+    before = [parameter.grad.clone() for parameter in loss.mipic_projections.parameters()]
+    MIPICCallback(loss).on_pre_optimizer_step(SimpleNamespace(max_grad_norm=0.0), None, None)
+    after = [parameter.grad for parameter in loss.mipic_projections.parameters()]
+    assert before
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
 def test_a_learning_rate_for_the_projections(tiny_model, tmp_path):

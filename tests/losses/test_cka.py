@@ -132,6 +132,20 @@ def test_topk_cka_loss_lies_between_zero_and_one():
     assert values.max() < 1
 
 
+@pytest.mark.parametrize("width", [8, 100])
+def test_a_spread_below_rounding_is_none(width):
+    """Tokens that differ by less than float32 resolves are equal tokens, whichever products CKA comes from."""
+    generator = torch.Generator().manual_seed(35)
+    centre, offsets = 10 * torch.ones(width), torch.randn(1, 30, width, generator=generator)
+    for spread, expected in ((1e-6, False), (1e-2, True)):
+        hidden = centre + spread * offsets
+        assert not torch.equal(hidden[0, 0], hidden[0, 1])
+        mask = torch.ones(1, 30, dtype=torch.bool)
+        values, valid = cka.topk_cka_loss(hidden, torch.zeros(1, 30), mask, (4,), (0.9,))
+        assert bool(valid) is expected
+        assert (values.item() != 0) is expected
+
+
 def test_topk_cka_loss_gradcheck():
     """Numerical derivatives with an attached teacher, over sentences long and short."""
     case = Case(6, (2, 4), lengths=(9, 5, 2, 1, 0), seed=30)

@@ -166,11 +166,19 @@ def test_empty_texts_add_nothing_to_the_terms(tiny_model, architecture, pooling,
 
 
 def test_only_a_prompt_is_no_text_where_prompts_are_not_pooled(tiny_model):
-    """Whether a sentence has a token is asked of the pooling."""
+    """Whether a sentence has a token is asked of the pooling: SIA leaves out the prompt's tokens if nothing follows."""
     model = bare(tiny_model(pooling="max", include_prompt=False))
     loss = all_terms(model, BASES["plain"](model), DIMS)
-    total(alignment(loss, model.preprocess(["", *sentences(3)], prompt="the old "))).backward()
-    assert all(gradient.isfinite().all() for gradient in gradients(loss).values())
+    found = {}
+    for texts in (["", *sentences(3)], sentences(3)):
+        terms = alignment(loss, model.preprocess(texts, prompt="the old "))
+        loss.zero_grad()
+        total(terms).backward()
+        assert all(gradient.isfinite().all() for gradient in gradients(loss).values())
+        # the mean of the attention term is over all sentences
+        terms["sia_attention"] = terms["sia_attention"] * len(texts)
+        found[len(texts)] = {name: term.item() for name, term in terms.items()}
+    assert found[4] == pytest.approx(found[3], rel=1e-4)
 
 
 @pytest.mark.parametrize("alpha", [1, 0.5])
