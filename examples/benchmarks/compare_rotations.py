@@ -71,11 +71,11 @@ def pca(vectors: np.ndarray) -> np.ndarray:
     return np.linalg.eigh(np.cov(unit_length(vectors).T))[1][:, ::-1].astype(np.float32)
 
 
-def itq(vectors: np.ndarray, dim: int, rounds: int = 50) -> np.ndarray:
+def itq(vectors: np.ndarray, dim: int, rounds: int = 50, seed: int = 0) -> np.ndarray:
     """PCA to ``dim`` values, then the rotation of these that brings them nearest to their signs (Gong et al. 2011)."""
     frame = pca(vectors)
     turned = unit_length(vectors) @ frame[:, :dim]
-    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(dim, dim)))[0]
+    turn = np.linalg.qr(np.random.default_rng(seed).normal(size=(dim, dim)))[0]
     for _ in range(rounds):
         left, _, right = np.linalg.svd(turned.T @ np.sign(turned @ turn))
         turn = left @ right
