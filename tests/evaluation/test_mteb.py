@@ -128,6 +128,16 @@ def test_dims_and_models_never_share_a_result(sts13, tmp_path):
     assert sorted(read) == pytest.approx(sorted(values))
 
 
+def test_vectors_of_any_length_have_files_of_their_own(sts13, tmp_path):
+    """Codes of renormalised vectors are others: both in one folder are what each is alone."""
+    model = tiny_model(tmp_path / "m", normalize=False)
+    codes = {"precisions": ["float32", "int8"]}
+    unit = run(model, sts13, [8], tmp_path / "out", **codes)
+    raw = run(model, sts13, [8], tmp_path / "out", normalize=False, **codes)
+    assert raw == run(model, sts13, [8], tmp_path / "fresh", normalize=False, **codes)
+    assert raw["STS13", 8, "int8"] != unit["STS13", 8, "int8"]
+
+
 def test_another_method_on_the_instance_is_another_model(sts13, tmp_path):
     """An instruction in front of each text gives its own score, in a folder with the plain model's."""
     model = tiny_model(tmp_path / "m")
