@@ -33,6 +33,7 @@ FILES = {
     "plain": "plain_starts.json",
     "untrained": "rotations.json",
     "wide": "rotations_mpnet.json",
+    "retrieval": "retrieval.json",
 }
 
 ROWS = {
@@ -93,7 +94,6 @@ TAUGHT_ROWS = {
     name: (ROWS | MORE_ROWS | LATER_ROWS)[name]
     for name in ("rotation", *(f"rotation+mipic{kind}" for kind in ("", "-teacher", "-released", "-paper")))
 } | {"rotation+mipic-teacher+rotation": "rotation, `MIPICLoss` with a larger teacher, another rotation"}
-HEADLINE = ["truncation", "rotation", "base", "base+pca", "matryoshka", "rotation+matryoshka", "rotation+mipic"]
 RIVALS = ["truncation", "base", "matryoshka", "matryoshka-2d", "specialist", "rotation", "rotation+matryoshka"]
 RIVALS += ["rotation+mipic"]
 
@@ -124,32 +124,6 @@ def cell(about, measure, dim, spread=True):
 def difference(by_dim, dim):
     found = (by_dim or {}).get(str(dim))
     return f"{found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]" if found else ""
-
-
-def headline(entry):
-    """Means, and how far each is behind the last row, or the one before where the report has that interval only."""
-    columns = [("sts", dim) for dim in (384, 64, 16, 8)] + [("accuracy@1", dim) for dim in (16, 8)]
-    head = ["", *(f"STS {dim}" if measure == "sts" else f"retrieval {dim}" for measure, dim in columns)]
-
-    def behind(name, dim):
-        if name == HEADLINE[-1]:
-            return ""
-        found = entry[HEADLINE[-1]]["sts differences"].get(name, {}).get(str(dim))
-        if not found:
-            reverse = entry[name]["sts differences"][HEADLINE[-2]][str(dim)]
-            found = {"difference": -reverse["difference"], "low": -reverse["high"], "high": -reverse["low"]}
-        difference, low, high = (round(found[key], 1) + 0 for key in ("difference", "low", "high"))
-        return f"{difference:.1f} [{low:.1f}, {high:.1f}]"
-
-    rows = [
-        [
-            ROWS[name],
-            *(cell(entry[name], *column, spread=False) for column in columns),
-            *(behind(name, dim) for dim in (16, 8)),
-        ]
-        for name in HEADLINE
-    ]
-    return table([*head, "behind, STS 16", "behind, STS 8"], rows)
 
 
 def scores(measure, dims=(384, 256, 128, 64, 32, 16, 8), labels=ROWS):
@@ -260,9 +234,25 @@ def cuts(entry):
     )
 
 
+def budgets(sets):
+    """Percent of the full width's nDCG@10 on Cranfield by bytes, rotated and truncated."""
+    found = sets["cranfield"]
+    full = found["full width"]["ndcg@10"]["mean"]
+    ways = {way: found["bytes"][f"{way}, int4"] for way in ("rotation", "truncation")}
+    rows = [
+        [
+            size,
+            f"{2 * int(size)} dims x int4",
+            *(f"{100 * ways[way][size]['ndcg@10']['mean'] / full:.0f}%" for way in ways),
+        ]
+        for size in ways["rotation"]
+    ]
+    return table(["bytes", "stored as", "rotated", "truncated"], rows)
+
+
 # name of the table: (file, part of it, what makes the table)
 TABLES = {
-    "headline": ("rotated", "good", headline),
+    "budgets": ("retrieval", "sets", budgets),
     "sts": ("rotated", "good", scores("sts")),
     "retrieval": ("rotated", "good", scores("accuracy@1")),
     "ndcg": ("rotated", "good", scores("ndcg@10")),

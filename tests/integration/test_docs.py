@@ -69,6 +69,7 @@ def readers_own():
 
     rows = synthetic_sts(30)
     return {
+        "dims": [384, 64, 8],
         "train_dataset": Dataset.from_list(synthetic_pairs(24)),
         "args": SentenceTransformerTrainingArguments(output_dir="runs/readme", max_steps=2, save_steps=1),
         "sentences1": [row["sentence1"] for row in rows],

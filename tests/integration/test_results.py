@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import bytes_picture
 import pytest
 from tables import DOCUMENTS, FILES, LATER_ROWS, MARKED, MORE_ROWS, TABLES, TAUGHT_ROWS, WEAK_ROWS, filled, load
 
@@ -21,7 +22,7 @@ def test_every_table_is_shown():
     """No table is made for nothing, and the check above has something to check."""
     shown = {name for path in DOCUMENTS for _, name, _ in MARKED.findall(path.read_text(encoding="utf-8"))}
     assert shown == set(TABLES)
-    assert "| wrong |" not in filled("<!-- results: headline -->\n\n| wrong |\n\nNext")
+    assert "| wrong |" not in filled("<!-- results: budgets -->\n\n| wrong |\n\nNext")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -31,14 +32,18 @@ def test_reports_name_files_and_no_places(name):
 
 
 def test_the_headline_is_true():
-    """The README's sentence about 8 dims quotes the report."""
-    entry = load("rotated")["good"]
-    ours, theirs = (
-        [f"{entry[row][measure]['8']['mean']:.1f}" for measure in ("sts", "accuracy@1")]
-        for row in ("rotation+mipic", "matryoshka")
-    )
-    said = re.search(r"all-MiniLM-L6-v2 at 8 dims:(.*?)\n\n", DOCUMENTS[0].read_text(encoding="utf-8"), re.DOTALL)[1]
-    assert re.findall(r"\d+\.\d", said) == [ours[0], theirs[0], ours[1], theirs[1]]
+    """The README's sentence about 32 bytes quotes the report, and so does its picture."""
+    readme = DOCUMENTS[0].read_text(encoding="utf-8")
+    said = re.search(r"\*\*32 bytes .*?\n\n", readme, re.DOTALL)[0]
+    found = load("retrieval")["sets"]["cranfield"]
+    full = found["full width"]["ndcg@10"]["mean"]
+    cells = [found["bytes"][f"{way}, int4"]["32"] for way in ("rotation", "truncation")]
+    assert {cell["cell"] for cell in cells} == {"int4 x 64"}
+    assert re.findall(r"(\d+)%", said) == [f"{100 * cell['ndcg@10']['mean'] / full:.0f}" for cell in cells]
+    assert "64 dims in int4" in " ".join(said.split())
+    assert len(load("retrieval")["settings"]["seeds"]) == 3
+    for name, share in zip(("rotation", "truncation"), re.findall(r"(\d+)%", said), strict=True):
+        assert round(bytes_picture.shares(found, name, "int4")[32]) == int(share)
 
 
 def test_the_comparison_is_over_seeds():
