@@ -1,13 +1,17 @@
-"""What each process of test_distributed.py runs: python distributed_worker.py MODEL_FOLDER OUTPUT_FOLDER.
+"""What each process of test_distributed.py runs: python distributed_worker.py MODEL_FOLDER OUTPUT_FOLDER [nodes].
 
 Also imported by that test, which runs the same scenarios in one process.
 """
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -15,8 +19,9 @@ from sentence_transformers.sentence_transformer import losses
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from conftest import column_features, make_tail, total
-from mipic_st import MIPICCallback, MIPICLoss, add_teacher_vectors
+from conftest import column_features, make_tail, sentences, total
+from mipic_st import MIPICCallback, MIPICLoss, add_teacher_vectors, rotate_model
+from mipic_st.transforms.rotation import Rotation
 from training_fixtures import datasets, logs, make_loss, make_trainer, pairs, parameters
 
 torch.set_num_threads(1)
@@ -60,9 +65,28 @@ EQUAL = {
 }
 
 
+def defaults(model):
+    """The loss as it is without any argument."""
+    return MIPICLoss(model, losses.MultipleNegativesRankingLoss(model, gather_across_devices=True), [32, 16, 8])
+
+
+def cached_defaults(model):
+    """The same with gradient caching."""
+    base = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3, gather_across_devices=True)
+    return MIPICLoss(model, base, [32, 16, 8])
+
+
+# The same on two nodes.
+NODES = {
+    "defaults": (defaults, {}, {}),
+    "cached defaults": (cached_defaults, {}, {"gradient_accumulation_steps": 2}),
+    "cached": EQUAL["cached"],
+}
+
+
 def run_equal(name, model_folder, folder, processes):
     """One of the scenarios above; the loss after training."""
-    make, options, arguments = EQUAL[name]
+    make, options, arguments = {**EQUAL, **NODES}[name]
     model = SentenceTransformer(str(model_folder), device="cpu")
     loss = make(model, **options)
     trainer = make_trainer(
@@ -196,6 +220,64 @@ def refusal(model_folder):
         return str(error)
 
 
+def run_rotations(model_folder, rank):
+    """rotate_model in two processes; by case, what it raised or logged, and the model's parameters and vectors."""
+    texts = sentences(120, seed=8)
+    cases = {
+        "same": {"data": texts},
+        "shards": {"data": texts[rank::2]},
+        "bad on the second": {"data": texts if rank == 0 else texts[:5]},
+        "fit fails on the first": {"data": texts},
+        "card fails on the second": {"data": texts},
+    }
+    results = {}
+    for name, options in cases.items():
+        model = SentenceTransformer(str(model_folder), device="cpu")
+        if name == "fit fails on the first" and rank == 0:
+            encode = model.encode
+            model.encode = lambda *args, encode=encode, **kwargs: 0 * encode(*args, **kwargs)
+        before, result = parameters(model), {}
+        torch.set_num_threads(1 + rank)
+        with ExitStack() as stack:
+            log = stack.enter_context(caught_log())
+            stack.enter_context(patch.object(Rotation, "gained", True))
+            if name == "card fails on the second" and rank == 1:
+                stack.enter_context(patch("mipic_st.transforms.model_rotation.describe_dims", lambda *_, **__: 1 / 0))
+            try:
+                rotation = rotate_model(model, **options, dims=[4, 8], max_steps=10, show_progress_bar=False)
+                result["matrix"] = torch.as_tensor(rotation.matrix)
+            except (ValueError, ZeroDivisionError) as error:
+                result["error"] = f"{type(error).__name__}: {error}"
+        torch.set_num_threads(1)
+        after = parameters(model)
+        same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in after)
+        results[name] = result | {"log": log.getvalue(), "parameters": after, "unchanged": same}
+    return results
+
+
+@contextmanager
+def caught_log():
+    """What the package says inside of the block."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    logging.getLogger("mipic_st").addHandler(handler)
+    try:
+        yield text
+    finally:
+        logging.getLogger("mipic_st").removeHandler(handler)
+
+
+def on_nodes(model_folder, output):
+    """What runs where each node has one process; each leaves its parameters."""
+    results = {name: run_equal(name, model_folder, output / "run", 2) for name in NODES}
+    results["taught"] = run_taught(model_folder, output / "run", 2)
+    nodes = [None, None]
+    torch.distributed.all_gather_object(nodes, (os.environ["GROUP_RANK"], os.environ["LOCAL_RANK"]))
+    states = {name: parameters(loss) for name, loss in results.items()}
+    torch.save(states | {"nodes": nodes}, output / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
+
+
 def main(model_folder, output):
     """All scenarios; each rank leaves its parameters."""
     rank = int(os.environ["RANK"])
@@ -216,9 +298,10 @@ def main(model_folder, output):
         assert isinstance(next(loss.parameters()), DTensor)
         states[f"sharded, {name}"] = {key: value.full_tensor() for key, value in parameters(loss).items()}
     states["refusal"] = refusal(model_folder)
+    states["rotations"] = run_rotations(model_folder, rank)
     torch.save(states, output / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    (on_nodes if sys.argv[3:] == ["nodes"] else main)(Path(sys.argv[1]), Path(sys.argv[2]))

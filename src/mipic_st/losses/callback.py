@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from mipic_st.encoder.card import describe_dims
-from mipic_st.losses.faults import processes
+from mipic_st.files import write_whole
+from mipic_st.losses.distillation import require_taught_order
 from mipic_st.losses.mipic import MIPICLoss
+from mipic_st.processes import processes
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,7 @@ class MIPICCallback(TrainerCallback):
       ``projections_grad_norm`` in ``state.log_history`` and the printed log; integrations (``report_to``) run before
       callbacks and do not see it.
     - In fp16 training, batches whose loss is not finite are left to the gradient scaler, which skips them.
+    - Vectors of a larger model that belong to columns in another order are refused.
     - ``config.json`` and the model card get what :func:`mipic_st.encoder.card.set_matryoshka_config` writes.
 
     With ``hub_strategy="checkpoint"`` the upload starts before callbacks see the checkpoint, so the projections may be
@@ -117,9 +120,8 @@ class MIPICCallback(TrainerCallback):
                 "which saves elsewhere, needs save_strategy='no'."
             )
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.projections().items()}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"moments": self._moments(optimizer)})
-        os.replace(partial, path)
+        notes = {"moments": self._moments(optimizer)}
+        write_whole(path, lambda place: save_file(tensors, place, metadata=notes))
         return path
 
     def load(self, folder: str | os.PathLike[str], optimizer: Optimizer | None = None) -> None:
@@ -191,6 +193,8 @@ class MIPICCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Restore what a resumed run needs, begin equal on all ranks, and mark the model's config."""
         self.on_init_end(args, state, control)
+        if any(loss.settings.distils for loss in self.losses.values()):
+            require_taught_order(getattr(kwargs.get("train_dataloader"), "dataset", None))
         optimizer, own = _innermost(kwargs["optimizer"]), list(self.projections().values())
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(parameter) not in stepped for parameter in own if parameter.requires_grad):
