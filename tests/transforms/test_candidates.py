@@ -63,9 +63,9 @@ def test_pairs_and_further_documents():
     """Held-out queries search positives and documents; what belongs to them is no negative, and not fitted on."""
     anchors, positives = (torch.tensor(vectors) for vectors in hidden_signal(100))
     more = torch.tensor(hidden_signal(150, seed=3)[0])
-    documents = torch.cat([positives[:20], more, anchors[:5]])
+    documents = torch.cat([positives[:20], more, anchors[:50]])
     given = Given.of(anchors, positives, documents, more[:3])
-    assert given.documents.shape == (100 + 150 + 5, 32)
+    assert given.documents.shape == (100 + 150 + 50, 32)
     part, test, search = given.split(0.2, torch.Generator().manual_seed(0))
     assert (len(part.pairs), len(test), len(search.queries)) == (80, 20, 20)
     for number, (rows, own) in enumerate(zip(search.relevant, search.own, strict=True)):
@@ -73,7 +73,8 @@ def test_pairs_and_further_documents():
         expected = torch.nn.functional.normalize(positives[row], dim=0)
         torch.testing.assert_close(given.documents[rows[0]], expected)
         assert int(rows[0]) not in part.rows
-        assert (int(own) >= 0) is (row < 5), "an anchor that is a document too does not find itself"
+        assert (int(own) >= 0) is (row < 50), "an anchor that is a document too does not find itself"
+    assert {int(own) >= 0 for own in search.own} == {True, False}
     assert len(part.every_query) == 83
     rotation = fit_rotation(*hidden_signal(300), dims=[4], documents=more, queries=more[:3])
     assert (rotation.measure, rotation.chosen[:21]) == ("nDCG@10", "rotation of the pairs")

@@ -23,6 +23,7 @@ from sentence_transformers.sentence_transformer.modules import (
 
 from conftest import TAILS, WIDTH, column_features
 from mipic_st import MIPICLoss
+from mipic_st.encoder import card
 from mipic_st.transforms.layer_cut import fit_layer_cuts
 from mipic_st.transforms.model_rotation import rotate_model
 from mipic_st.transforms.rotation import Rotation
@@ -76,9 +77,9 @@ def test_rotated_folder_loads_without_this_package(tiny_model, tmp_path):
     np.testing.assert_allclose(loaded.encode(TEXTS[:3]), model.encode(TEXTS[:3], truncate_dim=8), atol=1e-6)
     config = loaded[0].auto_model.config
     assert (config.is_matryoshka, config.matryoshka_dimensions) == (True, [4, 8, 32])
-    card = (tmp_path / "rotated" / "README.md").read_text()
-    assert "- matryoshka" in card
-    assert "Dense" in card
+    written = (tmp_path / "rotated" / "README.md").read_text()
+    assert "- matryoshka" in written
+    assert "Dense" in written
 
 
 def test_the_card_of_a_loaded_model_says_it(tiny_model, tmp_path, monkeypatch):
@@ -320,8 +321,8 @@ def everything(model):
     """Modules and their names, weights, config and card of a model."""
     names = [(name, id(module)) for name, module in model.named_modules()]
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    card = model.model_card_data
-    said = model[0].auto_model.config.to_dict(), list(card.tags), card.task_name, model._model_card_text
+    data = model.model_card_data
+    said = model[0].auto_model.config.to_dict(), list(data.tags), data.task_name, model._model_card_text
     return names, weights, said
 
 
@@ -343,7 +344,8 @@ def test_all_or_nothing(tiny_model, tail, fault, monkeypatch, tmp_path):
         error = pytest.raises(RuntimeError, match="changed full-width cosines by")
     else:
         part = {"config": "extend_model_card", "card": "_extend_loaded_card"}[fault]
-        monkeypatch.setattr(f"mipic_st.encoder.card.{part}", lambda *_: 1 / 0)
+        before_it = card._extend_loaded_card if fault == "card" else lambda *_: None
+        monkeypatch.setattr(card, part, lambda *given: before_it(*given) or 1 / 0)
         error = pytest.raises(ZeroDivisionError)
     before, vectors = everything(model), model.encode(TEXTS[:5])
     monkeypatch.setattr(Rotation, "gained", True)
