@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Router, StaticEmb
 from torch.nn import functional as F
 
 from conftest import ARCHITECTURES, DIMS, WIDTH, all_terms, column_features, gradients, make_tokenizer, sentences, total
-from mipic_st import MIPICLoss, add_teacher_vectors
+from mipic_st import MIPICCallback, MIPICLoss, add_teacher_vectors
 from mipic_st.losses.distillation import similarity_divergence
 from training_fixtures import datasets, make_trainer
 
@@ -61,6 +61,36 @@ def test_divergence_against_the_reference(columns, temperature):
     assert found.tolist() == pytest.approx(wanted, rel=1e-9)
     vectors.requires_grad_()
     assert torch.autograd.gradcheck(lambda v: similarity_divergence(v, teacher, [8, 3], temperature), [vectors])
+
+
+def test_an_anchor_is_not_compared_with_its_own_text():
+    """The value is that of the other candidates alone, whichever columns and rows hold the anchor's text again."""
+    teacher = torch.randn(3, 5, 11, generator=torch.Generator().manual_seed(2), dtype=torch.double)
+    vectors = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    again = [(0, 1, 0), (0, 2, 3), (4, 1, 2)]  # the anchor of a row stands in a column and row, too
+    for anchor, column, row in again:
+        teacher[column, row] = teacher[0, anchor]
+    found = similarity_divergence(vectors, teacher, [8], 0.1)
+    wanted = 0.0
+    for anchor in range(5):
+        rows = [(c, r) for c in (1, 2) for r in range(5) if (anchor, c, r) not in again]
+        parts = [[part[:1, anchor].numpy(), np.stack([part[c, r] for c, r in rows])] for part in (vectors, teacher)]
+        wanted += reference(*parts, 8, 0.1)
+    assert float(found) == pytest.approx(wanted / 5, rel=1e-9)
+    alone = similarity_divergence(vectors[:2, :1], teacher[:2, :1], [8], 0.1)
+    assert float(alone) == 0, "no candidate but itself"
+
+
+def test_several_positives_of_one_query_are_no_negatives():
+    """A student that sees what the teacher sees is at rest, however often queries and answers come in a batch."""
+    queries, answers = (torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    rows = torch.tensor([[0, 0], [0, 1], [0, 2], [1, 1], [1, 1], [2, 3]])
+    vectors = torch.stack([queries[rows[:, 0]], answers[rows[:, 1]]])
+    student = vectors.clone().requires_grad_()
+    (value,) = similarity_divergence(student, vectors, [8], 0.1)
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-6)
+    assert student.grad.abs().max() < 1e-6
 
 
 def test_the_teacher_is_a_constant_and_half_precision_is_left():
@@ -353,6 +383,61 @@ def test_later_steps_keep_rows_and_vectors_together(tiny_model, tmp_path):
     assert taught["label"][:].dtype == torch.float32
     for place, name in enumerate(data.column_names):
         np.testing.assert_allclose(taught["label"][:][:, place], teacher.encode(taught[name][:]), atol=1e-5)
+
+
+def test_several_positives_keep_their_rows_and_vectors(tiny_model):
+    """No row goes, each has the vectors of its own texts, and each distinct text is encoded once."""
+    teacher, texts = tiny_model(), sentences(9, seed=3)
+    pairs = [(0, 3), (0, 4), (1, 4), (0, 3), (2, 0), (1, 5)]
+    data = datasets.Dataset.from_dict(
+        {"query": [texts[first] for first, _ in pairs], "answer": [texts[second] for _, second in pairs]}
+    )
+    taught = add_teacher_vectors(data, teacher, batch_size=2).shuffle(seed=1)
+    assert len(taught) == 6
+    for place, name in enumerate(data.column_names):
+        np.testing.assert_allclose(taught["label"][:][:, place], teacher.encode(taught[name][:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("join", [datasets.concatenate_datasets, datasets.interleave_datasets])
+@pytest.mark.parametrize("written", [False, True])
+def test_columns_in_another_order_cannot_be_joined(tiny_model, tmp_path, join, written):
+    """The vectors go by the order of the columns, joining goes by their names: half of the rows would be wrong."""
+    teacher, data = tiny_model(), triplets()
+    first = add_teacher_vectors(data, teacher)
+    second = add_teacher_vectors(data.select_columns(["positive", "anchor", "negative"]), teacher)
+    if written:
+        second.shuffle(seed=0).save_to_disk(str(tmp_path / "second"))
+        second = datasets.load_from_disk(str(tmp_path / "second"))
+    with pytest.raises(ValueError, match="features can't be aligned because the key label"):
+        join([first, second])
+    # put into another order behind the teacher, they are joined rightly: the vectors are the first order's
+    joined = join([first, first.select_columns(["negative", "positive", "anchor", "label"])])
+    for place, name in enumerate(data.column_names):
+        vectors = np.array(joined["label"][:])[:, place]
+        np.testing.assert_allclose(vectors, teacher.encode(joined[name][:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_callback_refuses_columns_in_another_order(tiny_model, tmp_path, several):
+    """Chosen in another order or renamed after the teacher, also in one of several data sets."""
+    model = tiny_model()
+    taught = add_teacher_vectors(triplets(), model)
+    loss = alone(model, losses.MultipleNegativesRankingLoss(model))
+
+    def train(data):
+        if several:
+            data = datasets.DatasetDict({"one": taught, "two": data})
+        make_trainer(model, loss, tmp_path, data, max_steps=1, callbacks=[MIPICCallback(loss)]).train()
+
+    train(taught.shuffle(seed=0))
+    for changed in (
+        taught.select_columns(["positive", "anchor", "negative", "label"]),
+        taught.rename_columns({"anchor": "positive", "positive": "anchor"}),
+    ):
+        with pytest.raises(
+            ValueError, match=r"the teacher's vectors are those of \['anchor', 'positive', 'negative'\]"
+        ):
+            train(changed)
 
 
 def test_in_the_trainer(tiny_model, tmp_path):

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from mipic_st.encoder.card import describe_dims
+from mipic_st.losses.distillation import require_taught_order
 from mipic_st.losses.faults import processes
 from mipic_st.losses.mipic import MIPICLoss
 
@@ -41,6 +42,7 @@ class MIPICCallback(TrainerCallback):
       ``projections_grad_norm`` in ``state.log_history`` and the printed log; integrations (``report_to``) run before
       callbacks and do not see it.
     - In fp16 training, batches whose loss is not finite are left to the gradient scaler, which skips them.
+    - Vectors of a larger model that belong to columns in another order are refused.
     - ``config.json`` and the model card get what :func:`mipic_st.encoder.card.set_matryoshka_config` writes.
 
     With ``hub_strategy="checkpoint"`` the upload starts before callbacks see the checkpoint, so the projections may be
@@ -191,6 +193,8 @@ class MIPICCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Restore what a resumed run needs, begin equal on all ranks, and mark the model's config."""
         self.on_init_end(args, state, control)
+        if any(loss.settings.distils for loss in self.losses.values()):
+            require_taught_order(getattr(kwargs.get("train_dataloader"), "dataset", None))
         optimizer, own = _innermost(kwargs["optimizer"]), list(self.projections().values())
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if any(id(parameter) not in stepped for parameter in own if parameter.requires_grad):

@@ -6,11 +6,13 @@ The teacher encodes each text once, before the training, and its vectors travel 
 .. math:: \sum_d KL(\text{softmax}(\cos(A^t, P^t) / \tau) \,\|\, \text{softmax}(\cos(A_d, P_d) / \tau))
 
 with the anchors A, the sentences of all other columns P, t for the teacher's vectors and d for the student's first d
-values. No part of MIPIC; in-batch similarities are also what ``DistillKLDivLoss`` distills.
+values. An anchor's own text among P is left out: it says nothing, and takes most of the softmax. Nothing counts as a
+negative, so a query may have several positives in a batch. No part of MIPIC; in-batch similarities are also what ``DistillKLDivLoss`` distills.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -23,7 +25,7 @@ from torch import Tensor
 from mipic_st.data import LABEL_COLUMNS
 from mipic_st.encoder.encoding import encode_columns
 from mipic_st.encoder.structure import evaluation_mode
-from mipic_st.numerics import full_precision, no_autocast, prefix_cosines, similarity_kl
+from mipic_st.numerics import full_precision, masked, no_autocast, prefix_cosines, similarity_kl
 from mipic_st.validation import checked_count, checked_texts, per_column, require
 
 if TYPE_CHECKING:
@@ -51,8 +53,11 @@ def similarity_divergence(vectors: Tensor, teacher: Tensor, dims: Sequence[int],
         vectors, teacher = full_precision(vectors, teacher.detach())
         # (B, D) anchors, (B * (C - 1), D) others
         (anchors, others), (first, second) = ((part[0], part[1:].flatten(0, 1)) for part in (vectors, teacher))
-        wanted = (prefix_cosines(first, second, first.shape[1]) / temperature).log_softmax(dim=1)
-        return torch.stack([similarity_kl(prefix_cosines(anchors, others, dim), wanted, temperature) for dim in dims])
+        cosines = prefix_cosines(first, second, first.shape[1])
+        itself = cosines > 1 - 1e-5
+        wanted = (masked(cosines, itself) / temperature).log_softmax(dim=1)
+        students = (masked(prefix_cosines(anchors, others, dim), itself) for dim in dims)
+        return torch.stack([similarity_kl(student, wanted, temperature) for student in students])
 
 
 def add_teacher_vectors(
@@ -68,7 +73,9 @@ def add_teacher_vectors(
 
     The vectors become the column ``label``, which the trainer hands to the loss. They belong to the columns by their
     order and to the texts as they are now: rows may be shuffled, selected and joined afterwards, columns and texts not
-    be changed.
+    be changed. The column's type holds the names of the columns, so ``datasets`` refuses to join data sets that have
+    them in another order ("features can't be aligned"), and
+    :class:`~mipic_st.losses.callback.MIPICCallback` refuses to train on columns that were put into another order.
 
     Args:
         dataset: Two or more columns of texts, as the trainer takes them, without labels or scores: the trainer reads
@@ -114,13 +121,32 @@ def add_teacher_vectors(
             _require_directions(vectors, name, texts[name])
             labels[:, names.index(name)] = vectors
     import pyarrow  # comes with datasets
+    from datasets import Sequence as Listed
+    from datasets import Value
 
     rows: Any = pyarrow.array(labels.reshape(-1))
+    kind: Any = Value("float32", id=json.dumps(names))
     for length in (labels.shape[2], labels.shape[1]):
         rows = pyarrow.FixedSizeListArray.from_arrays(rows, length)
+        kind = Listed(kind, length=length)
     # a name for datasets' cache; made from the vectors, it would take a copy of them all
-    taught = dataset.add_column("label", rows, new_fingerprint=uuid4().hex)
+    taught = dataset.add_column("label", rows, new_fingerprint=uuid4().hex, feature=kind)
     return taught.with_format("torch")
+
+
+def require_taught_order(dataset: Any) -> None:
+    """Refuse a data set, or several joined, whose columns are in another order than the teacher's vectors."""
+    for part in getattr(dataset, "datasets", [dataset]):
+        kind = (getattr(part, "features", None) or {}).get("label")
+        while hasattr(kind, "feature"):
+            kind = kind.feature
+        if names := getattr(kind, "id", None):
+            own = [name for name in part.column_names if name not in ("label", "dataset_name")]
+            if own != json.loads(names):
+                raise ValueError(
+                    f"The columns of the training data are {own}, and the teacher's vectors are those of "
+                    f"{json.loads(names)}, in this order: call add_teacher_vectors after columns are chosen."
+                )
 
 
 def _checked_columns(dataset: Any) -> list[str]:
