@@ -5,9 +5,13 @@ Also imported by that test, which runs the same scenarios in one process.
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -15,8 +19,9 @@ from sentence_transformers.sentence_transformer import losses
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from conftest import column_features, make_tail, total
-from mipic_st import MIPICCallback, MIPICLoss, add_teacher_vectors
+from conftest import column_features, make_tail, sentences, total
+from mipic_st import MIPICCallback, MIPICLoss, add_teacher_vectors, rotate_model
+from mipic_st.transforms.rotation import Rotation
 from training_fixtures import datasets, logs, make_loss, make_trainer, pairs, parameters
 
 torch.set_num_threads(1)
@@ -196,6 +201,53 @@ def refusal(model_folder):
         return str(error)
 
 
+def run_rotations(model_folder, rank):
+    """rotate_model in two processes; by case, what it raised or logged, and the model's parameters and vectors."""
+    texts = sentences(120, seed=8)
+    cases = {
+        "same": {"data": texts},
+        "shards": {"data": texts[rank::2]},
+        "bad on the second": {"data": texts if rank == 0 else texts[:5]},
+        "fit fails on the first": {"data": texts},
+        "card fails on the second": {"data": texts},
+    }
+    results = {}
+    for name, options in cases.items():
+        model = SentenceTransformer(str(model_folder), device="cpu")
+        if name == "fit fails on the first" and rank == 0:
+            encode = model.encode
+            model.encode = lambda *args, encode=encode, **kwargs: 0 * encode(*args, **kwargs)
+        before, result = parameters(model), {}
+        torch.set_num_threads(1 + rank)
+        with ExitStack() as stack:
+            log = stack.enter_context(caught_log())
+            stack.enter_context(patch.object(Rotation, "gained", True))
+            if name == "card fails on the second" and rank == 1:
+                stack.enter_context(patch("mipic_st.transforms.model_rotation.describe_dims", lambda *_, **__: 1 / 0))
+            try:
+                rotation = rotate_model(model, **options, dims=[4, 8], max_steps=10, show_progress_bar=False)
+                result["matrix"] = torch.as_tensor(rotation.matrix)
+            except (ValueError, ZeroDivisionError) as error:
+                result["error"] = f"{type(error).__name__}: {error}"
+        torch.set_num_threads(1)
+        after = parameters(model)
+        same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in after)
+        results[name] = result | {"log": log.getvalue(), "parameters": after, "unchanged": same}
+    return results
+
+
+@contextmanager
+def caught_log():
+    """What the package says inside of the block."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    logging.getLogger("mipic_st").addHandler(handler)
+    try:
+        yield text
+    finally:
+        logging.getLogger("mipic_st").removeHandler(handler)
+
+
 def main(model_folder, output):
     """All scenarios; each rank leaves its parameters."""
     rank = int(os.environ["RANK"])
@@ -216,6 +268,7 @@ def main(model_folder, output):
         assert isinstance(next(loss.parameters()), DTensor)
         states[f"sharded, {name}"] = {key: value.full_tensor() for key, value in parameters(loss).items()}
     states["refusal"] = refusal(model_folder)
+    states["rotations"] = run_rotations(model_folder, rank)
     torch.save(states, output / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,35 @@ def test_resuming_in_two_processes(ranks):
         pytest.skip("this transformers cannot resume on CPU in several processes")
     for rank in ranks:
         assert all(torch.equal(value, rank["resumed"][key]) for key, value in rank["whole"].items())
+
+
+@pytest.mark.parametrize("name", ["same", "shards"])
+def test_rotate_model_in_two_processes(ranks, name):
+    """Both end with the first one's rotation, to the last bit, whatever threads and texts the second one has."""
+    first, second = (rank["rotations"][name] for rank in ranks)
+    assert "error" not in first
+    assert torch.equal(first["matrix"], second["matrix"])
+    assert first["parameters"].keys() == second["parameters"].keys()
+    assert all(torch.equal(value, second["parameters"][key]) for key, value in first["parameters"].items())
+    assert not first["unchanged"]
+    assert ("other texts than the first" in second["log"]) == (name == "shards")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bad on the second", "ValueError: .*12"),
+        ("fit fails on the first", "ValueError: .*zero vectors"),
+        ("card fails on the second", "ZeroDivisionError"),
+    ],
+)
+def test_what_fails_in_one_process_fails_in_both(ranks, name, message):
+    """With the same error, and no model is rotated."""
+    first, second = (rank["rotations"][name] for rank in ranks)
+    assert re.match(message, first["error"])
+    assert first["error"] == second["error"]
+    assert first["unchanged"]
+    assert second["unchanged"]
 
 
 @pytest.mark.parametrize("name", list(WITHOUT_PROJECTIONS))

@@ -9,11 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "mipic_st"
 
-GROUND = {"validation", "numerics", "codes", "files", "data", "demo", "docstrings"}
+GROUND = {"validation", "numerics", "processes", "codes", "files", "data", "demo", "docstrings"}
 # Who may import whom; a folder always may import its own files, and everything the public table.
 MAY_IMPORT = {
     "validation": set(),
     "numerics": {"validation"},
+    "processes": set(),
     "codes": {"validation"},
     "files": {"validation"},
     "data": {"validation", "files"},

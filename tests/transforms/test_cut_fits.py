@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from mipic_st.transforms.cut_fits import fit_cut, refine_cut
 from transforms_fixtures import unit
@@ -131,6 +132,7 @@ def test_refine_cut_shows_a_bar(bent, capsys, shown):
         ({"targets": np.ones((799, 10), dtype=np.float32)}, r"got \(800, 12\) and \(799, 10\)"),
         ({"states": np.full((800, 12), np.nan, dtype=np.float32)}, "states holds NaN"),
         ({"held_out": (np.zeros((3, 12), dtype=np.float32), np.ones((3, 10), dtype=np.float32))}, "3 zero vectors"),
+        ({"weight": torch.full((12, 10), float("nan"))}, "weight holds NaN"),
         ({"dims": [11]}, "dims"),
         ({"vector_weight": -1}, "vector_weight must be >= 0"),
         ({"max_steps": 0}, "max_steps must be"),
@@ -142,6 +144,16 @@ def test_refine_cut_shows_a_bar(bent, capsys, shown):
 def test_refine_cut_refuses(bent, changed, message):
     """Rows that do not fit each other, and numbers out of range."""
     weight, states, targets, held = bent
-    given = {"states": states, "targets": targets, "dims": [4], "held_out": held, "max_steps": 2}
+    given = {"weight": weight, "states": states, "targets": targets, "dims": [4], "held_out": held, "max_steps": 2}
     with pytest.raises(ValueError, match=message):
-        refine_cut(weight, **(given | changed))
+        refine_cut(**(given | changed))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1.0, 1e30])
+def test_refine_cut_starts_anywhere(bent, size):
+    """A start of any length, zeros too, ends in a finite map; zeros may stay the best on the held-out part."""
+    weight, states, targets, held = bent
+    refined = refine_cut(size * weight, states, targets, [4], held_out=held, max_steps=40)
+    assert bool(refined.isfinite().all())
+    cosine = F.cosine_similarity(torch.as_tensor(states) @ refined, torch.as_tensor(targets))
+    assert cosine.mean() > (0.3 if size else -1e-6)

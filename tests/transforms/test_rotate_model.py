@@ -301,6 +301,21 @@ def test_nothing_gained_nothing_changed(tiny_model, caplog):
     assert not hasattr(model[0].auto_model.config, "is_matryoshka")
 
 
+@pytest.mark.parametrize("similarity", [None, "cosine", "dot", "euclidean", "manhattan"])
+def test_which_similarities_a_rotation_keeps(tiny_model, similarity, caplog, monkeypatch):
+    """All at full width but Manhattan distances, of which a warning speaks; nobody's setting is changed."""
+    model = tiny_model()
+    model.similarity_fn_name = similarity
+    monkeypatch.setattr(Rotation, "gained", True)
+    before = model.encode(TEXTS[:20])
+    with caplog.at_level(logging.WARNING, logger="mipic_st.transforms.model_rotation"):
+        rotate_model(model, TEXTS, DIMS, **ROTATE)
+    assert model._similarity_fn_name == similarity
+    assert ("Manhattan distance, which no rotation keeps" in caplog.text) == (similarity == "manhattan")
+    one, other = (model.similarity(vectors, vectors) for vectors in (before, model.encode(TEXTS[:20])))
+    assert bool((one - other).abs().max() < 1e-3) == (similarity != "manhattan")
+
+
 def everything(model):
     """Modules and their names, weights, config and card of a model."""
     names = [(name, id(module)) for name, module in model.named_modules()]

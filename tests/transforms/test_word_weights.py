@@ -119,6 +119,23 @@ def test_every_argument_counts(noisy, changed):
     assert not torch.equal(usual, fit_word_weights(*noisy[0], **(options | changed)).weights)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("rows", [[19], [3], [3, 19], slice(None)], ids=str)
+def test_embeddings_that_are_no_vectors(noisy, value, rows):
+    """Such tokens are weighed by how often they occur, seen or not; the others are not drawn in."""
+    (states, tokens, lengths, features, targets), noise = noisy
+    broken = features.clone()
+    broken[rows, 1] = value
+    learned = fit_word_weights(states, tokens, lengths, broken, targets, [2, 6], learning_rate=0.01, max_steps=100)
+    assert bool(learned.weights.isfinite().all())
+    assert bool((learned.weights > 0).all())
+    assert learned.report[0].keys() == {"plain", "weighted"}
+    assert all(np.isfinite(list(learned.report[0].values())))
+    if rows != slice(None):
+        assert learned.gained
+        assert learned.weights[noise].mean() < 0.7 * learned.weights[~noise].mean()
+
+
 def test_bar_and_bad_lengths(noisy, capsys):
     """The bar has a title; lengths that do not fit are named."""
     states, tokens, lengths, *others = noisy[0]

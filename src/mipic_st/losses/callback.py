@@ -17,8 +17,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from mipic_st.encoder.card import describe_dims
 from mipic_st.losses.distillation import require_taught_order
-from mipic_st.losses.faults import processes
 from mipic_st.losses.mipic import MIPICLoss
+from mipic_st.processes import processes
 
 logger = logging.getLogger(__name__)
 

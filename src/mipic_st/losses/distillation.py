@@ -7,7 +7,8 @@ The teacher encodes each text once, before the training, and its vectors travel 
 
 with the anchors A, the sentences of all other columns P, t for the teacher's vectors and d for the student's first d
 values. An anchor's own text among P is left out: it says nothing, and takes most of the softmax. Nothing counts as a
-negative, so a query may have several positives in a batch. No part of MIPIC; in-batch similarities are also what ``DistillKLDivLoss`` distills.
+negative, so a query may have several positives in a batch. No part of MIPIC; in-batch similarities are also what
+``DistillKLDivLoss`` distills.
 """
 
 from __future__ import annotations

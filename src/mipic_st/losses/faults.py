@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from sentence_transformers.sentence_transformer.losses import AdaptiveLayerLoss, MatryoshkaLoss
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from mipic_st.encoder.hidden_states import pooled_tokens
+from mipic_st.processes import processes
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,6 @@ def checked_features(sentence_features: Iterable[dict[str, Tensor]]) -> list[dic
             f"{type(features[0]).__name__}."
         )
     return features
-
-
-def processes() -> int:
-    """How many train together."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def require_managed(projections: nn.Module, first_batch: bool) -> None:

@@ -23,8 +23,8 @@ from mipic_st.encoder.hidden_states import RecordedPass, require_eager_attention
 from mipic_st.encoder.structure import Backbone
 from mipic_st.losses import pic, presets, sia
 from mipic_st.losses.distillation import similarity_divergence
-from mipic_st.losses.faults import processes
 from mipic_st.losses.settings import Settings
+from mipic_st.processes import processes
 from mipic_st.validation import as_list, checked_chain, checked_layers, checked_pairs, is_number, is_whole, plain
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mipic_st.numerics import no_autocast
-from mipic_st.transforms.fitting import BLOCK, checked_vectors, minimise, row_orders
+from mipic_st.transforms.fitting import BLOCK, checked_vectors, minimise, powers_of_rows, row_orders
 from mipic_st.transforms.objectives import CutObjective
 from mipic_st.validation import checked_count, checked_dims, checked_number
 
@@ -75,6 +75,8 @@ def refine_cut(
                 f"a weight of {tuple(weight.shape)} maps states (N, {weight.shape[0]}) to targets (N, "
                 f"{weight.shape[1]}), got {tuple(rows[0].shape)} and {tuple(rows[1].shape)}."
             )
+    if not bool(weight.isfinite().all()):
+        raise ValueError("weight holds NaN or infinite values: begin at fit_cut's map, or at zeros.")
     objective = CutObjective(checked_dims("dims", dims, weight.shape[1]), vector_weight)
     max_steps = checked_count("max_steps", max_steps)
     batch_size = min(checked_count("batch_size", batch_size, least=2), len(z))
@@ -98,5 +100,6 @@ def refine_cut(
             show_progress_bar=show_progress_bar,
         )
     # lengths are free in the objective; they become those of the targets again
+    best = best * powers_of_rows(best.reshape(1, -1))
     vectors = z @ best
-    return (best / scale * (vectors * f).sum() / vectors.square().sum()).cpu()
+    return (best / scale * (vectors * f).sum() / vectors.square().sum().clamp(min=torch.finfo(z.dtype).tiny)).cpu()

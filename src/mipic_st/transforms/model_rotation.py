@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from mipic_st.encoder.encoding import encode_columns
 from mipic_st.encoder.structure import evaluation_mode, full_width, in_half_precision, unwrap
 from mipic_st.encoder.surgery import keep_description
 from mipic_st.numerics import compare_vectors, unit_length
+from mipic_st.processes import by_the_first, everywhere, processes
 from mipic_st.transforms.arrays import off_orthogonal
 from mipic_st.transforms.candidates import require_documents
 from mipic_st.transforms.columns import as_dataset, text_columns
@@ -56,6 +59,12 @@ def rotate_model(
     changed in place, because a loss, a trainer and an evaluator hold this very object; :meth:`Rotation.save` keeps the
     matrix. If no dim gained on the held-out part, the model is left as it was, and a warning says so.
 
+    Dot products and Euclidean distances of the full width stay as they are, too. Manhattan distances do not, for no
+    rotation keeps them; if they are the model's ``similarity_fn_name``, a warning says so.
+
+    Under ``torch.distributed`` every process must call it: the first one fits, on its own texts, and all end with its
+    rotation in their models, or with the same error. Simpler: rotate once, save, and train that in several processes.
+
     In a model of half precision the Dense has that precision too, so cosines move by its rounding (about 1e-2 in
     bfloat16); ``Rotation.matrix`` is float32.
 
@@ -93,12 +102,98 @@ def rotate_model(
         >>> print(rotation)  # doctest: +SKIP
         >>> model.save_pretrained("rotated")  # doctest: +SKIP
     """
+    plan = everywhere(
+        lambda: _plan(
+            model, data, dims, documents, queries, prompts, router_mapping, batch_size, show_progress_bar, fit_options
+        )
+    )
+    if processes() > 1 and by_the_first(plan.digest) != plan.digest():
+        logger.warning("This process has other texts than the first one, on whose texts the rotation is fitted.")
+    inner = unwrap(model)
+    training, known = inner.training, list(inner.children())
+    with evaluation_mode(model):
+        rotation = by_the_first(plan.fit)
+        if not rotation.gained:
+            logger.warning(
+                "No dim gained on held-out data, so the model was left as it is. It was fitted on %s; more texts, or "
+                "pairs in the place of texts, may help.\n%s",
+                plan.used,
+                rotation,
+            )
+            return rotation
+        with ExitStack() as undo:  # all or nothing: whatever fails, in whichever process, the model is what it was
+            everywhere(lambda: plan.put_in(rotation, undo))
+            undo.pop_all()
+    if getattr(inner, "_similarity_fn_name", None) == "manhattan":  # asked by its public name, None becomes cosine
+        logger.warning(
+            "The model's similarity is Manhattan distance, which no rotation keeps: scores differ at full width, too. "
+            "Set model.similarity_fn_name to 'cosine' or 'euclidean'."
+        )
+    for module in inner.children():
+        if all(module is not other for other in known):
+            module.train(training)
+    return rotation
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """One fit, with all of its arguments checked; ``used`` says on what, ``encode`` takes columns of texts."""
+
+    model: SentenceTransformer
+    columns: Mapping[str, Sequence[str]]
+    own: Sequence[str]  # of the columns, those of the data
+    dims: Sequence[int]
+    used: str
+    encode: Callable[[Mapping[str, Sequence[str]]], Iterator[tuple[str, np.ndarray]]]
+    options: Mapping[str, Any]
+
+    def digest(self) -> str:
+        """Of the texts."""
+        return hashlib.blake2b(repr(self.columns).encode(), digest_size=16).hexdigest()
+
+    def fit(self) -> Rotation:
+        """Encode the texts and fit."""
+        logger.info("The rotation is fitted on %s.", self.used)
+        vectors = dict(self.encode(self.columns))
+        further = {name: vectors.get(name) for name in ("documents", "queries") if name not in self.own}
+        return fit_rotation(*(vectors[name] for name in self.own), dims=self.dims, **further, **self.options)
+
+    def put_in(self, rotation: Rotation, undo: ExitStack) -> None:
+        """Into the model, which is checked; ``undo`` takes it out again."""
+        # of every column: with a Router each has its own way through the model
+        probes = {name: list(dict.fromkeys(texts))[:_PROBES] for name, texts in self.columns.items()}
+        before = dict(self.encode(probes))
+        undo.callback(keep_description(unwrap(self.model)))
+        undo.callback(rotation.put_in(unwrap(self.model)))
+        for name, after in self.encode(probes):
+            _check_cosines(before[name], after, rotation, half=in_half_precision(self.model))
+        describe_dims(
+            self.model,
+            {*self.dims, len(rotation.matrix)},
+            introduction="The embedding space was rotated with mipic-st, so that the first values of a vector say "
+            "most. Full-width cosine similarities are those of the original model.",
+        )
+
+
+def _plan(
+    model: SentenceTransformer,
+    data: Any,
+    dims: Sequence[int],
+    documents: Sequence[str] | None,
+    queries: Sequence[str] | None,
+    prompts: Any,
+    router_mapping: Any,
+    batch_size: int,
+    show_progress_bar: bool | None,
+    fit_options: dict[str, Any],
+) -> _Plan:
+    """All arguments of :func:`rotate_model` checked, before anything is encoded."""
     dims = checked_dims("dims", dims, full_width(model))
     batch_size = checked_count("batch_size", batch_size)
     defaults = dict(fit_rotation.__kwdefaults__ or {})
     if wrong := sorted(set(fit_options) - set(defaults)):
         raise TypeError(f"rotate_model has no arguments {wrong}, and neither has fit_rotation.")
-    # before anything is encoded
+    fit_options |= {"show_progress_bar": show_progress_bar}
     settings = {name: default for name, default in defaults.items() if name not in ("dims", "documents", "queries")}
     checked_settings(full_width(model), dims, **settings | fit_options)
     data = as_dataset(data)
@@ -113,7 +208,6 @@ def rotate_model(
         raise ValueError(f"data has columns {taken}, and arguments of these names are given too: rename the columns.")
     used += "".join(f" and {len(texts)} {name}" for name, texts in further.items())
     require_documents(len({*columns[names[-1]], *further.get("documents", ())}))
-    logger.info("The rotation is fitted on %s.", used)
     columns |= further
     present = [*getattr(data, "column_names", names), *further]
     encode = partial(
@@ -124,45 +218,7 @@ def rotate_model(
         batch_size=batch_size,
         show_progress_bar=show_progress_bar,
     )
-    inner = unwrap(model)
-    training, known = inner.training, list(inner.children())
-    with evaluation_mode(model):
-        vectors = dict(encode(columns))
-        rotation = fit_rotation(
-            *(vectors[name] for name in names),
-            dims=dims,
-            documents=vectors.get("documents") if "documents" in further else None,
-            queries=vectors.get("queries") if "queries" in further else None,
-            show_progress_bar=show_progress_bar,
-            **fit_options,
-        )
-        if not rotation.gained:
-            logger.warning(
-                "No dim gained on held-out data, so the model was left as it is. It was fitted on %s; more texts, or "
-                "pairs in the place of texts, may help.\n%s",
-                used,
-                rotation,
-            )
-            return rotation
-        # of every column: with a Router each has its own way through the model
-        probes = {name: list(dict.fromkeys(texts))[:_PROBES] for name, texts in columns.items()}
-        before = dict(encode(probes))
-        with ExitStack() as undo:  # all or nothing: whatever fails, the model is then what it was
-            undo.callback(keep_description(inner))
-            undo.callback(rotation.put_in(inner))
-            for name, after in encode(probes):
-                _check_cosines(before[name], after, rotation, half=in_half_precision(model))
-            describe_dims(
-                model,
-                {*dims, len(rotation.matrix)},
-                introduction="The embedding space was rotated with mipic-st, so that the first values of a vector say "
-                "most. Full-width cosine similarities are those of the original model.",
-            )
-            undo.pop_all()
-    for module in inner.children():
-        if all(module is not other for other in known):
-            module.train(training)
-    return rotation
+    return _Plan(model, columns, names, dims, used, encode, fit_options)
 
 
 def _per_column(

@@ -124,10 +124,17 @@ def fit_word_weights(
     known, places, counts = tokens.unique(return_inverse=True, return_counts=True)
     rare = (_RARE / (_RARE + counts / counts.sum())).log()
     embeddings = features[known].float()
-    center = embeddings.mean(dim=0)
+    usable = embeddings[embeddings.isfinite().all(dim=1)]
+    center = usable.mean(dim=0) if len(usable) else torch.zeros(features.shape[1])
     # so that u learns ten times as fast as W, whatever the embeddings' size
-    spread = (embeddings - center).std() * features.shape[1] ** 0.5 / 10
-    embeddings = (embeddings - center) / spread
+    spread = ((usable - center).std() * features.shape[1] ** 0.5 / 10) if len(usable) else 1.0
+
+    def placed(embeddings: Tensor) -> Tensor:
+        # a token whose embedding is no vector is weighed by how often it occurs, alone
+        centred = (embeddings.float() - center) / spread
+        return centred.masked_fill(~centred.isfinite().all(dim=1, keepdim=True), 0.0)
+
+    embeddings = placed(embeddings)
 
     def means(rows: Tensor, logs: Tensor) -> Tensor:
         """Of some texts, with the logarithm of a weight for each known token."""
@@ -165,7 +172,7 @@ def fit_word_weights(
             for name, values in (("plain", plain), ("weighted", logs))
         }
         # a token that no text holds gets no weight outside of those that were seen
-        weights = torch.cat([(part.float() - center) / spread @ best for part in features.split(BLOCK)])
+        weights = torch.cat([placed(part) @ best for part in features.split(BLOCK)])
         weights[known] = logs
         weights = weights.clamp(logs.min(), logs.max()).exp()
         weights = weights / (weights[known] * counts).sum() * counts.sum()
