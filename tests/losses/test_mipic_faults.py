@@ -13,14 +13,17 @@ from conftest import (
     DIMS,
     WIDTH,
     all_terms,
+    assemble,
     column_features,
     gradients,
     other_output,
+    save_encoder,
     scaled,
     sentences,
     tail_dims,
     total,
 )
+from further_encoders import POST_NORM, PRE_NORM, config_of
 from mipic_st import MIPICLoss
 from mipic_st.encoder import hidden_states
 from mipic_st.losses import pic
@@ -87,11 +90,36 @@ def test_the_model_is_checked_once_and_left_alone(tiny_model, monkeypatch):
     loss(column_features(model), None)
 
 
+@pytest.mark.parametrize("base", list(BASES))
+@pytest.mark.parametrize("name", list(POST_NORM))
+def test_encoders_train_with_dropout_behind_their_last_layer(tmp_path, name, base):
+    """XLNet's embedding is its last state after dropout, which is no other state; nothing is drawn for the look."""
+    folder = save_encoder(tmp_path / "encoder", lambda layers: config_of(name, POST_NORM[name][1], layers))
+    model = assemble(folder, "mean").train()
+    features, results = column_features(model), []
+    for checked in (False, True):
+        loss = MIPICLoss(model, BASES[base](model), DIMS, **EVERY_TERM)
+        loss._layers.checked = checked
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            terms = loss([dict(column) for column in features], None)
+            results.append([*(term.detach() for term in terms.values()), torch.rand(1)])
+        total(terms).backward()
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert all(module.training for module in model.modules())
+
+
+def test_other_states_are_refused_in_training_too(transformer_folder):
+    """With dropout in the encoder as well: it is told apart from a state that is another."""
+    for make in (scaled, other_output):
+        model = SentenceTransformer(modules=make(str(transformer_folder())), device="cpu").train()
+        with pytest.raises(ValueError, match="embedding is not its last hidden state"):
+            MIPICLoss(model, BASES["plain"](model), DIMS)(column_features(model), None)
+        assert all(module.training for module in model.modules())
+
+
 def test_layers_are_counted_from_what_the_encoder_shows(tmp_path):
     """Mamba shows no embeddings: layer 1 is the state after its first layer, for the terms too."""
-    from conftest import assemble, save_encoder
-    from further_encoders import PRE_NORM, config_of
-
     _, settings = PRE_NORM["Mamba"]
     model = assemble(save_encoder(tmp_path / "encoder", lambda layers: config_of("Mamba", settings, layers)), "mean")
     loss = MIPICLoss(model, BASES["plain"](model), DIMS, **EVERY_TERM)

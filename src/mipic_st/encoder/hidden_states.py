@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from mipic_st.encoder.capturing import no_hooks_left
 from mipic_st.encoder.final_norm import first_shown, states_by_layer
-from mipic_st.encoder.structure import Backbone, backbone_of, encoders_in, require_same_vectors, unwrap
+from mipic_st.encoder.structure import Backbone, backbone_of, encoders_in, evaluation_mode, require_same_vectors, unwrap
 from mipic_st.encoder.tail import push_vectors
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class RecordedPass:
         attentions: One tensor (R, L, L) per layer, heads averaged, before attention dropout, if they were asked for.
         prompt_length: What the features said about a prompt, if anything.
         token_embeddings: What the model's Transformer said was the last state, if it said so.
+        inputs: What the model was given.
     """
 
     sentence_embedding: Tensor
@@ -50,6 +51,7 @@ class RecordedPass:
     attentions: list[Tensor] = field(default_factory=list)
     prompt_length: Any = None
     token_embeddings: Tensor | None = None
+    inputs: Features = field(default_factory=dict)
 
     @cached_property
     def has_text(self) -> Tensor:
@@ -177,6 +179,7 @@ def record_states(
                 f"MIPIC needs padded inputs with an attention_mask, but these features are {sorted(features)}. With "
                 "flash attention, switch flattening off: model[0].unpad_inputs = False."
             )
+        inputs = dict(features)  # as they were
         mask, probe = mask.bool(), _AttentionProbe(attentions == "detached")
         with nullcontext() if attentions == "no" else probe:
             output = forward(features, *args, **kwargs)
@@ -202,6 +205,7 @@ def record_states(
                 probe.maps,
                 prompt_length,
                 output.get("token_embeddings"),
+                inputs,
             )
         )
         return output
@@ -238,7 +242,21 @@ class LayerRecorder:
         with record_states(model, backbone, attentions, self._first) as passes:
             yield passes
         for recorded in () if self.checked else passes:
-            require_served_states(recorded, model, "Use alpha=1 for plain Matryoshka training.")
+            self._check(model, recorded)
+
+    def _check(self, model: nn.Module, recorded: RecordedPass) -> None:
+        """Refuse a pass whose embedding is of other states; dropout behind the last layer (XLNet) is none of these."""
+        fix = "Use alpha=1 for plain Matryoshka training."
+        try:
+            require_served_states(recorded, model, fix)
+        except ValueError:
+            if not model.training:
+                raise
+            inputs = {**recorded.inputs, "attention_mask": recorded.mask.long()}
+            with evaluation_mode(model), torch.no_grad():
+                with record_states(model, self.backbone, first=self._first) as again:
+                    model(inputs)
+                require_served_states(again[0], model, fix)
 
 
 def require_eager_attention(model: nn.Module) -> None:
