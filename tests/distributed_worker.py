@@ -1,4 +1,4 @@
-"""What each process of test_distributed.py runs: python distributed_worker.py MODEL_FOLDER OUTPUT_FOLDER.
+"""What each process of test_distributed.py runs: python distributed_worker.py MODEL_FOLDER OUTPUT_FOLDER [nodes].
 
 Also imported by that test, which runs the same scenarios in one process.
 """
@@ -65,9 +65,28 @@ EQUAL = {
 }
 
 
+def defaults(model):
+    """The loss as it is without any argument."""
+    return MIPICLoss(model, losses.MultipleNegativesRankingLoss(model, gather_across_devices=True), [32, 16, 8])
+
+
+def cached_defaults(model):
+    """The same with gradient caching."""
+    base = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3, gather_across_devices=True)
+    return MIPICLoss(model, base, [32, 16, 8])
+
+
+# The same on two nodes.
+NODES = {
+    "defaults": (defaults, {}, {}),
+    "cached defaults": (cached_defaults, {}, {"gradient_accumulation_steps": 2}),
+    "cached": EQUAL["cached"],
+}
+
+
 def run_equal(name, model_folder, folder, processes):
     """One of the scenarios above; the loss after training."""
-    make, options, arguments = EQUAL[name]
+    make, options, arguments = {**EQUAL, **NODES}[name]
     model = SentenceTransformer(str(model_folder), device="cpu")
     loss = make(model, **options)
     trainer = make_trainer(
@@ -248,6 +267,17 @@ def caught_log():
         logging.getLogger("mipic_st").removeHandler(handler)
 
 
+def on_nodes(model_folder, output):
+    """What runs where each node has one process; each leaves its parameters."""
+    results = {name: run_equal(name, model_folder, output / "run", 2) for name in NODES}
+    results["taught"] = run_taught(model_folder, output / "run", 2)
+    nodes = [None, None]
+    torch.distributed.all_gather_object(nodes, (os.environ["GROUP_RANK"], os.environ["LOCAL_RANK"]))
+    states = {name: parameters(loss) for name, loss in results.items()}
+    torch.save(states | {"nodes": nodes}, output / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
+
+
 def main(model_folder, output):
     """All scenarios; each rank leaves its parameters."""
     rank = int(os.environ["RANK"])
@@ -274,4 +304,4 @@ def main(model_folder, output):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    (on_nodes if sys.argv[3:] == ["nodes"] else main)(Path(sys.argv[1]), Path(sys.argv[2]))

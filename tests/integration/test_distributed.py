@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -37,18 +38,48 @@ def start(tmp_path_factory, transformer_folder):
 def ranks(start, tmp_path_factory):
     """Parameters after each scenario, per rank: one start-up of two processes serves all of them."""
     output = tmp_path_factory.mktemp("ranks")
+    finish(torchrun(["--standalone", "--nproc-per-node=2"], [start, output]))
+    return [torch.load(output / f"rank{rank}.pt") for rank in (0, 1)]
+
+
+def torchrun(options, arguments):
+    """Start an agent of torchrun with the worker."""
     paths = [str(HERE.parent / "src"), str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [*launch, str(HERE / "distributed_worker.py"), str(start), str(output)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
-    return [torch.load(output / f"rank{rank}.pt") for rank in (0, 1)]
+    launch = [sys.executable, "-m", "torch.distributed.run", *options, str(HERE / "distributed_worker.py")]
+    return subprocess.Popen([*launch, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*agents):
+    """Wait for agents, none of which may fail."""
+    try:
+        for agent in agents:
+            _, errors = agent.communicate(timeout=300)
+            assert agent.returncode == 0, errors[-6000:]
+    finally:
+        for agent in agents:
+            agent.kill()
+
+
+@pytest.mark.slow
+def test_two_nodes_equal_one_process(start, tmp_path):
+    """Two agents of torchrun with a process each: the defaults, gradient caching, a teacher, as in one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    finish(*(torchrun([*meeting, f"--node-rank={rank}"], [start, tmp_path, "nodes"]) for rank in (0, 1)))
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert ranks[0].pop("nodes") == ranks[1].pop("nodes") == [("0", "0"), ("1", "0")]
+    initial = parameters(SentenceTransformer(str(start), device="cpu"))
+    for name, got in ranks[0].items():
+        alone = run_taught(start, tmp_path, 1) if name == "taught" else run_equal(name, start, tmp_path, 1)
+        expected = parameters(alone)
+        assert got.keys() == expected.keys()
+        for key, value in got.items():
+            assert torch.equal(value, ranks[1][name][key]), (name, key)
+            torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5, msg=f"{name}: {key}")
+        assert max((expected[f"model.{key}"] - value).abs().max() for key, value in initial.items()) > 1e-3
 
 
 @pytest.mark.parametrize("name", list(EQUAL))
