@@ -142,3 +142,53 @@ def test_a_file_is_written_whole(tmp_path):
         write_whole(file, stop)
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("moves", [0, 1, 2, 3])
+def test_a_process_killed_while_the_content_moves_in(tmp_path, moves):
+    """The next attempt takes out what had moved, and nothing else; with all of it moved, the folder is not empty."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    code = (
+        "import os, pathlib, signal, sys; from mipic_st.files import new_folder\n"
+        "rename, left = pathlib.Path.rename, [int(sys.argv[2])]\n"
+        "def renamed(self, target):\n"
+        "    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    left[0] -= 1\n"
+        "    return rename(self, target)\n"
+        "pathlib.Path.rename = renamed\n"
+        "import shutil; shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with new_folder(sys.argv[1]) as aside:\n"
+        "    for name in ('modules.json', 'model', 'config.json'): (aside / name).write_text('x')"
+    )
+    run = subprocess.run([sys.executable, "-c", code, folder, str(moves)], check=False)
+    assert run.returncode == -signal.SIGKILL
+    assert len([path for path in folder.iterdir() if ".writing-" not in path.name]) == moves
+    if moves == 3:
+        with pytest.raises(ValueError, match="not empty"), new_folder(folder):
+            pass
+        return
+    (folder / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"), new_folder(folder):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+    (folder / "config.json").unlink()
+    with new_folder(folder) as aside:
+        fill(aside)
+    assert content(folder) == set(NAMES)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_what_a_killed_process_left_of_a_file_goes(tmp_path):
+    """With the next attempt; the file is then whole."""
+    file = tmp_path / "report.a-b"
+    code = (
+        "import os, signal, sys; from mipic_st.files import write_whole\n"
+        "write_whole(sys.argv[1], lambda path: (path.write_text('half'), os.kill(os.getpid(), signal.SIGKILL)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, file], check=False).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not file.exists()
+    write_whole(file, lambda path: path.write_text("whole"))
+    assert list(tmp_path.iterdir()) == [file]

@@ -14,13 +14,17 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+# Beside content that is moving into a folder that was there: its names.
+_MOVING = ".moving.json"
+
 
 @contextmanager
 def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     """A place to write the content of a new or empty folder, which gets all of it when the block ends, or nothing.
 
     Enter the block before the work: a place that has content or cannot be written is a ValueError at once. After an
-    error, everything is as it was. A killed process leaves a hidden folder, which the next attempt removes.
+    error, everything is as it was. A killed process leaves a hidden folder, which the next attempt removes, with what
+    had moved out of it.
     """
     target = Path(os.path.realpath(folder))
     if target.exists() and not target.is_dir():
@@ -28,15 +32,17 @@ def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     existed = target.is_dir()
     # A folder that exists stays itself: a link, a mounted place, one with rights of its own, in a parent without.
     place = target if existed else target.parent
-    prefix = f".{target.name}.writing-{platform.node()}-"
-    for left in place.glob(f"{glob.escape(prefix)}*"):
-        if _has_ended(int(left.name.split("-")[-2])):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in _left_behind(place, target.name):
+        if (left / _MOVING).is_file() and len(list(left.iterdir())) > 1:  # a part of the content had moved
+            for name in json.loads((left / _MOVING).read_text(encoding="utf-8")):
+                if not (left / name).exists():
+                    _remove(target / name)
+        _remove(left)
     if existed and any(target.iterdir()):
         raise ValueError(f"folder {str(folder)!r} exists and is not empty; name a new one.")
-    aside = place / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+    aside = place / _name_aside(target.name)
     made = _make(aside, folder)
-    moved = []
+    moved: list[Path] = []
     try:
         yield aside
         if not existed:
@@ -44,12 +50,14 @@ def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
             return
         # modules.json first, config.json last: no part of the files loads as a model of fewer modules
         order = {"modules.json": 0, "config.json": 2, "adapter_config.json": 2}
-        for content in sorted(aside.iterdir(), key=lambda content: order.get(content.name, 1)):
+        contents = sorted(aside.iterdir(), key=lambda content: order.get(content.name, 1))
+        write_whole(aside / _MOVING, lambda file: write_json(file, [content.name for content in contents]))
+        for content in contents:
             moved.append(content.rename(target / content.name))
-        aside.rmdir()
+        _remove(aside)
     except BaseException:
         for content in (aside, *moved):
-            shutil.rmtree(content, ignore_errors=True) if content.is_dir() else content.unlink(missing_ok=True)
+            _remove(content)
         _remove_empty(made)
         raise
 
@@ -68,6 +76,24 @@ def _make(aside: Path, folder: str | PathLike[str]) -> list[Path]:
         _remove_empty(made)
         raise ValueError(f"folder {str(folder)!r} cannot be written ({error.strerror}); name another.") from error
     return made
+
+
+def _name_aside(name: str) -> str:
+    """A hidden name that says whose it is: machine and process."""
+    return f".{name}.writing-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _left_behind(place: Path, name: str) -> Iterator[Path]:
+    """What processes of this machine that have ended left beside a name."""
+    prefix = f".{name}.writing-{platform.node()}-"
+    for left in place.glob(f"{glob.escape(prefix)}*"):
+        if _has_ended(int(left.name.removeprefix(prefix).partition("-")[0])):
+            yield left
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _has_ended(process: int) -> bool:
@@ -94,7 +120,9 @@ def write_whole(path: str | PathLike[str], write: Callable[[Path], Any]) -> None
     if path.exists() and not path.is_file():  # a terminal or a pipe has no place next to it
         write(path)
         return
-    aside = path.with_name(f".{path.stem}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    for left in _left_behind(path.parent, path.stem):
+        _remove(left)
+    aside = path.with_name(_name_aside(path.stem) + path.suffix)
     try:
         write(aside)
         os.replace(aside, path)

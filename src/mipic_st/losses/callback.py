@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from mipic_st.encoder.card import describe_dims
+from mipic_st.files import write_whole
 from mipic_st.losses.distillation import require_taught_order
 from mipic_st.losses.mipic import MIPICLoss
 from mipic_st.processes import processes
@@ -119,9 +120,8 @@ class MIPICCallback(TrainerCallback):
                 "which saves elsewhere, needs save_strategy='no'."
             )
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.projections().items()}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"moments": self._moments(optimizer)})
-        os.replace(partial, path)
+        notes = {"moments": self._moments(optimizer)}
+        write_whole(path, lambda place: save_file(tensors, place, metadata=notes))
         return path
 
     def load(self, folder: str | os.PathLike[str], optimizer: Optimizer | None = None) -> None:
