@@ -1,7 +1,7 @@
-"""Every writer of the package, killed, on a full disk, without rights: python writers_worker.py FOLDER KILLS LIMITS [NAME].
+"""Every writer, killed, on a full disk, without rights: python writers_worker.py FOLDER KILLS LIMITS [NAME ...].
 
-Prints one JSON object: by writer and case, what went wrong; empty lists mean that each attempt left the whole result or
-none, and that the next one worked. Each attempt is a process forked from this one, which has everything loaded.
+Leaves ``trials.json`` in the folder: by writer what went wrong; an empty list means that each attempt left the whole
+result or none, and that the next one worked. Each attempt is a process forked from this one, which has all loaded.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 import torch
+from mteb.abstasks.task_metadata import TaskMetadata
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
@@ -41,7 +42,7 @@ EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir"
 
 
 class Writer(NamedTuple):
-    """Writes to a place; ``whole`` where all of it comes at once, else what is there must be kept by the next attempt."""
+    """Writes to a place; unless ``whole``, files come one by one, and the next attempt keeps those that are there."""
 
     write: Callable[[Path], object]
     is_folder: bool
@@ -59,7 +60,7 @@ class Outcome(NamedTuple):
 def attempt(
     write: Callable[[Path], object], place: Path, *, kill: int = -1, limit: int = -1, user: int = -1
 ) -> Outcome:
-    """Write in a process of its own, killed before its n-th touch, with a limit on files' sizes, or as somebody else."""
+    """Write in a process of its own: killed before its n-th touch, with a limit on sizes of files, as another user."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
@@ -100,13 +101,18 @@ def attempt(
 
 
 def content(place: Path) -> dict[str, str]:
-    """Files by name, without what is hidden; of JSON what it says, for reports name the time."""
+    """Files by name, without what is hidden."""
     files = sorted(place.rglob("*")) if place.is_dir() else [place] if place.is_file() else []
     found = {}
     for file in files:
         name = "" if file == place else file.relative_to(place).as_posix()
         if file.is_file() and not any(part.startswith(".") for part in Path(name).parts):
-            found[name] = "" if file.suffix in (".png", ".svg") else hashlib.sha1(file.read_bytes()).hexdigest()
+            # plots and settings name the time, and what a cut brings is measured, as is how long a task took
+            alike = file.suffix not in (".png", ".jsonl") and file.name != "cut.json"
+            text = file.read_bytes() if alike else b""
+            if b'"evaluation_time"' in text:
+                text = json.dumps(json.loads(text)["scores"]).encode()
+            found[name] = hashlib.sha1(text).hexdigest()
     return found
 
 
@@ -123,6 +129,9 @@ def command_line(*arguments: object) -> Callable[[Path], object]:
 def writers(folder: Path) -> dict[str, Writer]:
     """All of them, on a tiny model."""
     files = write_files(folder)
+    pairs = zip(sentences(24, 1, shortest=3), sentences(24, 2, shortest=3), strict=True)
+    lines = [f"{one},{other},{7 * row % 5}" for row, (one, other) in enumerate(pairs)]
+    (folder / "sts13_test.csv").write_text("\n".join(["sentence1,sentence2,score", *lines]))
     model = SentenceTransformer(str(files / "model"), device="cpu")
     rotate = command_line("rotate", files / "model", "--texts", files / "texts.txt", "--dims", "4,8")
     outcome = attempt(rotate, folder / "rotated" / "out")
@@ -140,10 +149,13 @@ def writers(folder: Path) -> dict[str, Writer]:
 
     def checkpoint(place: Path) -> None:
         place.parent.mkdir(exist_ok=True)
-        shutil.move(callback.save(place.parent), place) if place.name != PROJECTIONS_FILE else callback.save(place.parent)
+        shutil.move(callback.save(place.parent), place) if place.name != PROJECTIONS_FILE else callback.save(
+            place.parent
+        )
 
     def mteb(place: Path) -> None:
-        evaluate_mteb(model, [sts_task()], [8, 32], output=place, show_progress_bar=False)
+        TaskMetadata.descriptive_stats = None  # the file has fewer rows than MTEB's set
+        evaluate_mteb(model, "STS13", [8, 32], output=place, data_dir=folder, show_progress_bar=False)
 
     return {
         "Rotation.save": Writer(rotation.save, False),
@@ -161,18 +173,6 @@ def writers(folder: Path) -> dict[str, Writer]:
         "mipic-st export": Writer(command_line("export", files / "model", "--format", "tei"), True),
         "evaluate_mteb": Writer(mteb, True, whole=False),
     }
-
-
-def sts_task():
-    """A task of mteb's on rows of our own."""
-    import mteb
-    from datasets import Dataset, DatasetDict
-
-    task = mteb.get_task("STS13")
-    columns = {"sentence1": sentences(24, 1, shortest=3), "sentence2": sentences(24, 2, shortest=3)}
-    task.dataset = DatasetDict(test=Dataset.from_dict(columns | {"score": [float(7 * i % 5) for i in range(24)]}))
-    task.data_loaded = True
-    return task
 
 
 class Trial:
@@ -230,7 +230,9 @@ class Trial:
         """No file may be larger than a share of the largest one."""
         sample = self.place()
         attempt(self.writer.write, sample)
-        sizes = [file.stat().st_size for file in ([sample] if sample.is_file() else sample.rglob("*")) if file.is_file()]
+        sizes = [
+            file.stat().st_size for file in ([sample] if sample.is_file() else sample.rglob("*")) if file.is_file()
+        ]
         for share in np.linspace(0, 0.95, limits):
             place = self.place()
             outcome = attempt(self.writer.write, place, limit=int(share * max(sizes)))
@@ -273,8 +275,7 @@ def main(folder: Path, kills: int, limits: int, *names: str) -> None:
             trial.no_rights()
             trial.exists()
             results[name] = {"touched": trial.touched, "files": len(trial.expected), "wrong": trial.wrong}
-            print(name, results[name], file=sys.stderr, flush=True)
-    print(json.dumps(results))
+            (folder / "trials.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
