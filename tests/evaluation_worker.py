@@ -1,8 +1,9 @@
-"""What test_shared_encoding.py runs: python evaluation_worker.py MODEL_FOLDER OUTPUT_FOLDER.
+"""What test_shared_encoding.py runs: python evaluation_worker.py MODEL_FOLDER OUTPUT_FOLDER DRAWS.
 
 Two processes as torchrun starts them, forked from one that has imported everything: imports take most of the time.
 """
 
+import copy
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import socket
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import (
@@ -18,10 +20,17 @@ from sentence_transformers.sentence_transformer.evaluation import (
     SequentialEvaluator,
 )
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Router
 
-from conftest import sentences
+from conftest import save_encoder, sentences
 from mipic_st import MatryoshkaEvaluator
+from random_models import assert_same, draw_evaluator, drawn_model
 from training_fixtures import make_trainer
+
+try:
+    from sentence_transformers.util.distributed import distributed_evaluation
+except ImportError:  # before 6.2 every process encodes for itself
+    distributed_evaluation = None
 
 torch.set_num_threads(1)
 
@@ -44,7 +53,40 @@ def evaluator(**options):
     return MatryoshkaEvaluator(SequentialEvaluator(parts), [8, 32], **options)
 
 
-def main(rank, port, model_folder, output):
+def drawn(seed, encoder_folder, folder):
+    """Whether this process runs the evaluator: its scores, those it has alone, and the native ones of full width."""
+    # transformers writes files in the first process only, so that has to come first
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
+        rng, model, padded = drawn_model(seed, encoder_folder, folder)
+    torch.distributed.barrier()
+    if not is_first:
+        rng, model, padded = drawn_model(seed, encoder_folder, folder)
+    with torch.random.fork_rng(devices=[]):
+        judge = draw_evaluator(rng, model, 1 if padded else 5)
+    width = model.encode(["cat"], **({"task": "query"} if isinstance(model[0], Router) else {})).shape[-1]
+    shared, alone = (MatryoshkaEvaluator(copy.deepcopy(judge), [5, width]) for _ in range(2))
+    with distributed_evaluation(model) as is_main:
+        scores = shared(model) if is_main else None
+    if not is_main:
+        return None
+    names = [part.name for part in getattr(judge, "evaluators", [judge]) if part.name]
+    native, own = judge(model), alone(model)
+    assert_same(scores, native, names, str(width), seed)
+    assert scores == pytest.approx(own, abs=1e-5, nan_ok=True), seed
+    return len(scores)
+
+
+def draws(output, count):
+    """Models and evaluators drawn at random, by two processes together and by one alone."""
+
+    def encoder_folder(architecture, padding_side="right"):
+        return save_encoder(output / f"{architecture}-{padding_side}", architecture, padding_side)
+
+    return [drawn(seed, encoder_folder, output / f"drawn-{seed}") for seed in range(count)]
+
+
+def main(rank, port, model_folder, output, count):
     """One step and one evaluation by the trainer for each case; then the same scores by this process alone."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({key: str(value) for key, value in ranks.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -66,6 +108,7 @@ def main(rank, port, model_folder, output):
         logged = [row for row in trainer.state.log_history if any(key.startswith("eval_sts") for key in row)]
         scores[name] = {"shared": logged[-1], "alone": evaluator(**options)(model)}
     assert torch.distributed.get_world_size() == 2
+    scores["draws"] = draws(output, count) if distributed_evaluation else None
     (output / f"rank{rank}.json").write_text(json.dumps(scores))
     torch.distributed.destroy_process_group()
 
@@ -74,8 +117,9 @@ if __name__ == "__main__":
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    places = Path(sys.argv[1]), Path(sys.argv[2])
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=main, args=(rank, port, Path(sys.argv[1]), Path(sys.argv[2]))) for rank in range(2)]
+    ranks = [fork.Process(target=main, args=(rank, port, *places, int(sys.argv[3]))) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

@@ -17,16 +17,20 @@ TESTS = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory, transformer_folder):
     """What the trainer logged on rank 0, and what the same evaluator gives there alone."""
-    folder = tmp_path_factory.mktemp("shared")
+    return two_processes(tmp_path_factory.mktemp("shared"), transformer_folder, 3)
+
+
+def two_processes(folder, transformer_folder, draws):
+    """What the worker found on rank 0."""
     assemble(transformer_folder("bert")).save(str(folder / "start"))
     paths = [str(TESTS.parent / "src"), str(TESTS), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, str(TESTS / "evaluation_worker.py"), str(folder / "start"), str(folder)],
+        [sys.executable, str(TESTS / "evaluation_worker.py"), str(folder / "start"), str(folder), str(draws)],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=300 + 20 * draws,
     )
     assert result.returncode == 0, result.stderr[-6000:]
     return json.loads((folder / "rank0.json").read_text())
@@ -39,3 +43,17 @@ def test_scores_of_two_processes_are_those_of_one(scores, case):
     assert len(alone) > 20
     for key, value in alone.items():
         assert shared[f"eval_{key}"] == pytest.approx(value, abs=1e-5), key
+
+
+def test_drawn_models_and_evaluators(scores):
+    """The native scores at full width and those of one process at every dim, which the worker compares to 1e-5."""
+    if scores["draws"] is None:
+        pytest.skip("this sentence-transformers does not share encode")
+    assert len(scores["draws"]) == 3
+    assert all(count > 1 for count in scores["draws"])
+
+
+@pytest.mark.slow
+def test_many_drawn_models_and_evaluators(tmp_path, transformer_folder):
+    """More of the same."""
+    assert len(two_processes(tmp_path, transformer_folder, 60)["draws"]) == 60
