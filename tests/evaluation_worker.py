@@ -117,11 +117,9 @@ if __name__ == "__main__":
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    places = Path(sys.argv[1]), Path(sys.argv[2])
     fork = multiprocessing.get_context("fork")
-    ranks = [
-        fork.Process(target=main, args=(rank, port, Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
-        for rank in range(2)
-    ]
+    ranks = [fork.Process(target=main, args=(rank, port, *places, int(sys.argv[3]))) for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:

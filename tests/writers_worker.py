@@ -229,7 +229,8 @@ class Trial:
     def full(self, limits: int) -> None:
         """No file may be larger than a share of the largest one."""
         sample = self.place()
-        attempt(self.writer.write, sample)
+        outcome = attempt(self.writer.write, sample)
+        assert outcome.code == 0, (self.name, outcome)
         sizes = [
             file.stat().st_size for file in ([sample] if sample.is_file() else sample.rglob("*")) if file.is_file()
         ]

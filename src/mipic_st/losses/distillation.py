@@ -131,14 +131,15 @@ def add_teacher_vectors(
         rows = pyarrow.FixedSizeListArray.from_arrays(rows, length)
         kind = Listed(kind, length=length)
     # a name for datasets' cache; made from the vectors, it would take a copy of them all
-    taught = dataset.add_column("label", rows, new_fingerprint=uuid4().hex, feature=kind)
+    taught = dataset.add_column("label", rows, new_fingerprint=uuid4().hex)
+    taught.info.features["label"] = kind
     return taught.with_format("torch")
 
 
 def require_taught_order(dataset: Any) -> None:
     """Refuse a data set, or several joined, whose columns are in another order than the teacher's vectors."""
     for part in getattr(dataset, "datasets", [dataset]):
-        kind = (getattr(part, "features", None) or {}).get("label")
+        kind: Any = (getattr(part, "features", None) or {}).get("label")
         while hasattr(kind, "feature"):
             kind = kind.feature
         if names := getattr(kind, "id", None):

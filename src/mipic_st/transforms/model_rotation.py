@@ -155,8 +155,9 @@ class _Plan:
         """Encode the texts and fit."""
         logger.info("The rotation is fitted on %s.", self.used)
         vectors = dict(self.encode(self.columns))
-        further = {name: vectors.get(name) for name in ("documents", "queries") if name not in self.own}
-        return fit_rotation(*(vectors[name] for name in self.own), dims=self.dims, **further, **self.options)
+        documents, queries = (None if name in self.own else vectors.get(name) for name in ("documents", "queries"))
+        given = [vectors[name] for name in self.own]
+        return fit_rotation(*given, dims=self.dims, documents=documents, queries=queries, **self.options)
 
     def put_in(self, rotation: Rotation, undo: ExitStack) -> None:
         """Into the model, which is checked; ``undo`` takes it out again."""
