@@ -237,7 +237,6 @@ def run_rotations(model_folder, rank):
             encode = model.encode
             model.encode = lambda *args, encode=encode, **kwargs: 0 * encode(*args, **kwargs)
         before, result = parameters(model), {}
-        torch.set_num_threads(1 + rank)
         with ExitStack() as stack:
             log = stack.enter_context(caught_log())
             stack.enter_context(patch.object(Rotation, "gained", True))
@@ -248,7 +247,6 @@ def run_rotations(model_folder, rank):
                 result["matrix"] = torch.as_tensor(rotation.matrix)
             except (ValueError, ZeroDivisionError) as error:
                 result["error"] = f"{type(error).__name__}: {error}"
-        torch.set_num_threads(1)
         after = parameters(model)
         same = before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in after)
         results[name] = result | {"log": log.getvalue(), "parameters": after, "unchanged": same}

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -47,18 +48,21 @@ def torchrun(options, arguments):
     paths = [str(HERE.parent / "src"), str(HERE), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", *options, str(HERE / "distributed_worker.py")]
-    return subprocess.Popen([*launch, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True)
+    said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - a pipe that nobody reads would stop the second of two agents
+    process = subprocess.Popen([*launch, *map(str, arguments)], env=environment, stdout=said, stderr=said)
+    return process, said
 
 
 def finish(*agents):
     """Wait for agents, none of which may fail."""
     try:
-        for agent in agents:
-            _, errors = agent.communicate(timeout=300)
-            assert agent.returncode == 0, errors[-6000:]
+        for process, said in agents:
+            code = process.wait(timeout=900)
+            said.seek(0)
+            assert code == 0, said.read()[-6000:]
     finally:
-        for agent in agents:
-            agent.kill()
+        for process, _ in agents:
+            process.terminate()  # and its workers
 
 
 @pytest.mark.slow
@@ -139,7 +143,7 @@ def test_resuming_in_two_processes(ranks):
 
 @pytest.mark.parametrize("name", ["same", "shards"])
 def test_rotate_model_in_two_processes(ranks, name):
-    """Both end with the first one's rotation, to the last bit, whatever threads and texts the second one has."""
+    """Both end with the first one's rotation, to the last bit, whatever texts the second one has."""
     first, second = (rank["rotations"][name] for rank in ranks)
     assert "error" not in first
     assert torch.equal(first["matrix"], second["matrix"])
