@@ -26,7 +26,7 @@ def pyplot() -> Any:
     return require("matplotlib.pyplot", "plots need matplotlib", "eval")
 
 
-def heatmap(axes: Any, values: np.ndarray, layers: Sequence[Any], dims: Sequence[int], **limits: float) -> Any:
+def heatmap(axes: Any, values: np.ndarray, layers: Sequence[Any], dims: Sequence[Any], **limits: float) -> Any:
     """Draw values by layer (rows, the first on top) and dim, each with its number; the image, for a colour bar."""
     image = axes.imshow(values, aspect="auto", cmap="viridis", **limits)
     middle = image.norm.vmin + (image.norm.vmax - image.norm.vmin) / 2

@@ -206,7 +206,7 @@ def test_the_text_says_what_to_do(advice):
     html = advice._repr_html_()
     assert html.count("<tr") == 1 + sum(one.front for one in advice.cells)
     assert "Store " in html
-    assert "give pairs if you can" in html
+    assert "give pairs if any" in html
 
 
 def test_the_table_has_every_cell(advice):

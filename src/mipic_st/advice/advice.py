@@ -79,7 +79,7 @@ class Advice:
         if cell is not self.within[max(LOSSES)]:
             text += f" No budget reaches a loss of {100 * max(LOSSES):.0f}%: that takes {self.within[max(LOSSES)]}."
         if NDCG not in cell.scores:
-            text += "\nNo answers were given, and neighbours in their place can promise too much: give pairs if you can."
+            text += "\nNo answers were given, and neighbours in their place can promise too much: give pairs if any."
         return text
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -84,7 +85,7 @@ class OnHub(Judged):
         *,
         revision: str | None = None,
         token: str | bool | None = None,
-        cache_folder: str | PathLike[str] | None = None,
+        cache_folder: str | Path | None = None,
         local_files_only: bool = False,
     ) -> Self:
         """Read what :meth:`save_pretrained` or :meth:`push_to_hub` wrote; a model that was rotated has the file too.
@@ -231,7 +232,7 @@ scores = {self.kind}.scores(queries, codes, {options})
         return f"{type(self).__name__}({len(self.matrix)} values, dims {list(self.dims)}{said})"
 
 
-def _table(rows: list[list[str]] | list[tuple[str, str]]) -> str:
+def _table(rows: Sequence[Sequence[str]]) -> str:
     """Markdown, the first row as the head."""
     head, *others = ([" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows)
     lines = [head, ["-" * max(3, len(cell)) for cell in head], *others]
