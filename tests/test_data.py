@@ -423,3 +423,13 @@ def test_files_without_texts_are_named(tmp_path, name, content, message):
         load_texts_file(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         load_texts_file(tmp_path / f"none{name[1:]}") if name.endswith("txt") else load_texts_file(tmp_path / "n.txt")
+
+
+def test_columns_of_the_hub(monkeypatch):
+    """Named there too, and a label beside them is left out."""
+    datasets = pytest.importorskip("datasets")
+    loaded = datasets.Dataset.from_dict({"q": ["a", "b"], "label": [0, 1], "d": ["c", "e"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    assert load_training_hub("some/set", columns=["q", "d"]).to_dict() == {"anchor": ["a", "b"], "positive": ["c", "e"]}
+    with pytest.raises(ValueError, match=r"some/set \(train\) has the columns .*, but not \['x'\] of columns="):
+        load_training_hub("some/set", columns=["q", "x"])

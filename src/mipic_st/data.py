@@ -117,7 +117,13 @@ def load_sts_file(path: str | PathLike[str], *, score_range: tuple[float, float]
     return _select(_read(path), (SCORED_COLUMNS,), str(path), score_range)
 
 
-def load_training_hub(name: str, *, split: str = "train", score_range: tuple[float, float] | None = None) -> Dataset:
+def load_training_hub(
+    name: str,
+    *,
+    split: str = "train",
+    columns: Sequence[str] | None = None,
+    score_range: tuple[float, float] | None = None,
+) -> Dataset:
     """Load training data from the hub, or a folder of data files, in either shape.
 
     ``name`` has its configuration after a colon if there are several; ``split`` may be ``"train[:10000]"``. The rest is
@@ -140,6 +146,9 @@ def load_training_hub(name: str, *, split: str = "train", score_range: tuple[flo
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"Cannot load split {split!r} of the data set {name!r}: {error}") from error
+    if columns is not None:
+        names = _named(columns, loaded.column_names, f"{name} ({split})")
+        loaded = loaded.select_columns(list(names)).rename_columns(names)
     return _select(loaded, (PAIR_COLUMNS, SCORED_COLUMNS), f"{name} ({split})", score_range)
 
 
@@ -184,13 +193,19 @@ def _read(path: str | PathLike[str], columns: Sequence[str] | None = None) -> Da
     except (ValueError, OSError) as error:  # ParserError, UnicodeDecodeError and pyarrow's errors are ValueErrors
         raise ValueError(f"Cannot read {path} as {suffix[1:]}: {error}") from error
     if columns is not None:
-        wanted = as_list("columns", columns, '["question", "answer"]')
-        if len(set(wanted)) != len(wanted) or not 1 <= len(wanted) <= 2:
-            raise ValueError(f"columns must be one column of texts or two of pairs, got {wanted}.")
-        if missing := [name for name in wanted if name not in frame]:
-            raise ValueError(f"{path} has the columns {list(frame)}, but not {missing} of columns={wanted}.")
-        frame = frame[wanted].set_axis(["text"] if len(wanted) == 1 else list(PAIR_COLUMNS), axis=1)
+        names = _named(columns, list(frame), str(path))
+        frame = frame[list(names)].rename(columns=names)
     return datasets.Dataset.from_pandas(frame, preserve_index=False)
+
+
+def _named(columns: Sequence[str], present: Sequence[str], source: str) -> dict[str, str]:
+    """The columns that are asked for, with the standard name of each."""
+    wanted = as_list("columns", columns, '["question", "answer"]')
+    if len(set(wanted)) != len(wanted) or not 1 <= len(wanted) <= 2:
+        raise ValueError(f"columns must be one column of texts or two of pairs, got {wanted}.")
+    if missing := [name for name in wanted if name not in present]:
+        raise ValueError(f"{source} has the columns {list(present)}, but not {missing} of columns={wanted}.")
+    return dict(zip(wanted, ["text"] if len(wanted) == 1 else PAIR_COLUMNS, strict=True))
 
 
 def _select(

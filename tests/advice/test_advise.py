@@ -66,6 +66,7 @@ def test_pairs_are_judged_by_their_answers():
     assert set(advice.cells[0].scores) == {"nDCG@10", "3-recall@10", "recall@10"}
     assert advice.settings["documents"] == 400
     assert advice.settings["queries"] == 100
+    assert "give pairs" not in str(advice), "they were given"
     strict = advise(VECTORS[:200], pairs=(VECTORS[200:], OTHERS[200:]), dims=[4, 8], measure="recall@10", held_out=0.2)
     assert strict.measure == "recall@10"
     assert strict.full == 1
@@ -205,6 +206,7 @@ def test_the_text_says_what_to_do(advice):
     html = advice._repr_html_()
     assert html.count("<tr") == 1 + sum(one.front for one in advice.cells)
     assert "Store " in html
+    assert "give pairs if any" in html
 
 
 def test_the_table_has_every_cell(advice):

@@ -1,8 +1,10 @@
 """The command cut: a folder that loads, with what it costs and brings."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 
 from command_files import write_files
@@ -77,3 +79,56 @@ def test_a_cut_that_fails_leaves_nothing(files, monkeypatch):
     monkeypatch.setattr("mipic_st.files.json.dumps", stop)
     assert main(["cut", str(files / "model"), "--dim", "8", "--output", str(files / "out")]) == 1
     assert not list(files.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("option", "pooling", "weights", "note"),
+    [
+        (["--no-word-weights"], "mean", {}, "with them the cut is closer to the full model"),
+        ([], "cls", {}, "The tokens have no word weights, since the model pools by 'cls', not by the mean."),
+        ([], "mean", {}, "the fit found none that bring the cut closer to the full model"),
+        ([], "mean", {2: 1}, None),
+    ],
+)
+def test_a_cut_without_word_weights_says_why(files, capsys, monkeypatch, option, pooling, weights, note):
+    """By the option, because of the model, or since nothing was gained; nothing where there are some."""
+    import mipic_st.transforms.layer_cut as room
+
+    plain = room.fit_layer_cuts
+
+    def fit(model, texts, **given):
+        assert given.pop("word_weights") is (False if option else None)
+        given |= {"max_steps": 1, "word_weights": False}
+        return replace(plain(model, texts, **given), word_weights={2: torch.ones(weights_of(model))} if weights else {})
+
+    def weights_of(model):
+        return len(model.tokenizer.get_vocab())
+
+    monkeypatch.setattr(room, "fit_layer_cuts", fit)
+    settings = json.loads((files / "model" / "1_Pooling" / "config.json").read_text())
+    settings["pooling_mode"] = pooling
+    (files / "model" / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    call = ["cut", str(files / "model"), "--layer", "2", "--dim", "8", "--texts", str(files / "texts.txt"), *option]
+    assert main([*call, "--output", str(files / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert ("word weights" in printed) == (note is not None)
+    assert (note or "") in printed
+
+
+def test_cut_passes_its_options_on(files, capsys, monkeypatch):
+    """Columns, prompt and seed reach the fit; without texts they are refused."""
+    seen = []
+    monkeypatch.setattr(
+        "mipic_st.transforms.layer_cut.fit_layer_cuts", lambda _, texts, **given: seen.append((texts, given)) or 1 / 0
+    )
+    options = ["--columns", "anchor", "--document-prompt", "d: "]
+    call = ["cut", str(files / "model"), "--layer", "2", "--output", str(files / "out")]
+    assert main([*call, "--texts", str(files / "pairs.csv"), *options, "--seed", "3"]) == 1
+    ((texts, given),) = seen
+    lines = (files / "pairs.csv").read_text().splitlines()[1:]
+    assert texts == list(dict.fromkeys(line.split(",")[0] for line in lines))
+    assert (given["prompt"], given["seed"]) == ("d: ", 3)
+    capsys.readouterr()
+    for option in (options[:2], options[2:], ["--no-word-weights"]):
+        assert main([*call, *option]) == 1
+        assert f"{option[0]} is about the fit on --texts" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """The command rotate: the model is saved with its rotation, or nothing is."""
 
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
 from sentence_transformers import SentenceTransformer
 
@@ -107,3 +109,29 @@ def test_rotating_a_narrow_model_needs_dims(files, capsys, monkeypatch):
     call = ["rotate", str(files / "model"), "--texts", str(files / "texts.txt"), "--output", str(files / "out")]
     assert main(call) == 1
     assert "dims must hold a dimension below the vectors' width of 8" in capsys.readouterr().err
+
+
+def test_rotate_takes_columns(files, capsys, monkeypatch):
+    """Of pairs, of texts, and of data of the hub; a column that is not there is named."""
+    lines = (files / "pairs.csv").read_text().replace("anchor,positive", "Frage,Antwort", 1)
+    (files / "qa.csv").write_text(lines)
+    rows, seen = pd.read_csv(files / "qa.csv"), []
+    loaded = datasets.Dataset.from_pandas(rows.assign(label=range(len(rows))))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    monkeypatch.setattr(
+        "mipic_st.transforms.model_rotation.rotate_model", lambda _, data, *__, **___: seen.append(data) or 1 / 0
+    )
+    for option, place, columns in (
+        ("--pairs", str(files / "qa.csv"), "Frage,Antwort"),
+        ("--texts", str(files / "qa.csv"), "Antwort"),
+        ("--dataset", "some/set", "Frage,Antwort"),
+    ):
+        call = ["rotate", str(files / "model"), option, place, "--output", str(files / "out"), "--dims", "4"]
+        assert main([*call, "--columns", columns]) == 1
+        assert main([*call, "--columns", "Frage,nothing"]) == 1
+        assert "but not ['nothing'] of columns=['Frage', 'nothing']" in capsys.readouterr().err
+    assert [data if isinstance(data, list) else data.to_dict() for data in seen] == [
+        {"anchor": rows.Frage.tolist(), "positive": rows.Antwort.tolist()},
+        rows.Antwort.tolist(),
+        {"anchor": rows.Frage.tolist(), "positive": rows.Antwort.tolist()},
+    ]

@@ -4,6 +4,7 @@ import io
 import logging
 import multiprocessing
 import os
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -555,3 +556,34 @@ def test_the_mean_of_a_collection_is_no_task(tmp_path, monkeypatch):
     evaluator = MatryoshkaEvaluator(NanoBEIREvaluator(["msmarco", "nq"]), [4])
     evaluator(tiny_model(tmp_path))
     assert list(evaluator.report().table().columns) == ["NanoMSMARCO", "NanoNQ", "mean"]
+
+
+# --- what a reader sees -----------------------------------------------------------------------------------------------
+
+
+def test_a_report_in_a_notebook():
+    """One line for a prompt, the table in print and in a notebook, cut as pandas cuts long ones."""
+    report = EvaluationReport([one(0.5), one(float("nan"), dim=16), one(0.25, task="<other>")])
+    assert repr(report) == "EvaluationReport(scores: 3, models: 1, tasks: 2, dims: [8, 16])"
+    assert str(report) == report.to_markdown()
+    html = report._repr_html_()
+    assert html.startswith(f"<p>{report!r}</p><table")
+    assert "<td>50.00</td>" in html
+    assert "<td>n/a</td>" in html
+    assert "&lt;other&gt;" in html
+    many = EvaluationReport([one(0.5, dim=dim) for dim in range(1, 200)])
+    with pd.option_context("display.max_rows", 10):
+        assert many._repr_html_().count("<tr") < 20
+
+
+def test_a_report_without_a_table_is_still_shown(monkeypatch):
+    """No main scores, two scores of one cell, or no pandas: the plain line."""
+    for report in (
+        EvaluationReport([]),
+        EvaluationReport([one(0.5, primary=False)]),
+        EvaluationReport([one(0.5), one(0.6)]),
+    ):
+        assert report._repr_html_() is None
+        assert str(report) == repr(report)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert EvaluationReport([one(0.5)])._repr_html_() is None

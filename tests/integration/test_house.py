@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "mipic_st"
 
-GROUND = {"validation", "numerics", "processes", "codes", "files", "data", "demo", "docstrings"}
+GROUND = {"validation", "numerics", "processes", "codes", "files", "data", "demo", "docstrings", "plotting"}
 # Who may import whom; a folder always may import its own files, and everything the public table.
 MAY_IMPORT = {
     "validation": set(),
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "data": {"validation", "files"},
     "demo": {"validation"},
     "docstrings": {"validation"},
+    "plotting": {"validation", "files"},
     "encoder": GROUND,
     "losses": {*GROUND, "encoder"},
     "transforms": {*GROUND, "encoder"},
@@ -33,7 +34,7 @@ MAY_IMPORT = {
 # Kinds of modules that sentence-transformers models are built of: only encoder/ asks for them.
 MODULES = "sentence_transformers.sentence_transformer.modules"
 
-LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOSS, MOST_LINES = 400, 80, 350, 15_500
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOSS, MOST_LINES = 400, 80, 350, 16_000
 # What is larger, each with the reason. Best empty.
 LARGE_FILES: dict[str, str] = {}
 LARGE_FUNCTIONS: dict[str, str] = {}

@@ -37,7 +37,7 @@ def documents(count=200, seed=3):
 # --- without torch ----------------------------------------------------------------------------------------------------
 
 APPLIED = """
-import sys
+import os, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "transformers", "sentence_transformers"):
@@ -56,7 +56,10 @@ for precision in PRECISIONS:
     found[f"{precision} decoded"] = rotation.decode(codes, 8, precision)
     found[f"{precision} scores"] = rotation.scores(vectors[:3], codes, 8, precision)
 rotation.calibrate(vectors, [5]).save(sys.argv[3])
-repr(rotation), str(rotation), rotation.fingerprint, rotation.gained
+repr(rotation), str(rotation), rotation.fingerprint, rotation.gained, rotation._repr_html_()
+folder = f"{sys.argv[3]}-{os.getpid()}"
+rotation.save_pretrained(folder)
+assert Rotation.from_pretrained(folder).fingerprint == rotation.fingerprint
 assert not {"torch", "transformers", "sentence_transformers"} & set(sys.modules)
 np.savez(sys.argv[4], **found)
 MORE

@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Dense
 
 from conftest import TAILS, WIDTH
 from mipic_st.deploy.truncated import export_truncated
-from mipic_st.transforms.layer_cut import fit_layer_cuts
+from mipic_st.transforms.layer_cut import LayerCuts, fit_layer_cuts
 from mipic_st.transforms.model_rotation import rotate_model
 from transforms_fixtures import DIMS, ROTATE, TEXTS, cosines, rotate_until_gained, unit
 
@@ -216,3 +216,57 @@ def test_nothing_to_cut_and_nothing_to_keep(tiny_model):
     unknown = [f"unknown{number}" for number in range(60)]
     with pytest.raises(ValueError, match="all texts have the same vector"):
         fit_layer_cuts(tiny_model(), unknown, layers=[1], dims=[8], max_steps=5)
+
+
+# --- what a reader sees -----------------------------------------------------------------------------------------------
+
+
+def some_cuts():
+    """Three layers, two dims, each figure told from all others; one is not a number."""
+    report = [
+        {"layer": layer, "dim": dim, "similarity_full": 0.9 + dim / 1000}
+        | {f"similarity_{way}": layer / 10 + dim / 1000 + place / 100 for place, way in enumerate(WAYS)}
+        for layer in (2, 1, 4)
+        for dim in (4, 8)
+    ]
+    report[0]["similarity_mixed"] = float("nan")
+    return LayerCuts({layer: torch.rand(5, 8) for layer in (1, 2, 4)}, (4, 8), report)
+
+
+WAYS = ("plain", "fitted", "mixed")
+
+
+def test_the_plot_shows_every_cell(tmp_path):
+    """One heatmap for each way in the same colours, layers from the deepest, under the full depth; PNG and SVG."""
+    cuts = some_cuts()
+    figure = cuts.plot(tmp_path / "cuts")
+    assert {path.name for path in tmp_path.iterdir()} == {"cuts.png", "cuts.svg"}
+    *panels, _ = figure.axes
+    assert [axes.get_title(loc="left") for axes in panels] == ["cut as it is", "fitted", "fitted with full depth"]
+    found = {(row["layer"], row["dim"]): row for row in cuts.report}
+    for axes, way in zip(panels, WAYS, strict=True):
+        (image,) = axes.images
+        wanted = [[100 * found[4, dim]["similarity_full"] for dim in (4, 8)]]
+        wanted += [[100 * found[layer, dim][f"similarity_{way}"] for dim in (4, 8)] for layer in (4, 2, 1)]
+        np.testing.assert_allclose(image.get_array().filled(np.nan), wanted)
+        assert image.get_clim() == pytest.approx((100 * (0.1 + 0.004), 100 * 0.908))
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "8"]
+        assert ("n/a" in [text.get_text() for text in axes.texts]) == (way == "mixed")
+    assert [tick.get_text() for tick in panels[0].get_yticklabels()] == ["full", "4", "2", "1"]
+    cuts.plot(str(tmp_path / "one.svg"))
+    assert not (tmp_path / "one.png").exists()
+    with pytest.raises(ValueError, match="the cuts have no report, so there is nothing to draw"):
+        LayerCuts(cuts.maps, (4,), []).plot()
+
+
+def test_cuts_in_a_notebook():
+    """One line for a prompt, without the report's numbers; a table with a row per cell."""
+    cuts = some_cuts()
+    assert repr(cuts) == "LayerCuts(maps [1, 2, 4], word_weights [], dims [4, 8])"
+    html = cuts._repr_html_()
+    assert html.count("<tr>") == 1 + len(cuts.report)
+    assert "<th>fitted with full depth</th>" in html
+    assert "<td>50.8</td>" not in html
+    assert "<td>40.8</td>" in html, "layer 4, dim 8, cut as it is"
+    bare = LayerCuts(cuts.maps, (4,), [])
+    assert bare._repr_html_() == f"<p>{bare!r}</p>"

@@ -13,6 +13,7 @@ from mipic_st.advice.cells import MEASURES, Cell
 from mipic_st.advice.engines import engine_lines
 from mipic_st.files import write_json, write_whole
 from mipic_st.transforms.rotation import Rotation
+from mipic_st.transforms.verdict import NDCG
 from mipic_st.validation import require
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class Advice:
         text = f"{rotated}.\nStore {cell}: it loses {lost}."
         if cell is not self.within[max(LOSSES)]:
             text += f" No budget reaches a loss of {100 * max(LOSSES):.0f}%: that takes {self.within[max(LOSSES)]}."
+        if NDCG not in cell.scores:
+            text += "\nNo answers were given, and neighbours in their place can promise too much: give pairs if any."
         return text
 
     @property

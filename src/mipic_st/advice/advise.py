@@ -78,8 +78,9 @@ def advise(
     even random vectors seem to gain. Where it does not, truncated cells are recommended.
 
     Without pairs there are no judged answers. Then the full width's first three neighbours should be among the ten that
-    are found, which was near the loss of nDCG@10 on Cranfield and a little above it on docstrings; recall@10 of all ten
-    stands beside, and says less than is kept. Give pairs for figures that are the user's.
+    are found. Of int4 x 64 that kept 97.9% on Cranfield, where nDCG@10 kept 97.1%, but 91.5% on 2,400 docstrings, where
+    nDCG@10 kept 86.2%; at int4 x 32 there 80.1% and 67.9%. So it is near or optimistic: where there are pairs, give
+    them. recall@10 of all ten neighbours stands beside, and says less than is kept.
 
     Args:
         model: The SentenceTransformer that encodes the texts; or the documents' vectors, (N, D), a NumPy array or a

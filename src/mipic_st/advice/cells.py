@@ -24,7 +24,7 @@ PRECISIONS = ("float32", "float16", "int8", "int4", "binary")
 TOP = f"3-recall@{K}"
 MEASURES = (NDCG, TOP, RECALL)
 
-_BLOCK = 8192
+_BLOCK = 2048
 _RESAMPLES, _BATCH_VALUES = 2000, 2**20
 # Documents that tell whether a rotation is worth its while, random rotations that show what is chance, and what must be
 # found more of the neighbours in any case.

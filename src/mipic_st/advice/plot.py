@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mipic_st.evaluation import plots
+from mipic_st.plotting import COLOURS, MARKERS, pyplot, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 def quality_by_bytes(advice: Advice, path: str | PathLike[str] | None) -> Figure:
     """A colour for each precision, filled for rotated, hollow for truncated."""
-    figure, axes = plots.pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")
     precisions = list(dict.fromkeys(cell.precision for cell in advice.cells))
     for way, face in (("rotated", None), ("truncated", "white")):
         for number, precision in enumerate(precisions):
@@ -30,8 +29,8 @@ def quality_by_bytes(advice: Advice, path: str | PathLike[str] | None) -> Figure
                 [cell.bytes for cell in cells],
                 means,
                 yerr=errors,
-                fmt=plots.MARKERS[number],
-                color=plots.COLOURS[number],
+                fmt=MARKERS[number],
+                color=COLOURS[number],
                 markerfacecolor=face,
                 markersize=5,
                 elinewidth=0.8,
@@ -54,4 +53,4 @@ def quality_by_bytes(advice: Advice, path: str | PathLike[str] | None) -> Figure
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    return plots.saved(figure, None if path is None else Path(path))
+    return saved(figure, path)

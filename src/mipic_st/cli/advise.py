@@ -37,9 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--queries", type=options.given, metavar="FILE", help="queries without answers, as --texts or --vectors"
     )
-    options.add_list(
-        parser, "--columns", options.given, metavar="NAME", help="of that table (default: the known names; embedding)"
-    )
+    options.add_columns(parser, "the known names; embedding")
     options.add_list(
         parser, "--bytes", options.whole_number, metavar="N", default=[8, 16, 32, 64, 128], help="budgets per vector"
     )
@@ -54,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=options.output_folder, metavar="DIR", help="new or empty folder (default: print only)"
     )
     options.add_batch_size(parser)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out part and the batches")
+    options.add_seed(parser)
 
 
 def run(args: argparse.Namespace) -> None:

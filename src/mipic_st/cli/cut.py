@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from mipic_st.cli import options
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+    from mipic_st.transforms.layer_cut import LayerCuts
 
 EXAMPLES = """example:
   mipic-st cut ./run-a --layer 3 --dim 64 --texts corpus.txt --output ./run-a-small"""
@@ -28,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="txt (a text a line) or a table: fit what follows the last layer to the full model's vectors",
     )
+    options.add_columns(parser)
+    parser.add_argument("--document-prompt", metavar="TEXT", help="put before the texts (default: the model's own)")
     parser.add_argument(
         "--no-word-weights",
         action="store_true",
@@ -35,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_output(parser)
     options.add_batch_size(parser)
+    options.add_seed(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,12 +59,14 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("there is nothing to cut: give --layer, --dim or both.")
     if args.texts and not args.layer:
         raise ValueError("--texts fits the tail behind an early layer: give --layer too.")
-    if args.no_word_weights and not args.texts:
-        raise ValueError("--no-word-weights is about the fit on --texts: give these too, or leave it out.")
+    for option in ("no_word_weights", "columns", "document_prompt"):
+        if getattr(args, option) and not args.texts:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is about the fit on --texts: give these too, or leave it out.")
     with new_folder(args.output) as new:
-        texts = load_texts_file(args.texts) if args.texts else None
+        texts = load_texts_file(args.texts, columns=args.columns) if args.texts else None
         model = options.load_model(args.model, args)
-        cuts = None
+        cuts, note = None, ""
         if texts is not None:
             cuts = fit_layer_cuts(
                 model,
@@ -63,9 +74,12 @@ def run(args: argparse.Namespace) -> None:
                 layers=[args.layer],
                 dims=[args.dim or full_width(model)],
                 word_weights=False if args.no_word_weights else None,
+                prompt=args.document_prompt,
                 batch_size=args.batch_size,
+                seed=args.seed,
                 show_progress_bar=not args.quiet,
             )
+            note = _without_word_weights(cuts, args, model)
         exported = export_truncated(model, args.layer, args.dim, cuts=cuts)
         statement = {"layer": args.layer, "dim": args.dim}
         if cuts is not None:
@@ -75,16 +89,29 @@ def run(args: argparse.Namespace) -> None:
         exported.save_pretrained(str(new))
         write_json(new / "cut.json", statement)
     if not args.quiet:
-        _print(args, statement)
+        _print(args, statement, note)
 
 
-def _print(args: argparse.Namespace, statement: dict) -> None:
+def _without_word_weights(cuts: LayerCuts, args: argparse.Namespace, model: SentenceTransformer) -> str:
+    """Why the fit has no word weights; nothing where it has them."""
+    from mipic_st.encoder.surgery import no_word_weights
+
+    if cuts.word_weights:
+        return ""
+    if args.no_word_weights:
+        return "The mean of the tokens has no word weights: with them the cut is closer to the full model."
+    if reason := no_word_weights(model):
+        return f"The tokens have no word weights, since {reason}."
+    return "The mean of the tokens has no word weights: the fit found none that bring the cut closer to the full model."
+
+
+def _print(args: argparse.Namespace, statement: dict, note: str) -> None:
     if args.texts:
         print("correlation of cosines with those of the full model, on held-out texts")
         for way, what in _WAYS.items():
             print(f"  {what:22} {100 * statement[f'similarity_{way}']:6.1f}")
-    if args.no_word_weights:
-        print("The mean of the tokens has no word weights: with them the cut is closer to the full model.")
+    if note:
+        print(note)
     if args.layer:
         print(
             f"{statement['speedup']:.2f} times as fast ({statement['seconds_full']:.3f} s to "

@@ -85,6 +85,17 @@ def add_dims(parser: argparse.ArgumentParser) -> None:
     add_list(parser, "--dims", whole_number, metavar="DIM", help=text)
 
 
+def add_columns(parser: argparse.ArgumentParser, text: str = "the known names") -> None:
+    """Which columns of the file are meant; ``text`` says which are, without the option."""
+    text = f"of that table, e.g. question,answer (default: {text})"
+    add_list(parser, "--columns", given, metavar="NAME", help=text)
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """What is drawn."""
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out part and the batches")
+
+
 def add_dim(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
     """One dim."""
     parser.add_argument("--dim", type=whole_number, metavar="D", required=required, help=text)

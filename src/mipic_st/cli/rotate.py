@@ -15,7 +15,8 @@ from mipic_st.cli import options
 EXAMPLES = """examples:
   mipic-st rotate ./run-a --pairs pairs.csv --dims 16 32 64 128 --output ./run-a-rotated
   mipic-st rotate ./run-a --texts corpus.txt --dims 16,64 --output ./run-a-rotated
-  mipic-st rotate ./run-a --pairs qa.csv --documents corpus.txt --check other.txt --output ./run-a-rotated"""
+  mipic-st rotate ./run-a --pairs qa.csv --columns question,answer --documents corpus.txt --output ./run-a-rotated
+  mipic-st rotate ./run-a --texts corpus.txt --check other.txt --output ./run-a-rotated"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--texts", type=options.given, metavar="FILE", help="the documents: txt (a text a line), or a table with texts"
     )
     data.add_argument("--dataset", type=options.given, metavar="NAME", help="pairs from the hub: NAME or NAME:CONFIG")
+    options.add_columns(parser)
     for name, text in (
         ("documents", "further documents, as --texts"),
         ("queries", "queries without answers, as --texts"),
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_dims(parser)
     options.add_output(parser)
     options.add_batch_size(parser)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out part and the batches")
+    options.add_seed(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -62,9 +64,10 @@ def run(args: argparse.Namespace) -> None:
         checked_dims("--dims", args.dims)
     with new_folder(args.output) as new:
         if args.texts:
-            data = load_texts_file(args.texts)
+            data = load_texts_file(args.texts, columns=args.columns)
         else:
-            data = load_training_file(args.pairs) if args.pairs else load_training_hub(args.dataset)
+            load, place = (load_training_file, args.pairs) if args.pairs else (load_training_hub, args.dataset)
+            data = load(place, columns=args.columns)
         documents, queries, other = (
             load_texts_file(file) if file else None for file in (args.documents, args.queries, args.check)
         )

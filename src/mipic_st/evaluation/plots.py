@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mipic_st.files import write_whole
-from mipic_st.validation import require
+from mipic_st.plotting import COLOURS, MARKERS, heatmap, pyplot, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,9 +18,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Okabe and Ito's colours: told apart by readers with colour blindness and in grey
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SCORE = "score (x 100)"
 
 
@@ -35,11 +30,6 @@ class _Point(NamedTuple):
     dim: int
     bytes: int | None
     score: float
-
-
-def pyplot() -> Any:
-    """Matplotlib, where it is installed."""
-    return require("matplotlib.pyplot", "plots need matplotlib", "eval")
 
 
 def score_by_dim(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
@@ -104,14 +94,8 @@ def layer_dim(report: EvaluationReport, path: str | Path | None, task: str | Non
         [cells[*place, *key].mean() if (*place, *key) in cells else np.nan for key in columns] for place in places
     ]
     values = 100 * np.mean(scores, axis=1).reshape(len(layers), len(dims))
-    image = axes.imshow(values, aspect="auto", cmap="viridis")
-    middle = image.norm.vmin + (image.norm.vmax - image.norm.vmin) / 2
-    for (row, column), value in np.ndenumerate(values):
-        text = f"{value:.1f}" if value == value else "n/a"
-        axes.text(column, row, text, ha="center", va="center", color="white" if value < middle else "black", fontsize=9)
-    axes.set_xticks(range(len(dims)), [str(dim) for dim in dims])
-    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
-    axes.set(xlabel="dimensions", ylabel="layer")
+    image = heatmap(axes, values, layers, dims)
+    axes.set(ylabel="layer")
     axes.set_title(f"{str(shown).rsplit('/', 1)[-1]}: {_title(report, task)}", loc="left", fontsize=11)
     figure.colorbar(image, ax=axes, label=_SCORE)
     return saved(figure, path)
@@ -204,16 +188,4 @@ def _line_plot(
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-def saved(figure: Figure, path: str | Path | None) -> Figure:
-    """Write PNG (200 dpi) and SVG, or the one that the path's ending names."""
-    if path is None:
-        return figure
-    path = Path(path)
-    endings = [""] if path.suffix in (".png", ".svg") else [".png", ".svg"]
-    for target in (path.with_name(path.name + ending) for ending in endings):
-        write_whole(target, partial(figure.savefig, format=target.suffix[1:], dpi=200, bbox_inches="tight"))
-    pyplot().close(figure)
     return figure

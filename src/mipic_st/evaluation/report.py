@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,27 @@ class EvaluationReport:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __repr__(self) -> str:
+        models, tasks = (len({record[key] for record in self.records}) for key in ("model", "task"))
+        dims = sorted({record["dim"] for record in self.records})
+        return f"EvaluationReport(scores: {len(self)}, models: {models}, tasks: {tasks}, dims: {dims})"
+
+    def __str__(self) -> str:
+        try:
+            return self.to_markdown()
+        except ValueError:  # no main scores, or two of one cell
+            return repr(self)
+
+    def _repr_html_(self) -> str | None:
+        """The table in a notebook; None, which stands for the plain text, where there is none or pandas is missing."""
+        try:
+            most = require("pandas", "tables need pandas", "eval").get_option("display.max_rows")
+            table = self.table()
+        except (ImportError, ValueError):
+            return None
+        shown = table.to_html(float_format="{:.2f}".format, na_rep=NOT_A_NUMBER, max_rows=most)
+        return f"<p>{escape(repr(self))}</p>{shown}"
 
     def __add__(self, other: EvaluationReport) -> EvaluationReport:
         """Both reports' scores in one; where both have an ``info`` of one name, the second's counts."""

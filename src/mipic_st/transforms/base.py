@@ -177,22 +177,31 @@ class Transform(ABC):
         """
         return require("pandas", "the table needs pandas", "eval").DataFrame(self.report)
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[list[str]]:
+        """The report as texts: what stands above the columns, then the rows."""
         keys = [key for key in self.headings if all(key in row for row in self.report)]
         rows = [[self.headings[key] for key in keys]]
         for row in self.report:
             values = (row[key] for key in keys)
             rows.append([str(value) if isinstance(value, int) else f"{100 * value:.1f}" for value in values])
+        return rows
+
+    def __str__(self) -> str:
+        rows = self._rows()
         lines = ("  ".join(cell.rjust(len(head)) for cell, head in zip(row, rows[0], strict=True)) for row in rows)
         return "\n".join([self.caption, *lines]) if self.headings else repr(self)
 
-    def _repr_html_(self) -> str | None:
-        """The report in a notebook; None, which stands for the plain text, where pandas is missing."""
-        try:
-            table = self.to_frame()
-        except ImportError:
-            return None
-        return f"{table.to_html(index=False, float_format='{:.3f}'.format)}<p>{escape(repr(self))}</p>"
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        name = f"<p>{escape(repr(self))}</p>"
+        if not (self.headings and self.report):
+            return name
+        head, *rows = (
+            "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row)
+            for kind, row in zip(["th", *["td"] * len(self.report)], self._rows(), strict=True)
+        )
+        lines = "".join(f"<tr>{row}</tr>" for row in rows)
+        return f"{name}<p>{escape(self.caption)}</p><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
 
     def __repr__(self) -> str:
         parts = {

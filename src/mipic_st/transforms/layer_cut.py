@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from mipic_st.validation import checked_count, checked_dims, checked_flag, check
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,23 @@ class LayerCuts(Transform):
         # not take once the model is in half precision.
         dense = identity_dense(matrix, features="token_embeddings")
         return [dense, word_weights_module(model, self.word_weights[layer])]
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
+        """The report as heatmaps by layer and dim: cut as it is, fitted, and fitted with the full depth.
+
+        Args:
+            path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+            ValueError: If the cuts have no report.
+        """
+        from mipic_st.transforms.cut_plot import by_layer_and_dim
+
+        return by_layer_and_dim(self, path)
 
     def _map(self, layer: int) -> Tensor:
         if layer not in self.maps:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-# Scores of one block of queries with the whole corpus: as many values at most.
-_VALUES = 2**22
+# Scores of one block of queries with the whole corpus: as many values at most, but so many queries at least.
+_VALUES, _LEAST_ROWS = 2**20, 16
 
 
 def cosine_scores(queries: Tensor, corpus: Tensor) -> Callable[[slice], Tensor]:
@@ -47,7 +47,7 @@ def ranked(scores: Callable[[slice], Tensor], shape: tuple[int, int], k: int, ow
         [[2, 1]]
     """
     queries, documents = shape
-    size = max(1, _VALUES // max(1, documents))
+    size = max(_LEAST_ROWS, _VALUES // max(1, documents))
     found = []
     for start in range(0, queries, size):
         block = scores(slice(start, min(start + size, queries))).clone()

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from mipic_st.encoder.card import describe_dims
 from mipic_st.encoder.encoding import encode_columns
+from mipic_st.encoder.fingerprint import fingerprint, model_name_of
 from mipic_st.encoder.structure import evaluation_mode, full_width, in_half_precision, unwrap
 from mipic_st.encoder.surgery import keep_description
 from mipic_st.numerics import compare_vectors, unit_length
@@ -89,7 +90,7 @@ def rotate_model(
         **fit_options: Any other keyword of :func:`fit_rotation`, e.g. ``seed``, ``max_steps``, ``held_out``.
 
     Returns:
-        :class:`Rotation`: the matrix and the held-out report.
+        :class:`Rotation`: the matrix, the held-out report, and the model's name and fingerprint before the change.
 
     Raises:
         TypeError: If data or an option is of the wrong kind.
@@ -157,7 +158,9 @@ class _Plan:
         vectors = dict(self.encode(self.columns))
         documents, queries = (None if name in self.own else vectors.get(name) for name in ("documents", "queries"))
         given = [vectors[name] for name in self.own]
-        return fit_rotation(*given, dims=self.dims, documents=documents, queries=queries, **self.options)
+        rotation = fit_rotation(*given, dims=self.dims, documents=documents, queries=queries, **self.options)
+        inner = unwrap(self.model)
+        return rotation.describe(model_name=model_name_of(inner), revision=fingerprint(inner), corpus=self.used)
 
     def put_in(self, rotation: Rotation, undo: ExitStack) -> None:
         """Into the model, which is checked; ``undo`` takes it out again."""

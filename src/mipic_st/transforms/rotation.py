@@ -12,9 +12,7 @@ Related work: AdaWidth (arXiv 2608.23862) learns a product of Householder reflec
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,7 +31,7 @@ from mipic_st.transforms.arrays import (
     mapped,
     off_orthogonal,
 )
-from mipic_st.transforms.verdict import Judged
+from mipic_st.transforms.hub import OnHub
 from mipic_st.validation import checked_choice, checked_dims
 
 if TYPE_CHECKING:
@@ -41,14 +39,12 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
 
-logger = logging.getLogger(__name__)
-
 # Vectors that ranges are taken from, at most.
 CALIBRATED = 2**15
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Rotation(Judged):
+class Rotation(OnHub):
     """An orthogonal map of embeddings whose leading values are worth keeping.
 
     Attributes:
@@ -192,9 +188,7 @@ class Rotation(Judged):
             [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
         """
         array = as_matrix("queries", queries, self._width, f"this {self.kind}")
-        asked = np.empty((len(array), self._dim(dim)), dtype=np.float32)
-        for rows, units in self._units("queries", array, dim):
-            asked[rows] = units
+        asked = self._all_units("queries", array, dim)
         return coding.scores(asked, as_rows("codes", codes), precision, self._ranges(dim, precision))
 
     def calibrate(self, vectors: Any, dims: Sequence[int] | None = None) -> Rotation:
@@ -218,7 +212,7 @@ class Rotation(Judged):
         array = array[:: -(-len(array) // CALIBRATED)]
         ranges = dict(self.ranges or {})
         for dim in dims:
-            ranges[dim] = Ranges.of(np.concatenate([units for _, units in self._units("vectors", array, dim)]))
+            ranges[dim] = Ranges.of(self._all_units("vectors", array, dim))
         return replace(self, ranges=dict(sorted(ranges.items())))
 
     def to_faiss(self, dim: int | None = None) -> faiss.LinearTransform:
@@ -276,14 +270,6 @@ class Rotation(Judged):
             pass  # refuses what has no direction
         return filled(index, array, factory)
 
-    @property
-    def fingerprint(self) -> str:
-        """A short name of matrix and ranges: files of codes say by it which rotation made them."""
-        digest = hashlib.blake2b(self.matrix.tobytes(), digest_size=8)
-        for dim, ranges in sorted((self.ranges or {}).items()):
-            digest.update(f"{dim}".encode() + np.asarray(ranges).tobytes())
-        return digest.hexdigest()
-
     def to_modules(self, model: SentenceTransformer | None = None) -> Sequence[nn.Module]:
         """The rotation as a bias-free identity ``Dense``.
 
@@ -323,13 +309,7 @@ class Rotation(Judged):
 
         judged = judged_on(self, vectors, queries)
         judged.warn("these vectors")
-        if judged.foreign_dims:
-            logger.warning(
-                "On these vectors the rotation keeps far fewer neighbours than their own PCA at dims %s, as one that "
-                "was fitted on another domain does: fit it on the documents that will be searched.\n%s",
-                list(judged.foreign_dims),
-                judged,
-            )
+        judged.warn_foreign("these vectors")
         return judged
 
     def check(self) -> None:
@@ -380,6 +360,12 @@ class Rotation(Judged):
                     raise ValueError(f"{name} are zero{where} in row {row}: it has no direction, leave it out.")
                 raise ValueError(f"{name} hold NaN or infinite values in row {row}: it has no code, leave it out.")
             yield part.rows, part.units()
+
+    def _all_units(self, name: str, array: np.ndarray, dim: int | None) -> np.ndarray:
+        found = np.empty((len(array), self._dim(dim)), dtype=np.float32)
+        for rows, units in self._units(name, array, dim):
+            found[rows] = units
+        return found
 
     @staticmethod
     def _field(array: np.ndarray) -> np.ndarray:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mipic_st.numerics import spearman
 from mipic_st.transforms.measures import cosine_scores, ndcg, ranked, recall, reciprocal_rank
@@ -48,24 +48,33 @@ class Search:
         """For each basis (D, D): measures, one number per dim and query; "similarity" has one per dim."""
         shape = (len(self.queries), len(self.documents))
         wanted = ranked(cosine_scores(self.queries, self.documents), shape, K, self.own)
-        asked, step = _SAMPLED[0], max(1, shape[1] // _SAMPLED[1])
-        full = (self.queries[:asked] @ self.documents[::step].T).flatten().cpu().numpy()
+        full = _sample(self.queries, self.documents)
         results = {}
         for name, basis in bases.items():
-            sides = [side @ basis[:, : max(dims)] for side in (self.queries, self.documents)]
-            rows: dict[str, list[Tensor]] = {}
-            for dim in dims:
-                queries, documents = (F.normalize(side[:, :dim], dim=1) for side in sides)
-                found = ranked(cosine_scores(queries, documents), shape, K, self.own)
-                now = {RECALL: recall(found, wanted)}
-                if self.relevant is not None:
-                    now |= {NDCG: ndcg(found, self.relevant), f"MRR@{K}": reciprocal_rank(found, self.relevant)}
-                cosines = (queries[:asked] @ documents[::step].T).flatten().cpu().numpy()
-                now["similarity"] = torch.tensor(spearman(cosines, full))
-                for measure, values in now.items():
-                    rows.setdefault(measure, []).append(values.cpu())
-            results[name] = {measure: torch.stack(values) for measure, values in rows.items()}
+            rows = [self._measured(basis[:, :dim], wanted, full) for dim in dims]
+            results[name] = {measure: torch.stack([row[measure] for row in rows]) for measure in rows[0]}
         return results
+
+    def _measured(self, basis: Tensor, wanted: Tensor, full: np.ndarray) -> dict[str, Tensor]:
+        """The measures of one dim, for a basis (D, d)."""
+        queries, documents = _units(self.queries @ basis), _units(self.documents @ basis)
+        found = ranked(cosine_scores(queries, documents), (len(queries), len(documents)), K, self.own)
+        now = {RECALL: recall(found, wanted)}
+        if self.relevant is not None:
+            now |= {NDCG: ndcg(found, self.relevant), f"MRR@{K}": reciprocal_rank(found, self.relevant)}
+        now["similarity"] = torch.tensor(spearman(_sample(queries, documents), full))
+        return {measure: values.cpu() for measure, values in now.items()}
+
+
+def _units(vectors: Tensor) -> Tensor:
+    """Scaled to unit length, in place: there is one array beside the documents."""
+    return vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_min_(1e-12))
+
+
+def _sample(queries: Tensor, documents: Tensor) -> np.ndarray:
+    """Cosines of some queries with some documents."""
+    step = max(1, len(documents) // _SAMPLED[1])
+    return (queries[: _SAMPLED[0]] @ documents[::step].T).flatten().cpu().numpy()
 
 
 def report(results: Mapping[str, Mapping[str, Tensor]], dims: Sequence[int], measure: str) -> list[dict[str, float]]:

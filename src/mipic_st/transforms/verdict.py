@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import ClassVar
 
+import numpy as np
+
+from mipic_st.codes import Ranges
 from mipic_st.transforms.base import Transform
 
 logger = logging.getLogger(__name__)
@@ -47,6 +51,8 @@ class Judged(Transform):
         "similarity_pca": "similarity, PCA",
         "similarity_rotated": "similarity, rotated",
     }
+    matrix: np.ndarray
+    ranges: dict[int, Ranges] | None
     chosen: str
     measure: str
 
@@ -62,6 +68,21 @@ class Judged(Transform):
                 "searched.\n%s",
                 data,
                 list(self.worse_dims),
+                self,
+            )
+
+    def warn_foreign(self, data: str) -> None:
+        """Say in the log at which dims it looks fitted on another domain.
+
+        Args:
+            data: On what.
+        """
+        if self.foreign_dims:
+            logger.warning(
+                "On %s the rotation keeps far fewer neighbours than their own PCA at dims %s, as one that was fitted "
+                "on another domain does: fit it on the documents that will be searched.\n%s",
+                data,
+                list(self.foreign_dims),
                 self,
             )
 
@@ -96,3 +117,7 @@ class Judged(Transform):
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{self.verdict}"
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook."""
+        return f"{super()._repr_html_()}<p>{escape(self.verdict)}</p>"
