@@ -251,3 +251,13 @@ def test_the_fingerprint_is_the_same_in_every_process(minilm_path):
         for n in "12"
     }
     assert len(seen) == 1
+
+
+def test_the_similarity_stays_unset(tmp_path):
+    """What is not set counts as cosine, and is not set by being looked at."""
+    model = tiny_model(tmp_path)
+    model.similarity_fn_name = None
+    unset = fingerprint(model)
+    assert model._similarity_fn_name is None
+    model.similarity_fn_name = "cosine"
+    assert fingerprint(model) == unset

@@ -50,7 +50,8 @@ def fingerprint(model: SentenceTransformer) -> str:
     state = {
         "prompts": model.prompts,
         "default": model.default_prompt_name,
-        "similarity": str(model.similarity_fn_name),
+        # asked by its public name, None becomes cosine in the model
+        "similarity": str(getattr(model, "_similarity_fn_name", None) or "cosine"),
         "length": model.max_seq_length,
         "modules": [(name, _module_state(module)) for name, module in model.named_modules()],
         "tokenizers": [_tokenizer_state(tokenizer) for tokenizer in tokenizers.values() if tokenizer is not None],

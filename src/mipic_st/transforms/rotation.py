@@ -309,7 +309,7 @@ class Rotation(OnHub):
 
         judged = judged_on(self, vectors, queries)
         judged.warn("these vectors")
-        judged.warn_foreign("these vectors")
+        judged.warn_foreign()
         return judged
 
     def check(self) -> None:

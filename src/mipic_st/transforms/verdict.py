@@ -71,17 +71,12 @@ class Judged(Transform):
                 self,
             )
 
-    def warn_foreign(self, data: str) -> None:
-        """Say in the log at which dims it looks fitted on another domain.
-
-        Args:
-            data: On what.
-        """
+    def warn_foreign(self) -> None:
+        """Say in the log at which dims it looks fitted on another domain than the vectors that judge it."""
         if self.foreign_dims:
             logger.warning(
-                "On %s the rotation keeps far fewer neighbours than their own PCA at dims %s, as one that was fitted "
-                "on another domain does: fit it on the documents that will be searched.\n%s",
-                data,
+                "On these vectors the rotation keeps far fewer neighbours than their own PCA at dims %s, as one that "
+                "was fitted on another domain does: fit it on the documents that will be searched.\n%s",
                 list(self.foreign_dims),
                 self,
             )
