@@ -12,7 +12,7 @@ from mkdocs.structure.files import File, Files
 
 README = Path(__file__).parents[1] / "README.md"
 PACKAGE = README.parent / "src" / "mipic_st"
-ROOMS = ("losses", "transforms", "evaluation", "advice", "deploy", "encoder")
+ROOMS = ("losses", "transforms", "evaluation", "advice", "stored", "deploy", "encoder")
 
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL

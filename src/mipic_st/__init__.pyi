@@ -14,6 +14,8 @@ from .evaluation.report import EvaluationReport as EvaluationReport
 from .losses.callback import MIPICCallback as MIPICCallback
 from .losses.distillation import add_teacher_vectors as add_teacher_vectors
 from .losses.mipic import MIPICLoss as MIPICLoss
+from .stored.job import rotate_files as rotate_files
+from .stored.rotate import RotateVectors as RotateVectors
 from .transforms.layer_cut import LayerCuts as LayerCuts
 from .transforms.layer_cut import fit_layer_cuts as fit_layer_cuts
 from .transforms.model_rotation import rotate_model as rotate_model

@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "transforms": {*GROUND, "encoder"},
     "evaluation": {*GROUND, "encoder"},
     "advice": {*GROUND, "encoder", "transforms", "evaluation"},
+    "stored": {*GROUND, "transforms"},
     "deploy": {*GROUND, "encoder", "losses", "transforms", "evaluation"},
-    "cli": {*GROUND, "encoder", "losses", "transforms", "evaluation", "advice", "deploy"},
+    "cli": {*GROUND, "encoder", "losses", "transforms", "evaluation", "advice", "stored", "deploy"},
     "__main__": {"cli"},
 }
 # Kinds of modules that sentence-transformers models are built of: only encoder/ asks for them.

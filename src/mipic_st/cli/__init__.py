@@ -21,7 +21,7 @@ from mipic_st.cli.options import check_device, is_expected, one_line
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 # not sentence-transformers, which says when it has guessed a model's pooling
 _OTHERS = ("datasets", "mteb", "transformers")
-COMMANDS = ("advise", "rotate", "cut", "export", "check", "eval", "tasks")
+COMMANDS = ("advise", "rotate", "vectors", "cut", "export", "check", "eval", "tasks")
 
 
 def build_parser() -> argparse.ArgumentParser:

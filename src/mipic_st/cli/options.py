@@ -85,9 +85,9 @@ def add_dims(parser: argparse.ArgumentParser) -> None:
     add_list(parser, "--dims", whole_number, metavar="DIM", help=text)
 
 
-def add_dim(parser: argparse.ArgumentParser, text: str) -> None:
+def add_dim(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
     """One dim."""
-    parser.add_argument("--dim", type=whole_number, metavar="D", help=text)
+    parser.add_argument("--dim", type=whole_number, metavar="D", required=required, help=text)
 
 
 def add_output(parser: argparse.ArgumentParser, text: str = "new or empty folder") -> None:
