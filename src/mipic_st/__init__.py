@@ -7,4 +7,4 @@ first used, so that ``import mipic_st`` and ``mipic-st --version`` are instant.
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__version__ = "0.1.0"
+__version__ = "0.2.0"
