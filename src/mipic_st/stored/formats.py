@@ -264,3 +264,4 @@ class Lance(Format):
 
 
 FORMATS: dict[str, type[Format]] = {format.suffix: format for format in (Parquet, Numpy, Safetensors, Lance)}
+"""The class of each ending."""
