@@ -73,27 +73,31 @@ def serve(folder: Path) -> HTTPServer:
     return server
 
 
+def ran(line: str, folder: Path) -> str:
+    """What a command prints, standard output first."""
+    quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "100"}
+    words = [sys.executable, "-m", "mipic_st", *line.split()[1:]]
+    done = subprocess.run(words, cwd=folder, env=os.environ | quiet, capture_output=True, text=True)
+    print(line, done.returncode, sep="\n")
+    return f"{done.stdout.rstrip()}\n{done.stderr.rstrip()}".strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="with sts13_test.csv, for eval")
     args = parser.parse_args()
-    quiet = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "100"}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         prepare(folder, args.data_dir)
         server = serve(folder)
 
-        def printed(match: re.Match[str]) -> str:
-            lines = match[2].replace("\\\n", " ").strip().splitlines()
-            shown = []
-            for line in lines:
-                words = [sys.executable, "-m", "mipic_st", *line.split("  #")[0].split()[1:]]
-                done = subprocess.run(words, cwd=folder, env=os.environ | quiet, capture_output=True, text=True)
-                shown.append(done.stdout.rstrip() + "\n" + done.stderr.rstrip())
-                print(line, done.returncode, sep="\n")
-            return f"{match[1]}```text\n{chr(10).join(shown).strip()}\n```\n"
-
-        PAGE.write_text(RUN.sub(printed, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        # block by block, so that a run that is ended keeps what it has
+        for number, (_, commands) in enumerate(RUN.findall(PAGE.read_text(encoding="utf-8"))):
+            output = "\n".join(ran(line, folder) for line in commands.replace("\\\n", " ").strip().splitlines())
+            text = PAGE.read_text(encoding="utf-8")
+            match = list(RUN.finditer(text))[number]
+            block = f"{match[1]}```text\n{output}\n```\n"
+            PAGE.write_text(text[: match.start()] + block + text[match.end() :], encoding="utf-8")
         server.shutdown()
 
 
