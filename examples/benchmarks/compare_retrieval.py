@@ -9,7 +9,8 @@ Sets: Cranfield; docstrings of installed libraries; Banking77 as intent search; 
 SICK, MRPC and Banking77, which search their neighbours. Documents are coded, queries stay floats.
 
 By dim: truncation, a random rotation, PCA (uncentred, as an orthogonal map is), `fit_rotation`. By bytes: these with
-int8, int4 and binary codes; ITQ with binary ones; the rotated and truncated vectors with faiss's PQ; and faiss's own
+int8, int4 and binary codes; ITQ with binary ones; the rotated and truncated vectors with faiss's PQ, whose parts are
+neighbouring values or, interleaved, get an equal share of the leading ones; and faiss's own
 PCA with SQ8, SQ4 and RaBitQ, PQ, and OPQ with PQ. Where dims would exceed the width, the width is taken, and a cell is
 shown once, at the smallest number of bytes that holds it. RaBitQ keeps 8 bytes of its own with each vector. With --csr
 also sentence-transformers' CSRLoss: an autoencoder on the vectors, not tuned, one seed, three bytes for each active
@@ -31,7 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ from mipic_st.transforms.orthogonal import pca_basis
 sys.path.append(str(Path(__file__).parents[1]))  # what the example scripts share
 from common import load_model
 
-BYTES = (8, 16, 32, 64, 128)
 DIMS = (256, 128, 64, 32, 16, 8)
 # dims of product quantization by its bytes, for our rotation as for OPQ
 PQ_DIMS = {8: 64, 16: 128, 32: 128, 64: 256, 128: 384}
+PLAIN_PQ, INTERLEAVED = "rotation, PQ", "rotation, PQ, interleaved"
 RIVAL, SPARSE = "OPQ + PQ (faiss)", "CSRLoss"
 SETS: dict[str, Callable[[Path], Corpus]] = {
     "cranfield": corpora.cranfield,
@@ -79,6 +80,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, help="folder for vectors, so that each text is encoded once")
     parser.add_argument("--json", metavar="FILE", type=Path, help="add the figures of these sets to this file")
+    parser.add_argument("--bytes", type=int, nargs="+", choices=PQ_DIMS, default=list(PQ_DIMS), metavar="BYTES")
     parser.add_argument("--csr", type=int, nargs="*", default=[], metavar="BYTES", help="CSRLoss at so many bytes")
     parser.add_argument("--bf16", action="store_true", help="encode in bfloat16 autocast, for large models on a CPU")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -89,7 +91,7 @@ def parse_args() -> argparse.Namespace:
     if args.data is None and {*args.sets} - {"docstrings"}:
         parser.error("--sets: all but docstrings need --data FOLDER")
     if args.smoke:
-        args.seeds = args.seeds[:1]
+        args.seeds, args.bytes = args.seeds[:1], args.bytes[:2]
     return args
 
 
@@ -98,14 +100,14 @@ def random_rotation(width: int, seed: int) -> np.ndarray:
 
 
 def fitted_matrices(
-    task: Task, dims: list[int], seeds: list[int]
+    task: Task, dims: list[int], seeds: list[int], max_steps: int | None
 ) -> tuple[dict[str, list[Matrix]], dict[str, float], list[str]]:
     """For each way one (D, D) per seed, the seconds of one fit, and which candidate the fit chose."""
     vectors, width = task.fitted, task.fitted.shape[1]
     chosen: list[str] = []
 
     def rotation(seed: int) -> np.ndarray:
-        fit = fit_rotation(vectors, dims=dims, seed=seed, show_progress_bar=False)
+        fit = fit_rotation(vectors, dims=dims, seed=seed, max_steps=max_steps, show_progress_bar=False)
         chosen.append(fit.chosen)
         return np.asarray(fit.matrix)
 
@@ -124,7 +126,12 @@ def fitted_matrices(
     return matrices, seconds, chosen
 
 
-def cells(width: int, budgets: tuple[int, ...], per_byte: float, extra: int = 0) -> Iterator[tuple[int, int]]:
+def interleaved(dim: int, parts: int) -> np.ndarray:
+    """An order of the values in which part j of PQ has those numbered j, j + parts, and so on."""
+    return np.arange(dim).reshape(-1, parts).T.flatten()
+
+
+def cells(width: int, budgets: Sequence[int], per_byte: float, extra: int = 0) -> Iterator[tuple[int, int]]:
     """(bytes, dim): the most dims that so many bytes hold, each cell once."""
     shown = set()
     for size in budgets:
@@ -150,7 +157,7 @@ def by_faiss(task: Task, spec: str, sides: list[np.ndarray] | None = None) -> to
 
 
 def by_bytes(
-    task: Task, matrices: dict[str, list[Matrix]], seeds: list[int], budgets: tuple[int, ...], csr: list[int]
+    task: Task, matrices: dict[str, list[Matrix]], seeds: list[int], budgets: list[int], csr: list[int]
 ) -> tuple[Found, dict[str, float]]:
     """Every way at every number of bytes; and the seconds of OPQ with PQ."""
     wanted = task.search(task.documents.shape[1])
@@ -185,8 +192,12 @@ def by_bytes(
     for size in budgets:
         dim = min(width, PQ_DIMS[size])
         if dim % size == 0:
-            pq = [by_faiss(task, f"PQ{size}np", task.cut(dim, matrix)) for matrix in matrices["rotation"]]
-            add("rotation, PQ", size, f"PQ of {dim}", pq)
+            for row, order in ((PLAIN_PQ, np.arange(dim)), (INTERLEAVED, interleaved(dim, size))):
+                pq = [
+                    by_faiss(task, f"PQ{size}np", [side[:, order] for side in task.cut(dim, matrix)])
+                    for matrix in matrices["rotation"]
+                ]
+                add(row, size, f"PQ of {dim}", pq)
             started = time.perf_counter()
             add(RIVAL, size, f"OPQ of {dim}", [by_faiss(task, f"OPQ{size}_{dim},PQ{size}np")])
             seconds[f"OPQ + PQ, {size} bytes"] = time.perf_counter() - started
@@ -230,14 +241,14 @@ def summary(results: list[Figures]) -> dict[str, dict[str, float]]:
 def figures_of(task: Task, args: argparse.Namespace) -> dict[str, Any]:
     width = task.documents.shape[1]
     dims = [dim for dim in DIMS if dim < width]
-    matrices, seconds, chosen = fitted_matrices(task, dims, args.seeds)
+    matrices, seconds, chosen = fitted_matrices(task, dims, args.seeds, 5 if args.smoke else None)
     wanted = task.search(width)
     main = f"ndcg@{K}" if task.relevant else f"recall@{K}"
     at_dims = {
         way: {dim: [task.measure(task.search(dim, matrix=matrix), wanted) for matrix in per_seed] for dim in dims}
         for way, per_seed in matrices.items()
     }
-    at_bytes, more_seconds = by_bytes(task, matrices, args.seeds, BYTES[:2] if args.smoke else BYTES, args.csr)
+    at_bytes, more_seconds = by_bytes(task, matrices, args.seeds, args.bytes, args.csr)
 
     def beyond(ours: list[Figures], theirs: list[Figures]) -> dict[str, float]:
         """Ours minus theirs, over all seeds of both."""
@@ -264,7 +275,7 @@ def figures_of(task: Task, args: argparse.Namespace) -> dict[str, Any]:
                 for size, (_, runs) in at_bytes[row].items()
                 if size in at_bytes[RIVAL]
             }
-            for row in ("rotation, int8", "rotation, int4", "rotation, binary", "rotation, PQ")
+            for row in ("rotation, int8", "rotation, int4", "rotation, binary", PLAIN_PQ, INTERLEAVED)
         },
     }
 

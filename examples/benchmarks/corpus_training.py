@@ -23,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -246,8 +247,11 @@ def report(bench: Bench) -> dict[str, Any]:
             row: {cell: np.array([scores[cell] for _, scores in runs]) for cell in runs[0][1]}
             for row, runs in by_row.items()
         }
-        found[name] = {
-            row: {
+        found[name] = {}
+        for row, runs in by_row.items():
+            same = re.sub(r"mipic(-[a-z]+)?", "matryoshka", row)  # from the same start, at the same rate
+            rivals = {"over the rotation": "rotation"} | ({"over MatryoshkaLoss": same} if same != row else {})
+            found[name][row] = {
                 "learning_rate": runs[0][0]["rate"],
                 "seeds": len(runs),
                 "seconds": float(np.mean([line["seconds"] for line, _ in runs])),
@@ -255,13 +259,14 @@ def report(bench: Bench) -> dict[str, Any]:
                     cell: {"mean": float(by_seed.mean()), "std": float(by_seed.mean(axis=1).std(ddof=len(runs) > 1))}
                     for cell, by_seed in figures[row].items()
                 },
-                "over the rotation": {
-                    cell: bootstrap(by_seed - figures["rotation"][cell][: len(by_seed)])
+            } | {
+                kind: {
+                    cell: bootstrap(by_seed - figures[rival][cell][: len(by_seed)])
                     for cell, by_seed in figures[row].items()
-                },
+                }
+                for kind, rival in rivals.items()
+                if rival in figures
             }
-            for row, runs in by_row.items()
-        }
         found[name]["settings"] = {
             "documents": len(bench.corpora[name].documents),
             **{part: len(rows) for part, rows in halves(bench.corpora[name])._asdict().items()},

@@ -15,7 +15,7 @@ from statistics import mean, stdev
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / ".docs" / "pages" / name for name in ("results.md", "appendix.md")),
+    *(ROOT / ".docs" / "pages" / name for name in ("results.md", "results-retrieval.md", "appendix.md")),
     ROOT / "examples" / "benchmarks" / "results" / "SEARCHES.md",
 ]
 # the comparison from the rotated start, more rows from it, the earlier one of plain starts, good and weak, and what
@@ -35,6 +35,8 @@ FILES = {
     "untrained": "rotations.json",
     "wide": "rotations_mpnet.json",
     "retrieval": "retrieval.json",
+    "search static": "retrieval_static.json",
+    "trained on pairs": "corpus_training.json",
 }
 
 ROWS = {
@@ -259,6 +261,109 @@ def budgets(sets):
     return table(["bytes", "stored as", "rotated", "truncated"], rows)
 
 
+SETS = {
+    "cranfield": "Cranfield",
+    "docstrings": "docstrings",
+    "banking77": "Banking77, intent search",
+    "sentences": "sentences",
+}
+CORPUS_ROWS = {
+    "truncation": "truncation, no training",
+    "rotation": "**rotation of the documents, no training**",
+    "matryoshka": "`MatryoshkaLoss`",
+    "mipic": "`MIPICLoss`: SIA, no PIC",
+    "rotation+matryoshka": "**rotation, then `MatryoshkaLoss`**",
+    "rotation+mipic": "rotation, then `MIPICLoss`: SIA, no PIC",
+    "rotation+mipic-pic": "rotation, then `MIPICLoss`: PIC, no SIA",
+}
+CORPUS_ROWS |= {
+    f"{name}, rotated again": f"{label.replace('**', '')}; rotated again" for name, label in CORPUS_ROWS.items()
+}
+
+
+def over_seeds(found):
+    return f"{found['mean']:.1f}" + (f" ±{found['std']:.1f}" if found["std"] else "")
+
+
+def ours(row):
+    return f"**{row}**" if row.startswith("rotation") else row
+
+
+def search_dims(entry):
+    """Every way at every dim, set by set."""
+    rows, dims = [], []
+    for name, found in entry.items():
+        measure = found["measure"]
+        dims = [*next(iter(found["dims"].values()))]
+        rows.append([f"{SETS[name]}: full width", f"{found['full width'][measure]['mean']:.1f}", *[""] * len(dims)])
+        for way, by_dim in found["dims"].items():
+            rows.append([ours(way), "", *(over_seeds(by_dim[dim][measure]) for dim in dims)])
+    return table(["", "full", *dims], rows)
+
+
+def search_bytes(name):
+    """Every way at every number of bytes, on one set."""
+
+    def made(entry):
+        found = entry[name]
+        sizes = [*found["bytes"]["rotation, int8"]]
+        rows = [
+            [ours(row), *(over_seeds(by_size[size][found["measure"]]) if size in by_size else "" for size in sizes)]
+            for row, by_size in found["bytes"].items()
+        ]
+        return table(["", *(f"{size} B" for size in sizes)], rows)
+
+    return made
+
+
+def over_opq(entry):
+    """Our codes minus OPQ with PQ at equal bytes."""
+    sizes = ("8", "16", "32", "64", "128")
+    rows = [
+        [f"{SETS[name]}: {row}", *(difference(by_size, size) for size in sizes)]
+        for name, found in entry.items()
+        for row, by_size in found["over OPQ"].items()
+        if row != "rotation, int8"
+    ]
+    return table(["minus OPQ + PQ", *(f"{size} B" for size in sizes)], rows)
+
+
+def fit_seconds(entry):
+    """Seconds of the fits, beside those of OPQ and PQ at 32 bytes."""
+    columns = ("PCA", "rotation", "OPQ + PQ, 32 bytes")
+    rows = [
+        [SETS[name], found["fitted on"], *(f"{found['seconds'][column]:.1f}" for column in columns)]
+        for name, found in entry.items()
+    ]
+    return table(["", "fitted on", *columns], rows)
+
+
+def corpus_scores(name):
+    def made(entry):
+        cells = [*entry[name]["rotation"]["ndcg@10"]]
+        rows = [
+            [label, rate(entry[name][row]), *(over_seeds(entry[name][row]["ndcg@10"][cell]) for cell in cells)]
+            for row, label in CORPUS_ROWS.items()
+            if row in entry[name]
+        ]
+        return table(["", "rate", *cells], rows)
+
+    return made
+
+
+def corpus_differences(name, over, head):
+    def made(entry):
+        cells = ("384", "64", "16", "8", "32 B", "16 B", "8 B")
+        rows = [
+            [label, *(difference(entry[name][row][over], cell) for cell in cells)]
+            for row, label in CORPUS_ROWS.items()
+            if over in entry[name].get(row, {}) and row not in ("truncation", "rotation")
+        ]
+        return table([head, *cells], rows)
+
+    return made
+
+
 # name of the table: (file, part of it, what makes the table)
 TABLES = {
     "budgets": ("retrieval", "sets", budgets),
@@ -322,6 +427,21 @@ TABLES = {
     "rotations": ("untrained", "rotations", rotations),
     "cuts": ("untrained", "cuts", cuts),
     "wide": ("wide", "rotations", rotations),
+    "search dims": ("retrieval", "sets", search_dims),
+    **{f"search {name}": ("retrieval", "sets", search_bytes(name)) for name in SETS},
+    "search over OPQ": ("retrieval", "sets", over_opq),
+    "search seconds": ("retrieval", "sets", fit_seconds),
+    "search static dims": ("search static", "sets", search_dims),
+    "search static": ("search static", "sets", search_bytes("cranfield")),
+    **{f"trained {name}": ("trained on pairs", "corpora", corpus_scores(name)) for name in ("docstrings", "cranfield")},
+    **{
+        f"trained {name} {kind}": ("trained on pairs", "corpora", corpus_differences(name, over, head))
+        for name in ("docstrings", "cranfield")
+        for kind, over, head in (
+            ("differences", "over the rotation", "minus the rotation, no training"),
+            ("terms", "over MatryoshkaLoss", "minus `MatryoshkaLoss` in its place"),
+        )
+    },
 }
 MARKED = re.compile(r"(<!-- results: (.+?) -->\n\n)((?:\|.*\n)*)\n*")
 

@@ -5,11 +5,12 @@ import runpy
 import sys
 
 import corpora
+import faiss
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from compare_retrieval import by_faiss, cells, random_rotation, sparse
+from compare_retrieval import by_faiss, cells, interleaved, random_rotation, sparse
 from corpora import Corpus, Task, bootstrap
 from test_examples import ROOT
 
@@ -18,15 +19,19 @@ from mipic_st.numerics import unit_length
 
 @pytest.fixture
 def run_here(monkeypatch, capsys, tiny_model, tmp_path):
-    """Run a script in this process with a tiny model; returns what it printed."""
+    """Run a script in this process with a tiny model, on one thread; returns what it printed."""
     tiny_model().save_pretrained(str(tmp_path / "tiny"))
+    threads = torch.get_num_threads(), faiss.omp_get_max_threads()
 
     def started(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, "--model", str(tmp_path / "tiny"), *map(str, arguments)])
+        always = ["--model", str(tmp_path / "tiny"), "--threads", "1"]
+        monkeypatch.setattr(sys, "argv", [script, *always, *map(str, arguments)])
         runpy.run_path(str(ROOT / "examples" / "benchmarks" / script), run_name="__main__")
         return capsys.readouterr().out
 
-    return started
+    yield started
+    torch.set_num_threads(threads[0])
+    faiss.omp_set_num_threads(threads[1])
 
 
 def task_of(documents=60, queries=12, width=16, own=False):
@@ -83,6 +88,11 @@ def test_cells_hold_the_most_dims_each_once():
     assert list(cells(16, (8, 16, 32), 1)) == [(8, 8), (16, 16)]
 
 
+def test_interleaved_parts_share_the_leading_values():
+    """Each part has one of every run of neighbours, and every value stands once."""
+    assert interleaved(6, 2).reshape(2, 3).tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
 def test_k_sparse_vectors_are_trained_by_a_seed():
     """The same seed finds the same, another one something else; the global generator is left alone."""
     task = task_of(documents=300)
@@ -99,7 +109,8 @@ def test_intervals_cover_queries_and_seeds():
     queries = generator.normal(1, 5, size=400)
     one = bootstrap(queries[None])
     assert one["high"] - one["low"] == pytest.approx(2 * 1.96 * queries.std() / 20, rel=0.1)
-    assert one["low"] < one["difference"] == pytest.approx(queries.mean()) < one["high"]
+    assert one["difference"] == pytest.approx(queries.mean())
+    assert one["low"] < one["difference"] < one["high"]
     many = bootstrap(queries + np.array([[-3.0], [0], [3]]))
     assert many["high"] - many["low"] > 2 * (one["high"] - one["low"])
 

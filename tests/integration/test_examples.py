@@ -807,7 +807,12 @@ def test_gpu_benchmark_runs_on_the_cpu(tmp_path):
 
 @pytest.mark.slow
 def test_benchmark_tails_measures_every_fit():
-    """Seconds and memory of the rotation and of a cut's three steps."""
+    """Seconds and memory of rotations, what they are compared with, and a cut's three steps; and beside another job."""
     code, printed, errors = run("benchmarks/benchmark_tails.py", "--smoke", "--threads", "1")
     assert code == 0, errors
-    assert [line.split()[0] for line in printed.splitlines()[1:]] == ["rotation", "word", "least", "refined"]
+    fits = ["rotation", "documents", "PCA", "OPQ", "word", "least", "refined"]
+    assert [line.split()[0] for line in printed.splitlines()[1:]] == fits
+    code, printed, errors = run("benchmarks/benchmark_tails.py", "--smoke", "--only", "PCA", "--neighbour")
+    assert code == 0, errors
+    (line,) = printed.splitlines()[1:]
+    assert re.fullmatch(r"PCA .* x \d+\.\d\d", line)
