@@ -202,7 +202,8 @@ def test_compare_retrieval_prints_and_keeps_every_way(run_here, tmp_path):
 def test_corpus_training_resumes_and_reports(run_here, tmp_path):
     """Every row once, trained and rotated again; the report's means and differences are those of the runs."""
     file = tmp_path / "figures.json"
-    call = ("corpus_training.py", "--smoke", "--dims", 32, 8, "--output", tmp_path / "runs", "--report", file)
+    call = ("corpus_training.py", "--smoke", "--dims", 32, 8, "--learning-rates", 0.01)
+    call += ("--output", tmp_path / "runs", "--report", file)
     rows = ("--rows", "matryoshka", "rotation+mipic-pic")
     first = run_here(*call, *rows)
     assert first.count("seed 0") == 4
