@@ -79,7 +79,9 @@ def ran(line: str, folder: Path) -> str:
     words = [sys.executable, "-m", "mipic_st", *line.split()[1:]]
     done = subprocess.run(words, cwd=folder, env=os.environ | quiet, capture_output=True, text=True)
     print(line, done.returncode, sep="\n")
-    return f"{done.stdout.rstrip()}\n{done.stderr.rstrip()}".strip()
+    said = [line.rstrip() for line in f"{done.stdout.rstrip()}\n{done.stderr.rstrip()}".splitlines()]
+    # not all progress bars heed the variable above
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(line for line in said if "%|" not in line)).strip()
 
 
 def main() -> None:

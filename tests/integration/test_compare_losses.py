@@ -258,9 +258,9 @@ def test_hub_sets_have_the_split_of_their_use(script, monkeypatch):
         (
             ["sts14_test.csv", "sts15_test.csv"],
             ["banking77_train.csv", "banking77_test.csv"],
-            ["STS14 and STS15, Spearman x100", "Banking77 retrieval, accuracy@1 x100"],
+            ["STS14 and STS15, Spearman x100", "Banking77 intent search, accuracy@1 x100"],
         ),
-        ([], None, ["SYNTHETIC, Spearman x100", "Synthetic retrieval, accuracy@1 x100"]),
+        ([], None, ["SYNTHETIC, Spearman x100", "Synthetic intent search, accuracy@1 x100"]),
     ],
 )
 def test_the_picture_names_its_data(script, monkeypatch, tmp_path, test, probe, titles):

@@ -23,6 +23,7 @@ from mipic_st import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / ".docs" / "pages"
+APPENDIX = {PAGES / "appendix.md", PAGES / "results-retrieval.md"}
 DOCUMENTS = [ROOT / "README.md", *sorted(PAGES.glob("*.md"))]
 
 # Blocks that do not run, by document and the beginning of the block. Pages mark theirs with <!-- skip: next "why" -->.
@@ -348,7 +349,7 @@ def words_of(text):
     return sum(any(letter.isalnum() for letter in word) for word in text.split())
 
 
-@pytest.mark.parametrize("document", sorted(set(PAGES.glob("*.md")) - {PAGES / "appendix.md"}), ids=name_of)
+@pytest.mark.parametrize("document", sorted(set(PAGES.glob("*.md")) - APPENDIX), ids=name_of)
 def test_pages_are_short(document):
     """At most 1,500 words and eight columns, but for the appendix, which is there for the rest."""
     text = document.read_text(encoding="utf-8")
@@ -431,3 +432,15 @@ def test_site_builds_without_warnings(tmp_path):
     results = html.unescape((tmp_path / "site" / "appendix.html").read_text(encoding="utf-8"))
     assert results.count("<table>") >= 3
     assert len(list((tmp_path / "site" / "notebooks").glob("*.html"))) == 3
+
+
+def test_every_command_is_shown_with_its_output():
+    """The page has a section for each command, in which a call of it is followed by what it printed."""
+    text = (PAGES / "command-line.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    assert set(sections) == set(cli.COMMANDS)
+    for name, section in sections.items():
+        shown = re.findall(r"```bash\n(mipic-st .*?)```\n\n```text\n(.*?)```\n", section, re.DOTALL)
+        assert shown, name
+        assert all(command.startswith(f"mipic-st {name}") and output.strip() for command, output in shown), name
+        assert not any("Traceback" in output or "mipic-st: " in output for _, output in shown), name

@@ -487,7 +487,7 @@ def test_lora_saves_a_merged_model(run_here, tmp_path):
     pytest.importorskip("peft", reason="needs peft")
     printed = run_here("lora_decoder.py", "--smoke", "--learning-rate", "1e-2", "--output-dir", tmp_path / "out")
     rows = table_rows(printed)
-    assert list(rows) == [64, 32, 16]
+    assert list(rows) == [64, 32, 16, 8]
     assert all(gain != 0 for _, _, gain in rows.values())
     assert float(re.search(r"largest difference to the trained one (\S+)", printed)[1]) < 1e-5
     assert not list((tmp_path / "out").rglob("adapter*"))
