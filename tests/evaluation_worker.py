@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,12 @@ if __name__ == "__main__":
     ranks = [fork.Process(target=main, args=(rank, port, *places, int(sys.argv[3]))) for rank in range(2)]
     for process in ranks:
         process.start()
+    # where one fails, the other would wait for it
+    while all(process.exitcode in (None, 0) for process in ranks) and any(process.is_alive() for process in ranks):
+        time.sleep(0.1)
+    if any(process.exitcode for process in ranks):
+        for process in ranks:
+            process.terminate()
     for process in ranks:
         process.join()
     sys.exit(max(abs(process.exitcode) for process in ranks))

@@ -17,7 +17,7 @@ TESTS = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory, transformer_folder):
     """What the trainer logged on rank 0, and what the same evaluator gives there alone."""
-    return two_processes(tmp_path_factory.mktemp("shared"), transformer_folder, 3)
+    return two_processes(tmp_path_factory.mktemp("shared"), transformer_folder, 0)
 
 
 def two_processes(folder, transformer_folder, draws):
@@ -43,14 +43,6 @@ def test_scores_of_two_processes_are_those_of_one(scores, case):
     assert len(alone) > 20
     for key, value in alone.items():
         assert shared[f"eval_{key}"] == pytest.approx(value, abs=1e-5), key
-
-
-def test_drawn_models_and_evaluators(scores):
-    """The native scores at full width and those of one process at every dim, which the worker compares to 1e-5."""
-    if scores["draws"] is None:
-        pytest.skip("this sentence-transformers does not share encode")
-    assert len(scores["draws"]) == 3
-    assert all(count > 1 for count in scores["draws"])
 
 
 @pytest.mark.slow
