@@ -492,7 +492,7 @@ def test_lora_saves_a_merged_model(run_here, tmp_path):
     assert float(re.search(r"largest difference to the trained one (\S+)", printed)[1]) < 1e-5
     assert not list((tmp_path / "out").rglob("adapter*"))
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
-    assert config["matryoshka_dimensions"] == [16, 32, 64]
+    assert config["matryoshka_dimensions"] == [8, 16, 32, 64]
 
 
 @needs_model
