@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,19 +128,22 @@ def test_ray_script(tmp_path):
     assert table.schema.field("embedding").type.list_size == 64
 
 
-def test_faiss_ranks_codes_as_the_rotation_does(tmp_path):
-    """The page's way: codes as they are, the step in the query. One constant apart from ``rotation.scores``."""
-    faiss = pytest.importorskip("faiss", reason="needs the serve extra")
-    rotation = random_rotation()
-    codes, queries = rotation.encode(VECTORS, dim=16), random_vectors(20, seed=5)
-    index = faiss.IndexScalarQuantizer(16, faiss.ScalarQuantizer.QT_8bit_direct_signed, faiss.METRIC_INNER_PRODUCT)
-    index.add(codes.astype(np.float32))
-    assert index.sa_code_size() == 16
-    found, rows = index.search(rotation(queries, dim=16) * rotation.ranges[16].steps(256), 10)
-    scores = np.take_along_axis(rotation.scores(queries, codes, dim=16), rows, axis=1)
-    np.testing.assert_allclose(found - found[:, :1], scores - scores[:, :1], atol=1e-4)
-    best = np.sort(rotation.scores(queries, codes, dim=16), axis=1)[:, ::-1][:, :10]
-    np.testing.assert_allclose(scores, best, atol=1e-4)
+def test_faiss_scores_are_those_of_the_rotation(tmp_path, monkeypatch):
+    """The page's block, on codes that the command wrote: every score, and so every rank."""
+    pytest.importorskip("faiss", reason="needs the serve extra")
+    monkeypatch.chdir(tmp_path)
+    vectors, queries = random_vectors(500, 96), random_vectors(20, 96, seed=5)
+    square = np.linalg.qr(np.random.default_rng(0).normal(size=(96, 96)))[0].astype(np.float32)
+    rotation = Rotation(square, (64,)).calibrate(vectors)
+    pq.write_table(table_of(vectors), "in.parquet")
+    rotate_files("in.parquet", "codes", rotation, dim=64, show_progress_bar=False)
+    model = SimpleNamespace(encode=lambda texts: queries[:1])
+    index = run("faiss", model=model, np=np, pq=pq)["index"]
+    assert index.sa_code_size() == 64
+    found, rows = index.search(rotation(queries, dim=64), 10)
+    scores = rotation.scores(queries, rotation.encode(vectors, dim=64), dim=64)
+    np.testing.assert_allclose(found, np.sort(scores, axis=1)[:, :-11:-1], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(scores, rows, axis=1), found, atol=1e-5)
 
 
 def test_lance(files):
