@@ -182,9 +182,18 @@ def _decoded(codes: np.ndarray, precision: str, ranges: Any) -> np.ndarray:
     if precision == "int4":
         levels = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), 2 * width)[:, :dim]
         return levels * ranges.steps(16).astype(np.float64) + ranges.low
+    return (2.0 * bits_of(codes, precision, dim) - 1) * ranges.spread + ranges.mean
+
+
+def bits_of(codes: np.ndarray, precision: str, dim: int) -> np.ndarray:
+    """Binary codes as 0 and 1, (N, dim), uint8."""
     packed = codes if precision == "ubinary" else codes.view(np.uint8) ^ np.uint8(128)
-    bits = np.unpackbits(packed, axis=1, count=dim)
-    return (2.0 * bits - 1) * ranges.spread + ranges.mean
+    return np.unpackbits(packed, axis=1, count=dim)
+
+
+def evenly(rows: Any, most: int) -> Any:
+    """At most so many rows of an array or tensor, at equal distances: enough to read ranges off."""
+    return rows[:: -(-len(rows) // most)]
 
 
 def scores(queries: np.ndarray, codes: np.ndarray, precision: str, ranges: Ranges | None = None) -> np.ndarray:

@@ -38,8 +38,7 @@ def by_the_first(work: Callable[[], Result]) -> Result:
     if processes() == 1:
         return work()
     is_first = distributed.get_rank() == 0
-    result: list[Any] = [None]
-    everywhere(lambda: result.__setitem__(0, work()) if is_first else None)
+    result: list[Any] = [everywhere(lambda: work() if is_first else None)]
     distributed.broadcast_object_list(result, src=0)
     return result[0]
 

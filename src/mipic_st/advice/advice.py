@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from html import escape
 from os import PathLike
@@ -118,7 +118,7 @@ class Advice:
             ImportError: If pandas is missing.
         """
         pandas = require("pandas", "the table needs pandas", "eval")
-        rows = [{**(row := asdict(cell)).pop("scores"), **row} for cell in sorted(self.cells, key=_by_bytes)]
+        rows = [{**(row := asdict(cell)).pop("scores"), **row} for cell in sorted(self.cells, key=_order)]
         measures = [name for name in MEASURES if name in rows[0]]
         return pandas.DataFrame(rows)[["bytes", "precision", "dim", "way", *measures, *_REST]]
 
@@ -180,10 +180,6 @@ class Advice:
 _REST = ("kept", "change", "low", "high", "front")
 
 
-def _by_bytes(cell: Cell) -> tuple[int, float]:
-    return cell.bytes, -cell.kept
-
-
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Texts to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -211,7 +207,7 @@ def chosen(
     for size in sorted(budgets):
         by_budget[size] = max((cell for cell in allowed if cell.bytes <= size), key=lambda cell: cell.kept)
     by_loss = {loss: next(cell for cell in allowed if cell.kept >= 1 - loss) for loss in LOSSES}
-    return [Cell(**{**vars(cell), "front": id(cell) in front}) for cell in cells], by_budget, by_loss
+    return [replace(cell, front=id(cell) in front) for cell in cells], by_budget, by_loss
 
 
 def _order(cell: Cell) -> tuple[int, float, bool]:

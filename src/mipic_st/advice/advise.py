@@ -28,10 +28,10 @@ from mipic_st.encoder.fingerprint import fingerprint, model_name_of
 from mipic_st.encoder.structure import describe, evaluation_mode, full_width, unwrap
 from mipic_st.transforms.candidates import Trial, require_documents
 from mipic_st.transforms.columns import as_dataset, text_columns
-from mipic_st.transforms.fitting import checked_vectors, wants_bar
+from mipic_st.transforms.fitting import wants_bar
 from mipic_st.transforms.pairs import numbered
 from mipic_st.transforms.rotation import Rotation
-from mipic_st.transforms.rotation_fit import checked_settings, fitted
+from mipic_st.transforms.rotation_fit import checked_settings, fitted, of_one_width
 from mipic_st.transforms.verdict import NDCG
 from mipic_st.validation import as_list, checked_choice, checked_count, checked_dims, checked_texts, default_dims
 
@@ -203,14 +203,7 @@ def _vectors(names: Mapping[str, str], given: Mapping[str, Any]) -> list[Any]:
     """Anchors, positives, documents and queries as tensors of one width and device."""
     # the documents' vectors are the first argument, whatever the fit calls them
     shown = {name: "vectors" if text == "corpus" else text for name, text in names.items()}
-    arrays = {name: checked_vectors(shown[name], value, directions=True) for name, value in given.items()}
-    first = arrays["anchors"]
-    for name, vectors in arrays.items():
-        if vectors.shape[1] != first.shape[1]:
-            raise ValueError(
-                f"{shown[name]} have width {vectors.shape[1]}, {shown['anchors']} {first.shape[1]}: encode both alike."
-            )
-    return [arrays[name].to(first.device) if name in arrays else None for name in _PAIRED]
+    return list(of_one_width(given, shown))
 
 
 def _encoded(

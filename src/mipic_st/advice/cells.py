@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mipic_st.codes import Ranges, bytes_per_vector, decode, encode
+from mipic_st.codes import Ranges, bytes_per_vector, decode, encode, evenly
 from mipic_st.transforms.measures import cosine_scores, ndcg, ranked, recall
 from mipic_st.transforms.rotation import CALIBRATED
 from mipic_st.transforms.search import Search
@@ -88,7 +88,7 @@ def values_by_cell(
     plain = cosine_scores(search.queries, search.documents)
     wanted = ranked(plain, (len(search.queries), len(search.documents)), K, search.own)
     ranges: tuple[str, int, Ranges] | None = None
-    rows = rows[:: -(-len(rows) // CALIBRATED)]
+    rows = evenly(rows, CALIBRATED)
     for key in cell_keys(search.documents.shape[1], dims, precisions, matrix is not None):
         way, dim, precision = key
         basis = matrix if way == "rotated" else None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mipic_st.codes import PRECISIONS, Ranges, decode, encode
+from mipic_st.codes import PRECISIONS, Ranges, bits_of, decode, encode
 from mipic_st.evaluation.mteb_data import short_hash
 from mipic_st.validation import as_list, checked_choice, checked_texts
 
@@ -68,8 +68,7 @@ def name_of_calibration(calibration: Any) -> str:
         return calibration
     if isinstance(calibration, list):
         return f"texts-{short_hash(calibration)}"
-    parts = ("low", "high", "mean", "spread")
-    return f"ranges-{short_hash([[dim, *(getattr(of, p).tolist() for p in parts)] for dim, of in calibration.items()])}"
+    return f"ranges-{short_hash([[dim, *np.asarray(of).tolist()] for dim, of in calibration.items()])}"
 
 
 def how_coded(precision: str, scoring: str, calibration: Any) -> dict[str, str | None]:
@@ -97,22 +96,22 @@ def coded(vectors: np.ndarray, precision: str, ranges: Ranges | None, scoring: s
         return decode(codes, precision, ranges)
     if precision in ("int8", "uint8"):
         return codes.astype(np.float32)
-    bits = codes if precision == "ubinary" else (codes.astype(np.int16) + 128).astype(np.uint8)
-    return _signs(bits, vectors.shape[1])
+    return _signs(bits_of(codes, precision, vectors.shape[1]))
 
 
-def _signs(bits: np.ndarray, dim: int) -> np.ndarray:
-    """Packed bits as vectors whose cosines, dot products and distances order pairs exactly as Hamming distances do.
+def _signs(bits: np.ndarray) -> np.ndarray:
+    """Bits as vectors whose cosines, dot products and distances order pairs exactly as Hamming distances do.
 
     Plain signs would not: each is divided by the root of dim, which is rounded, and sums of rounded values break ties
     between equal Hamming distances at random. So up to four equal columns are added that make the squared length a
     power of four: then every value, product and sum of an evaluator is exact. The cosine of h different bits is
     1 - 2h / squared length.
     """
+    dim = bits.shape[1]
     filling = _filling(dim)
     length = np.float32(isqrt(dim + sum(value * value for value in filling)))
     signs = np.empty((len(bits), dim + len(filling)), dtype=np.float32)
-    signs[:, :dim] = np.unpackbits(bits, axis=1, count=dim)
+    signs[:, :dim] = bits
     signs[:, :dim] = signs[:, :dim] * 2 - 1
     signs[:, dim:] = filling
     return signs / length

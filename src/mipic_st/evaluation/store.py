@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from mipic_st.codes import Ranges
+from mipic_st.codes import Ranges, evenly
 from mipic_st.encoder.encoding import encode_layers
 from mipic_st.encoder.structure import NO_CUT, check_layers, evaluation_mode, full_width, in_half_precision, model_depth
 from mipic_st.evaluation.vectors import Vectors
@@ -239,8 +239,7 @@ class EmbeddingStore:
         with self._lock:
             if key not in self._ranges:
                 rows = self._calibration
-                every = -(-len(rows) // _MOST_CALIBRATED)
-                found = Ranges.of(self._prepared(rows[::every], layer, dim, normalize))
+                found = Ranges.of(self._prepared(evenly(rows, _MOST_CALIBRATED), layer, dim, normalize))
                 if extremes:
                     low, high = found.low, found.high
                     for part in self.portions(rows):

@@ -209,7 +209,7 @@ class Rotation(OnHub):
         array = as_matrix("vectors", vectors, self._width, f"this {self.kind}")
         if len(array) < 2:
             raise ValueError(f"vectors must be two or more to take ranges from, got {len(array)}.")
-        array = array[:: -(-len(array) // CALIBRATED)]
+        array = coding.evenly(array, CALIBRATED)
         ranges = dict(self.ranges or {})
         for dim in dims:
             ranges[dim] = Ranges.of(self._all_units("vectors", array, dim))

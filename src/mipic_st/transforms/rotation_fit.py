@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from mipic_st.codes import evenly
 from mipic_st.numerics import no_autocast
 from mipic_st.transforms.candidates import Given, Trial, best_of
 from mipic_st.transforms.fitting import checked_vectors, one_thread
 from mipic_st.transforms.rotation import CALIBRATED, Rotation
 from mipic_st.transforms.search import Search, most_queries, report
 from mipic_st.validation import checked_count, checked_dims, checked_number
+
+# What a fit is given, each under its own name.
+_SIDES = {name: name for name in ("anchors", "positives", "documents", "queries")}
 
 
 def fit_rotation(
@@ -81,8 +85,7 @@ def fitted(arrays: Sequence[Any], dims: Sequence[int], *, prefer_pairs: bool, **
         trial = best_of(Given.of(*arrays), dims, prefer_pairs=prefer_pairs, **options)
         matrix = trial.final()
     rotation = Rotation(matrix.cpu().numpy(), tuple(dims), trial.report, trial.best.name, trial.search.measure)
-    documents = trial.given.documents
-    return rotation.calibrate(documents[:: -(-len(documents) // CALIBRATED)]), trial
+    return rotation.calibrate(evenly(trial.given.documents, CALIBRATED)), trial
 
 
 def judged_on(rotation: Rotation, vectors: Any, queries: Any) -> Rotation:
@@ -109,21 +112,26 @@ def judged_on(rotation: Rotation, vectors: Any, queries: Any) -> Rotation:
 def _checked(anchors: Any, positives: Any, documents: Any, queries: Any) -> tuple[Any, ...]:
     """The vectors, on one device and of one width."""
     given = {"anchors": anchors, "positives": positives, "documents": documents, "queries": queries}
-    arrays = {
-        name: None if vectors is None else checked_vectors(name, vectors, directions=True)
-        for name, vectors in given.items()
-    }
-    first = arrays["anchors"]
-    assert first is not None
-    for name, vectors in arrays.items():
-        if vectors is not None and vectors.shape[1] != first.shape[1]:
-            raise ValueError(f"{name} have width {vectors.shape[1]}, anchors {first.shape[1]}: encode both alike.")
-    if (second := arrays["positives"]) is not None and len(second) != len(first):
+    arrays = of_one_width({name: vectors for name, vectors in given.items() if vectors is not None}, _SIDES)
+    first, second, *_ = arrays
+    if second is not None and len(second) != len(first):
         raise ValueError(
             f"anchors and positives must have one vector for each other, got {tuple(first.shape)} and "
             f"{tuple(second.shape)}."
         )
-    return tuple(None if vectors is None else vectors.to(first.device) for vectors in arrays.values())
+    return arrays
+
+
+def of_one_width(given: Mapping[str, Any], shown: Mapping[str, str]) -> tuple[Any, ...]:
+    """Anchors, positives, documents and queries as tensors, None for what is not given; ``shown`` says their names."""
+    arrays = {name: checked_vectors(shown[name], vectors, directions=True) for name, vectors in given.items()}
+    first = arrays["anchors"]
+    for name, vectors in arrays.items():
+        if vectors.shape[1] != first.shape[1]:
+            raise ValueError(
+                f"{shown[name]} have width {vectors.shape[1]}, {shown['anchors']} {first.shape[1]}: encode both alike."
+            )
+    return tuple(arrays[name].to(first.device) if name in arrays else None for name in _SIDES)
 
 
 def checked_settings(
