@@ -1,11 +1,12 @@
-"""Make all-MiniLM-L6-v2 small for texts of your own: rotate it, train it further, and see what each byte keeps.
+"""Shrink the vectors of all-MiniLM-L6-v2 for texts of your own: rotate them, train first, and see what is kept.
 
-    python examples/quickstart.py                        # docstrings of installed libraries: real texts, offline
+    python examples/quickstart.py                        # docstrings of NumPy, SciPy and pandas: real texts, offline
     python examples/quickstart.py --pairs qa.csv          # questions and their answers
     python examples/quickstart.py --texts corpus.txt      # documents alone: nothing is trained
 
-Half of the queries train the model, the other half search all documents: nDCG@10 of the documents that answer them,
-and recall@10 of what the full width of the untouched model finds. The rotation is fitted on the documents alone.
+Half of the queries train the model, the other half search all documents, per dim and per byte: nDCG@10 of the
+documents that answer them, and recall@10 of what the same model finds at full width. Rotations are fitted on the
+documents alone. For a search, training comes first and the rotation afterwards.
 """
 
 # ruff: noqa: E402  (the environment is set before the imports that read it)
@@ -31,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="name on the hub or local folder (default: the packaged all-MiniLM-L6-v2)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--pairs", help="csv, tsv, jsonl or parquet: anchor, positive (or query, answer)")
-    source.add_argument("--texts", help="documents: txt, a text a line, or a table")
+    source.add_argument("--texts", help="documents: txt, one per line, or a table")
     source.add_argument("--dataset", help="pairs from the hub: NAME or NAME:CONFIG")
     parser.add_argument("--loss", choices=["mipic", "matryoshka", "none"], default="mipic", help="none: only rotate")
     parser.add_argument("--dims", type=int, nargs="+", help="default: powers of 2 from 8, and full width")
@@ -62,13 +63,15 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer import losses
 
-from mipic_st import MIPICLoss, codes, rotate_model
+from mipic_st import MIPICLoss, Rotation, codes, fit_rotation
 from mipic_st.data import load_texts_file, load_training_file, load_training_hub
 from mipic_st.docstrings import docstring_pairs
+from mipic_st.encoder.card import describe_dims
 from mipic_st.numerics import unit_length
 from mipic_st.transforms.measures import ndcg, ranked, recall
 from mipic_st.validation import default_dims
 
+PACKAGES = ("numpy", "scipy", "pandas")
 BUDGETS = {8: (16, "int4"), 16: (32, "int4"), 32: (64, "int4"), 64: (64, "int8"), 128: (128, "int8")}
 
 
@@ -93,7 +96,12 @@ def load_pairs() -> list[tuple[str, str]]:
         if "anchor" not in data.column_names:
             raise SystemExit(f"--pairs needs the columns anchor and positive, got {', '.join(data.column_names)}")
         return list(zip(data["anchor"], data["positive"], strict=True))
-    return [(pair["query"], pair["document"]) for pair in docstring_pairs(size=2000, letters=300)]
+    return [
+        (pair["query"], pair["document"])
+        for pair in docstring_pairs(
+            PACKAGES[: 1 if args.smoke else None], size=120 if args.smoke else 1600, letters=300
+        )
+    ]
 
 
 class Search:
@@ -105,7 +113,6 @@ class Search:
         self.relevant = [torch.tensor(sorted(row_of[text] for text in answers[query])) for query in queries]
         # a document that searches does not find itself
         self.own = torch.tensor([row_of[query] if answers[query] == {query} else -1 for query in queries])
-        self.neighbours: torch.Tensor | None = None
 
     def encode(self, model: SentenceTransformer) -> tuple[np.ndarray, np.ndarray]:
         shown = {"batch_size": 64, "show_progress_bar": True}
@@ -122,14 +129,13 @@ class Search:
     def measure(self, vectors: tuple[np.ndarray, np.ndarray], dims: list[int]) -> dict[object, tuple[float, float]]:
         """(nDCG@10, recall@10) of each dim, and of each budget of bytes as (dim, precision), x100."""
         width = vectors[1].shape[1]
-        if self.neighbours is None:
-            self.neighbours = self.found(*vectors, width, "float32")
+        neighbours = self.found(*vectors, width, "float32")
         cells = {dim: (dim, "float32") for dim in dims} | {cell: cell for cell in BUDGETS.values() if cell[0] <= width}
         figures = {}
         for key, cell in cells.items():
             found = self.found(*vectors, *cell)
             answered = float("nan") if (self.own >= 0).all() else float(ndcg(found, self.relevant).mean())
-            figures[key] = 100 * answered, 100 * float(recall(found, self.neighbours).mean())
+            figures[key] = 100 * answered, 100 * float(recall(found, neighbours).mean())
         return figures
 
 
@@ -166,20 +172,34 @@ def train(model: SentenceTransformer, data: Dataset, dims: list[int]) -> int:
 
 def show(stages: dict[str, dict[object, tuple[float, float]]], dims: list[int], full: float, number: int) -> None:
     """A table per dim and one per budget of bytes: every stage, and the last one as a share of full width, as a bar."""
-    name = ("nDCG@10 of the answers", "recall@10 of what the full width finds")[number]
+    name = ("nDCG@10 of the answers", "recall@10 of what the same model finds at full width")[number]
     last = list(stages)[-1]
     cells = [(dim, f"{dim}", f"{4 * dim}") for dim in dims]
     cells += [(cell, f"{cell[0]} x {cell[1]}", str(size)) for size, cell in BUDGETS.items() if cell in stages[last]]
     table = Table(title=f"{name}, x100", caption="float32 above the line, codes below; queries are floats")
-    for heading in ("dims", "bytes", *stages, f"{last}: share of full width"):
-        table.add_column(heading, justify="left" if "share" in heading else "right", no_wrap=True)
+    for heading in ("dims", "bytes", *stages):
+        table.add_column(heading, justify="right")
+    table.add_column("share of full width", no_wrap=True)
     for key, dim, size in cells:
         if key == BUDGETS[8]:
             table.add_section()
         share = stages[last][key][number] / full
-        bar = "█" * round(20 * min(share, 1))
+        bar = "█" * round(15 * min(share, 1))
         table.add_row(dim, size, *(f"{stage[key][number]:.1f}" for stage in stages.values()), f"{bar} {share:.0%}")
     Console().print(table)
+
+
+def rotated(
+    vectors: tuple[np.ndarray, np.ndarray], dims: list[int]
+) -> tuple[Rotation | None, tuple[np.ndarray, np.ndarray]]:
+    """The rotation of the documents, None if it is of no use, and queries and documents after it."""
+    below = [dim for dim in dims if dim < vectors[1].shape[1]]
+    if not below:
+        return None, vectors
+    steps = {"max_steps": 30} if args.smoke else {}
+    rotation = fit_rotation(vectors[1], dims=below, seed=args.seed, show_progress_bar=True, **steps)
+    print(rotation.verdict)
+    return (rotation, (rotation(vectors[0]), rotation(vectors[1]))) if rotation.gained else (None, vectors)
 
 
 def main() -> None:
@@ -205,22 +225,22 @@ def main() -> None:
     vectors = search.encode(model)
     stages = {"truncated": search.measure(vectors, dims)}
     full = stages["truncated"][width] if width in dims else search.measure(vectors, [width])[width]
-    if min(dims) < width:
-        steps = {"max_steps": 30} if args.smoke else {}
-        rotation = rotate_model(model, documents, dims, batch_size=64, seed=args.seed, show_progress_bar=True, **steps)
-        print(rotation.verdict)
-        rotated = tuple(rotation(part) for part in vectors) if rotation.gained else vectors
-        stages["rotated"] = search.measure(rotated, dims)
+    rotation, small = rotated(vectors, dims)
+    stages["rotated"] = search.measure(small, dims)
     taken = 0
     if args.loss != "none" and not args.texts:
         if args.smoke:
             training, args.steps, args.batch_size = training[:64], 3, 8
         taken = train(model, Dataset.from_list(training), dims)
-        stages["trained"] = search.measure(search.encode(model), dims)
+        rotation, small = rotated(search.encode(model), dims)
+        stages["trained, rotated"] = search.measure(small, dims)
     for number, whole in enumerate(full):
         if np.isfinite(whole):
             show(stages, dims, whole, number)
     if args.output_dir:
+        if rotation is not None:
+            rotation.put_in(model)
+        describe_dims(model, dims)
         model.save_pretrained(args.output_dir)
         print(f"model saved to {args.output_dir}")
     else:

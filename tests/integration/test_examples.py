@@ -159,12 +159,11 @@ def test_retrieval_keeps_the_model_s_own_prompts(run_here, own_retrieval, tmp_pa
 
 
 @needs_model
-def test_quickstart_prints_every_stage_per_dim_and_per_byte():
+def test_quickstart_prints_every_stage_per_dim_and_per_byte(run_here):
     """A table for each measure: truncated, rotated and trained; the terms of the loss are logged one by one."""
-    code, printed, errors = run("quickstart.py", "--smoke", "--learning-rate", "1e-3")
-    assert code == 0, errors
+    printed = run_here("quickstart.py", "--smoke", "--learning-rate", "1e-3")
     assert "60 queries search 120 documents" in printed
-    for title in ("nDCG@10 of the answers", "recall@10 of what the full width finds"):
+    for title in ("nDCG@10 of the answers", "recall@10 of what the same model finds at full width"):
         table = printed[printed.index(title) :]
         lines = [line.replace("│", " ").split() for line in table.splitlines() if line.startswith("│")][:12]
         floats, coded = lines[:7], lines[7:]
@@ -178,7 +177,7 @@ def test_quickstart_prints_every_stage_per_dim_and_per_byte():
         ]
         truncated, rotated, trained = (float(cell) for cell in floats[0][2:5])
         assert truncated == pytest.approx(rotated, abs=0.11), "a rotation leaves the full width alone"
-        assert trained != rotated
+        assert (trained == 100) if "recall" in title else (trained != rotated)
         assert float(floats[-1][3]) > float(floats[-1][2]), "8 dims gain by the rotation"
     for term in ("matryoshka", "sia_attention", "sia_cka"):
         assert f"'{term}'" in printed
@@ -204,13 +203,14 @@ def test_quickstart_on_own_files_saves_a_plain_model(run_here, tiny_model, tmp_p
     out = ["--loss", "matryoshka", "--output-dir", tmp_path / "out"]
     printed = run_here("quickstart.py", *common, "--pairs", tmp_path / "pairs.csv", *out)
     assert "60 queries search 120 documents" in printed
-    assert "trained: share of full width" in printed
+    assert "trained," in printed
     assert SentenceTransformer(str(tmp_path / "out"), device="cpu").encode("a").shape == (32,)
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert config["matryoshka_dimensions"] == [8, 32]
     printed = run_here("quickstart.py", *common, "--texts", tmp_path / "texts.txt")
     assert "nDCG@10" not in printed, "documents without queries have no answers"
-    assert "rotated: share of full width" in printed
+    assert "rotated" in printed
+    assert "trained" not in printed
     assert "0 steps" in printed
 
 
@@ -789,7 +789,7 @@ def test_larger_teacher_is_for_pairs_and_has_a_weight(run_here, tmp_path):
         run_here("larger_teacher.py", "--smoke", "--train-file", scored)
 
 
-def test_gpu_benchmark_runs_on_the_cpu(tmp_path):
+def test_gpu_benchmark_runs_on_the_cpu(run_here, tmp_path):
     """Tiny sizes: every method at every length with its ratio, the fit and its application; nothing is left out."""
     code, _, errors = run("benchmarks/gpu.py", "--smoke", "--json", tmp_path / "figures.json")
     assert code == 0, errors
@@ -800,8 +800,7 @@ def test_gpu_benchmark_runs_on_the_cpu(tmp_path):
     assert found["vectors"]["fit_seconds"] > 0
     assert found["vectors"]["gigabytes_per_second"] > 0
     assert found["left_out"] == []
-    code, printed, errors = run("benchmarks/gpu.py", "--minutes", "0", "--device", "cpu")
-    assert code == 0, errors
+    printed = run_here("benchmarks/gpu.py", "--minutes", "0", "--device", "cpu")
     assert printed.count("no time left") == 10, "three shapes at three lengths, and the vectors"
 
 

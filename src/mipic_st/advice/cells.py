@@ -89,23 +89,31 @@ def values_by_cell(
     wanted = ranked(plain, (len(search.queries), len(search.documents)), K, search.own)
     ranges: tuple[str, int, Ranges] | None = None
     rows = evenly(rows, CALIBRATED)
-    for key in cell_keys(search.documents.shape[1], dims, precisions, matrix is not None):
+    keys = cell_keys(search.documents.shape[1], dims, precisions, matrix is not None)
+    measures = MEASURES if search.relevant is not None else (TOP, RECALL)
+    # one place for all prefixes and one for all results: what is kept between arrays that come and go leaves holes in
+    # memory, in the end some times the vectors
+    memory = np.empty(search.documents.numel(), dtype=np.float32)
+    values = np.empty((len(keys), len(measures), len(search.queries)))
+    for key, row in zip(keys, values, strict=True):
         way, dim, precision = key
         basis = matrix if way == "rotated" else None
         if not precision.startswith("float") and (ranges is None or ranges[:2] != key[:2]):
-            ranges = way, dim, Ranges.of(_prefixes(search.documents, basis, dim, rows))
-        found = _found(search, basis, dim, precision, ranges[2] if ranges else None)
-        values = {TOP: recall(found, wanted[:, :3]), RECALL: recall(found, wanted)}
+            ranges = way, dim, Ranges.of(_prefixes(search.documents, basis, dim, memory, rows))
+        found = _found(search, basis, dim, memory, precision, ranges[2] if ranges else None)
+        row[-2:] = recall(found, wanted[:, :3]).cpu(), recall(found, wanted).cpu()
         if search.relevant is not None:
-            values = {NDCG: ndcg(found, search.relevant)} | values
-        yield key, {measure: value.cpu().numpy() for measure, value in values.items()}
+            row[0] = ndcg(found, search.relevant).cpu()
+        yield key, dict(zip(measures, row, strict=True))
 
 
-def _found(search: Search, basis: Tensor | None, dim: int, precision: str, ranges: Ranges | None) -> Tensor:
+def _found(
+    search: Search, basis: Tensor | None, dim: int, memory: np.ndarray, precision: str, ranges: Ranges | None
+) -> Tensor:
     """What each query finds among the coded documents, (Q, K)."""
     sides = (
-        _prefixes(search.queries, basis, dim),
-        _prefixes(search.documents, basis, dim, precision=precision, ranges=ranges),
+        _prefixes(search.queries, basis, dim, np.empty(search.queries.numel(), dtype=np.float32)),
+        _prefixes(search.documents, basis, dim, memory, precision=precision, ranges=ranges),
     )
     queries, stored = (torch.from_numpy(side).to(search.documents.device) for side in sides)
     return ranked(cosine_scores(queries, stored), (len(queries), len(stored)), K, search.own)
@@ -115,16 +123,14 @@ def _prefixes(
     vectors: Tensor,
     matrix: Tensor | None,
     dim: int,
+    memory: np.ndarray,
     rows: Tensor | None = None,
     precision: str = "float32",
     ranges: Ranges | None = None,
 ) -> np.ndarray:
-    """(N, dim), float32: vectors or some rows of them rotated, truncated, of unit length, coded and decoded.
-
-    Block by block, so that there is one array beside the vectors.
-    """
+    """(N, dim), in ``memory``: vectors or some rows of them rotated, truncated, of unit length, coded and decoded."""
     count = len(vectors) if rows is None else len(rows)
-    found = np.empty((count, dim), dtype=np.float32)
+    found = memory[: count * dim].reshape(count, dim)
     for start in range(0, count, _BLOCK):
         place = slice(start, start + _BLOCK)
         part = vectors[place if rows is None else rows[place].to(vectors.device)]

@@ -47,16 +47,17 @@ def ranked(scores: Callable[[slice], Tensor], shape: tuple[int, int], k: int, ow
         [[2, 1]]
     """
     queries, documents = shape
-    size = max(_LEAST_ROWS, _VALUES // max(1, documents))
-    found = []
+    size, k = max(_LEAST_ROWS, _VALUES // max(1, documents)), min(k, documents)
+    found = torch.empty(queries, k, dtype=torch.long)
     for start in range(0, queries, size):
         block = scores(slice(start, min(start + size, queries))).clone()
         if own is not None:
             rows = own[start : start + size]
             there = (rows >= 0).nonzero().flatten()
             block[there.to(block.device), rows[there].to(block.device)] = -torch.inf
-        found.append(block.topk(min(k, documents), dim=1).indices)
-    return torch.cat(found) if found else torch.empty(0, min(k, documents), dtype=torch.long)
+        found = found.to(block.device)
+        found[start : start + size] = block.topk(k, dim=1).indices
+    return found
 
 
 def recall(found: Tensor, wanted: Tensor) -> Tensor:

@@ -50,14 +50,17 @@ class Search:
         wanted = ranked(cosine_scores(self.queries, self.documents), shape, K, self.own)
         full = _sample(self.queries, self.documents)
         results = {}
+        # one place for all: arrays of many sizes would leave holes in memory as large as the vectors
+        memory = self.documents.new_empty(len(self.documents) * max(dims))
         for name, basis in bases.items():
-            rows = [self._measured(basis[:, :dim], wanted, full) for dim in dims]
+            rows = [self._measured(basis[:, :dim], wanted, full, memory) for dim in dims]
             results[name] = {measure: torch.stack([row[measure] for row in rows]) for measure in rows[0]}
         return results
 
-    def _measured(self, basis: Tensor, wanted: Tensor, full: np.ndarray) -> dict[str, Tensor]:
-        """The measures of one dim, for a basis (D, d)."""
-        queries, documents = _units(self.queries @ basis), _units(self.documents @ basis)
+    def _measured(self, basis: Tensor, wanted: Tensor, full: np.ndarray, memory: Tensor) -> dict[str, Tensor]:
+        """The measures of one dim, for a basis (D, d); ``memory`` holds the rotated documents meanwhile."""
+        place = memory[: len(self.documents) * basis.shape[1]].view(len(self.documents), -1)
+        queries, documents = _units(self.queries @ basis), _units(torch.mm(self.documents, basis, out=place))
         found = ranked(cosine_scores(queries, documents), (len(queries), len(documents)), K, self.own)
         now = {RECALL: recall(found, wanted)}
         if self.relevant is not None:
@@ -67,7 +70,7 @@ class Search:
 
 
 def _units(vectors: Tensor) -> Tensor:
-    """Scaled to unit length, in place: there is one array beside the documents."""
+    """Scaled to unit length, in place."""
     return vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_min_(1e-12))
 
 
