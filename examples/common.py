@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mipic_st import MatryoshkaEvaluator
+from mipic_st.cli.options import add_dims
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
 from mipic_st.demo import synthetic_sts
 from mipic_st.encoder.encoding import prompt_of
@@ -33,16 +34,16 @@ def make_parser(doc: str, *, batch_size: int = 32, learning_rate: float = 5e-5) 
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="name on the hub or local folder (default: one that needs no download)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--train-file", help="csv, tsv, jsonl or parquet: anchor, positive[, negative] or STS columns")
+    source.add_argument("--pairs", help="csv, tsv, jsonl or parquet: anchor, positive[, negative] or STS columns")
     source.add_argument("--dataset", help="training data from the hub: NAME or NAME:CONFIG")
     parser.add_argument("--eval-file", help="STS columns: sentence1, sentence2, score (default: synthetic)")
-    parser.add_argument("--dims", type=int, nargs="+", help="default: powers of 2 from 8, and full width")
+    add_dims(parser)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--steps", type=positive, default=-1, help="stop after so many steps, whatever --epochs says")
     parser.add_argument("--batch-size", type=positive, default=batch_size)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", help="where to save the trained model (default: not saved)")
+    parser.add_argument("--output", help="where to save the trained model (default: not saved)")
     parser.add_argument("--smoke", action="store_true", help="a few steps on a few rows, to see that all runs")
     return parser
 
@@ -82,8 +83,8 @@ def require_dropout(model: SentenceTransformer, sentence: str) -> None:
 
 def load_train(args: argparse.Namespace, synthetic: Sequence[dict[str, Any]]) -> Dataset:
     """The file or data set that was named, else the synthetic rows; a few rows of it with --smoke."""
-    if args.train_file:
-        data = load_training_file(args.train_file)
+    if args.pairs:
+        data = load_training_file(args.pairs)
     elif args.dataset:
         data = load_training_hub(args.dataset)
     else:

@@ -1,7 +1,7 @@
 """Distillation: a small student learns how similar a larger teacher finds two sentences, at every dim.
 
     python examples/distillation.py                                                # offline, 2 of all-MiniLM's 6 layers
-    python examples/distillation.py --teacher BAAI/bge-m3 --model nreimers/MiniLM-L6-H384-uncased --train-file pairs.csv
+    python examples/distillation.py --teacher BAAI/bge-m3 --model nreimers/MiniLM-L6-H384-uncased --pairs pairs.csv
 
 The label of a pair is the cosine of the teacher's embeddings, and CoSENTLoss orders the student's cosines like them.
 That works at any dim and for any two widths. MSELoss does not: its label is an embedding of one fixed width, which an
@@ -83,7 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=student,
-            args=training_arguments(args, student, train, args.output_dir or scratch),
+            args=training_arguments(args, student, train, args.output or scratch),
             train_dataset=train,
             loss=loss,
             callbacks=[MIPICCallback(loss)],
@@ -91,7 +91,7 @@ def main() -> None:
         trainer.train()
     show(before, score(student, evaluator))
     show_teacher(args, teacher)
-    save(student, args.output_dir)
+    save(student, args.output)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Half of the layers, most of the quality: cut a model, fit its tail, and teach the cut what the full depth says.
+"""Half the layers, most of the quality: cut a model, fit its tail, and train the cut on the full depth's vectors.
 
     python examples/half_depth.py                                                   # offline, on synthetic data
-    python examples/half_depth.py --model my-model --train-file pairs.csv --eval-file sts.csv --output-dir my-half-model
+    python examples/half_depth.py --model my-model --pairs pairs.csv --eval-file sts.csv --output my-half-model
     python examples/half_depth.py --dataset sentence-transformers/all-nli:pair --layer 4
 
-A model that is not rotated yet is rotated first, so that the cut is good at few dims, too. The tail is fitted by least
+The model is rotated first (unless --no-rotation), so that the cut is good at few dims too. The tail is fitted by least
 squares to the full depth's vectors of the training texts, and MSELoss then trains the whole cut on them. No labels are
-needed. What is saved is a plain SentenceTransformer.
+needed. The saved model is a plain SentenceTransformer.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ SMOKE_PAIRS = 300
 
 def main() -> None:
     parser = make_parser(__doc__, batch_size=64, learning_rate=5e-4)
-    parser.add_argument("--layer", type=positive, help="layer to cut after (default: half of the model's depth)")
-    parser.add_argument("--no-rotation", action="store_true", help="the model is rotated already, or shall not be")
+    parser.add_argument("--layer", type=positive, help="layer to cut after (default: half the model's depth)")
+    parser.add_argument("--no-rotation", action="store_true", help="do not rotate the model first")
     parser.add_argument("--more-eval-files", nargs="+", default=[], help="the scores are the mean over all files")
     parser.add_argument("--seeds", type=int, nargs="+", help="train once with each, and show mean and spread")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores to this file as well")
     args = parser.parse_args()
 
-    # 1. The teacher, whose first values say most
+    # 1. The teacher, rotated
     # a fit wants more texts than the model has values, so a smoke run has them, too
     rows = argparse.Namespace(**{**vars(args), "smoke": False})
     train = load_train(rows, synthetic_pairs(SMOKE_PAIRS if args.smoke else 9500, negatives=False))
@@ -96,7 +96,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             trainer = SentenceTransformerTrainer(
                 model=student,
-                args=training_arguments(args, student, lessons, args.output_dir or scratch, seed=seed, **settings),
+                args=training_arguments(args, student, lessons, args.output or scratch, seed=seed, **settings),
                 train_dataset=lessons,
                 loss=MSELoss(student),
             )
@@ -115,7 +115,7 @@ def main() -> None:
         about = {name: getattr(args, name) for name in ("layer", "steps", "epochs", "batch_size", "learning_rate")}
         args.json.write_text(json.dumps({"settings": about, "scores": stages}, indent=1) + "\n", encoding="utf-8")
     set_matryoshka_config(student, dims)  # what serving engines read
-    save(student, args.output_dir)
+    save(student, args.output)
 
 
 if __name__ == "__main__":

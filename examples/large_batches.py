@@ -46,7 +46,7 @@ def main() -> None:
         raise SystemExit(f"A ranking loss needs the columns anchor and positive, got {train.column_names}")
     print(f"{len(train)} pairs in batches of {args.batch_size}, embedded {args.mini_batch_size} at a time")
 
-    # 3. The cached loss in the place of MultipleNegativesRankingLoss; nothing else changes
+    # 3. The cached loss instead of MultipleNegativesRankingLoss; nothing else changes
     mini_batch_size = min(4, args.mini_batch_size) if args.smoke else args.mini_batch_size
     base = CachedMultipleNegativesRankingLoss(model, mini_batch_size=mini_batch_size)
     loss = MIPICLoss(model, base, matryoshka_dims=dims)
@@ -57,14 +57,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=model,
-            args=training_arguments(args, model, train, args.output_dir or scratch, logging_steps=1),
+            args=training_arguments(args, model, train, args.output or scratch, logging_steps=1),
             train_dataset=train,
             loss=loss,
             callbacks=[MIPICCallback(loss)],
         )
         trainer.train()
     show(before, score(model, evaluator))
-    save(model, args.output_dir)
+    save(model, args.output)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A larger teacher: at every dim, the similarities within a batch follow those that a better model sees.
+"""A larger teacher: at every dim, the similarities within a batch follow those that a better model finds.
 
     mipic-st rotate MODEL --pairs pairs.csv --dims 8 16 32 64 128 256 --output rotated
     python examples/larger_teacher.py --model rotated --teacher sentence-transformers/all-mpnet-base-v2 \\
-        --train-file pairs.csv
-    python examples/larger_teacher.py --smoke                       # offline; the teacher is the model itself then
+        --pairs pairs.csv
+    python examples/larger_teacher.py --smoke                       # offline, with the model itself as teacher
 
 The teacher encodes each text once, before training, so no step runs it. Its vectors may have any width. With
 all-mpnet-base-v2 as the teacher of a rotated all-MiniLM-L6-v2 it gave half a point of STS at 16 and 8 dims
@@ -61,14 +61,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=student,
-            args=training_arguments(args, student, taught, args.output_dir or scratch),
+            args=training_arguments(args, student, taught, args.output or scratch),
             train_dataset=taught,
             loss=loss,
         )
         trainer.train()
     show(before, score(student, evaluator))
     show_teacher(args, teacher)
-    save(student, args.output_dir)
+    save(student, args.output)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def main() -> None:
         expected = model.encode_query(query)
         model[0].model = model[0].model.merge_and_unload()
         set_matryoshka_config(model, dims, loss.pic_chain)
-        folder = args.output_dir or f"{scratch}/merged"
+        folder = args.output or f"{scratch}/merged"
         model.save_pretrained(folder)
         loaded = SentenceTransformer(folder)
         difference = np.abs(loaded.encode_query(query) - expected).max()

@@ -1,11 +1,11 @@
-"""Shrink the vectors of all-MiniLM-L6-v2 for texts of your own: rotate them, train first, and see what is kept.
+"""Shrink all-MiniLM-L6-v2's vectors for your texts: rotate them, with and without training, and see what is kept.
 
     python examples/quickstart.py                        # docstrings of NumPy, SciPy and pandas: real texts, offline
     python examples/quickstart.py --pairs qa.csv          # questions and their answers
     python examples/quickstart.py --texts corpus.txt      # documents alone: nothing is trained
 
-Half of the queries train the model, the other half search all documents, per dim and per byte: nDCG@10 of the
-documents that answer them, and recall@10 of what the same model finds at full width. Rotations are fitted on the
+Half the queries train the model, and the other half search all documents, per dim and per byte. It prints nDCG@10 of
+the documents that answer them, and recall@10 of what the same model finds at full width. Rotations are fitted on the
 documents alone. For a search, training comes first and the rotation afterwards.
 """
 
@@ -17,6 +17,8 @@ import os
 import tempfile
 import time
 from pathlib import Path
+
+from mipic_st.cli.options import add_dims
 
 
 def positive(text: str) -> int:
@@ -32,16 +34,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="name on the hub or local folder (default: the packaged all-MiniLM-L6-v2)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--pairs", help="csv, tsv, jsonl or parquet: anchor, positive (or query, answer)")
-    source.add_argument("--texts", help="documents: txt, one per line, or a table")
+    source.add_argument("--texts", help="documents: txt (one text per line), or a table")
     source.add_argument("--dataset", help="pairs from the hub: NAME or NAME:CONFIG")
     parser.add_argument("--loss", choices=["mipic", "matryoshka", "none"], default="mipic", help="none: only rotate")
-    parser.add_argument("--dims", type=int, nargs="+", help="default: powers of 2 from 8, and full width")
+    add_dims(parser)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--steps", type=positive, default=-1, help="stop after so many steps, whatever --epochs says")
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", help="where to save the model (default: not saved)")
+    parser.add_argument("--output", help="where to save the model (default: not saved)")
     parser.add_argument("--smoke", action="store_true", help="a few steps on a few rows, to see that all runs")
     return parser.parse_args()
 
@@ -147,7 +149,7 @@ def train(model: SentenceTransformer, data: Dataset, dims: list[int]) -> int:
         trainer = SentenceTransformerTrainer(
             model=model,
             args=SentenceTransformerTrainingArguments(
-                output_dir=args.output_dir or scratch,
+                output_dir=args.output or scratch,
                 num_train_epochs=args.epochs,
                 max_steps=args.steps,
                 per_device_train_batch_size=args.batch_size,
@@ -237,14 +239,14 @@ def main() -> None:
     for number, whole in enumerate(full):
         if np.isfinite(whole):
             show(stages, dims, whole, number)
-    if args.output_dir:
+    if args.output:
         if rotation is not None:
             rotation.put_in(model)
         describe_dims(model, dims)
-        model.save_pretrained(args.output_dir)
-        print(f"model saved to {args.output_dir}")
+        model.save_pretrained(args.output)
+        print(f"model saved to {args.output}")
     else:
-        print("The model is not saved; --output-dir FOLDER saves it.")
+        print("The model is not saved; --output FOLDER saves it.")
     print(f"{taken} steps, {time.perf_counter() - start:.0f} s in all")
     print("next, on your own texts: mipic-st advise MODEL --texts corpus.txt names the dims and the precision to serve")
 

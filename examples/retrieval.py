@@ -27,6 +27,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from common import choose_dims, load_model
 from mipic_st import MatryoshkaEvaluator, rotate_model
+from mipic_st.cli.options import add_dims
 from mipic_st.demo import synthetic_topics
 
 MEASURES = ("ndcg@10", "accuracy@1")
@@ -42,8 +43,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--qrels", metavar="FILE", help="csv: query_id, doc_id")
     parser.add_argument("--nano-beir", nargs="+", metavar="NAME", help="NanoBEIR sets from the hub instead of files")
     parser.add_argument("--pairs", metavar="FILE", help="csv: query, document; the rotation is fitted on these")
-    parser.add_argument("--dims", type=int, nargs="+", help="default: powers of 2 from 8, and full width")
-    parser.add_argument("--output-dir", help="where to save the rotated model (default: not saved)")
+    add_dims(parser)
+    parser.add_argument("--output", help="where to save the rotated model (default: not saved)")
     parser.add_argument("--smoke", action="store_true", help="a few texts, to see that all runs")
     args = parser.parse_args()
     if len({args.queries is None, args.corpus is None, args.qrels is None}) > 1:
@@ -139,9 +140,9 @@ def main() -> None:
         cells = [stage[dim][place] for place in range(len(MEASURES)) for stage in stages.values()]
         table.add_row(str(dim), *(f"{cell:.2f}" for cell in cells))
     Console().print(table)
-    if args.output_dir:
-        model.save_pretrained(args.output_dir)
-        print(f"model saved to {args.output_dir}")
+    if args.output:
+        model.save_pretrained(args.output)
+        print(f"model saved to {args.output}")
 
 
 if __name__ == "__main__":

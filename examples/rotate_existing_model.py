@@ -1,11 +1,11 @@
-"""Make an existing encoder Matryoshka without training it: rotate its embedding space, in about a minute.
+"""Give an existing encoder good small dims without training: rotate its embedding space, in about a minute.
 
     python examples/rotate_existing_model.py                                       # offline, on synthetic pairs
-    python examples/rotate_existing_model.py --model NAME --train-file pairs.csv --output-dir rotated
-    python examples/rotate_existing_model.py --texts-file corpus.txt --eval-file sts.csv --output-dir rotated
+    python examples/rotate_existing_model.py --model NAME --pairs pairs.csv --output rotated
+    python examples/rotate_existing_model.py --texts corpus.txt --eval-file sts.csv --output rotated
 
-Full-width cosine similarities stay as they are; the first values of a vector are now worth keeping. The saved folder is
-a plain SentenceTransformer: SentenceTransformer("rotated", truncate_dim=32).encode(texts, normalize_embeddings=True).
+Full-width cosine similarities stay as they are; the first values of a vector now carry the most information. The saved
+folder is plain: SentenceTransformer("rotated", truncate_dim=32).encode(texts, normalize_embeddings=True).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from mipic_st.demo import synthetic_pairs
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--texts-file", help="texts without pairs: txt, a text a line, or a table")
+    parser.add_argument("--texts", help="documents instead of pairs: txt (one text per line), or a table")
     args = parser.parse_args()
     model = load_model(args.model)
     dims = choose_dims(args.dims, model.get_embedding_dimension())
     evaluator = make_evaluator(args, dims)
-    if args.texts_file:
-        data = load_texts_file(args.texts_file)
+    if args.texts:
+        data = load_texts_file(args.texts)
     elif args.smoke:
         data = Dataset.from_list(synthetic_pairs(300))
     else:
@@ -42,7 +42,7 @@ def main() -> None:
     )
     print(rotation)
     show(before, score(model, evaluator))
-    save(model, args.output_dir)
+    save(model, args.output)
 
 
 if __name__ == "__main__":

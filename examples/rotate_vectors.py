@@ -1,10 +1,10 @@
-"""Rotate vectors that are already there: of an API, of a database, of a model that cannot be changed.
+"""Rotate existing vectors: from an API, from a database, or of a model that cannot be changed.
 
     python examples/rotate_vectors.py                                      # made-up vectors, to see how it works
     python examples/rotate_vectors.py vectors.npy --dims 256 64 16 --output rotated.npy
     python examples/rotate_vectors.py queries.npy documents.npy --dims 64 16 --output rotated.npy
 
-One file holds vectors of texts. Two files hold vectors of pairs, row by row, and the first file's are written. The
+One file holds vectors of texts; two files hold vectors of pairs, row by row, of which the first file's are written. The
 saved matrix rotates new vectors: Rotation.load("rotated.safetensors")(vector, dim=64).
 """
 
@@ -20,7 +20,7 @@ from mipic_st import Rotation, fit_rotation
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, help=".npy, (N, D): anchors, and perhaps positives")
+    parser.add_argument("files", nargs="*", type=Path, help=".npy, (N, D): anchors, and optionally positives")
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 32, 16, 8])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--output", type=Path, help="where to write the rotated vectors; the matrix goes next to them")

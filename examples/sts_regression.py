@@ -52,14 +52,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
             model=model,
-            args=training_arguments(args, model, train, args.output_dir or scratch),
+            args=training_arguments(args, model, train, args.output or scratch),
             train_dataset=train,
             loss=loss,
             callbacks=[MIPICCallback(loss)],
         )
         trainer.train()
     show(before, score(model, evaluator))
-    save(model, args.output_dir)
+    save(model, args.output)
 
 
 if __name__ == "__main__":

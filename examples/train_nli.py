@@ -1,11 +1,11 @@
 """Train a Matryoshka model on AllNLI: rotate it, train it with MIPICLoss, score it at every dim on STSbenchmark.
 
     python examples/train_nli.py
-    python examples/train_nli.py --model microsoft/mpnet-base --output-dir models/mpnet-nli \
+    python examples/train_nli.py --model microsoft/mpnet-base --output models/mpnet-nli \
         --report-to wandb --push-to-hub me/mpnet-nli-mipic
 
 Data and model come from the Hugging Face hub: the (anchor, positive, negative) triplets of
-sentence-transformers/all-nli, and the scored pairs of sentence-transformers/stsb. --train-file, --eval-file and
+sentence-transformers/all-nli, and the scored pairs of sentence-transformers/stsb. --pairs, --eval-file and
 --test-file take your own instead. In addition to its own negative, each anchor has all other sentences of the batch
 as negatives. Everything is in this file: copy it and change what you need.
 """
@@ -27,6 +27,7 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from mipic_st import MatryoshkaEvaluator, MIPICCallback, MIPICLoss, rotate_model
+from mipic_st.cli.options import add_dims
 from mipic_st.data import load_sts_file, load_training_file
 from mipic_st.validation import default_dims
 
@@ -36,21 +37,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--model", default="sentence-transformers/all-MiniLM-L6-v2", help="name on the hub or local folder"
     )
-    parser.add_argument(
-        "--train-file", help="csv, tsv, jsonl or parquet: anchor, positive, negative (default: all-nli)"
-    )
+    parser.add_argument("--pairs", help="csv, tsv, jsonl or parquet: anchor, positive, negative (default: all-nli)")
     parser.add_argument("--train-rows", type=int, default=100_000, help="training rows to take, 0 takes all")
     parser.add_argument(
         "--eval-file", help="sentence1, sentence2, score; chooses the checkpoint (default: stsb validation)"
     )
     parser.add_argument("--test-file", help="the same, scored at the end (default: stsb test, or --eval-file if given)")
-    parser.add_argument("--dims", type=int, nargs="+", help="default: powers of 2 from 8, and full width")
+    add_dims(parser)
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=2e-5)
-    parser.add_argument(
-        "--output-dir", default="models/nli-mipic", help="checkpoints, and the model in its folder final"
-    )
+    parser.add_argument("--output", default="models/nli-mipic", help="checkpoints, and the model in its folder final")
     parser.add_argument("--report-to", nargs="+", default=["none"], help="wandb, tensorboard, trackio, ...")
     parser.add_argument(
         "--push-to-hub", metavar="NAME", help="name on the hub, as in me/my-model; needs `hf auth login`"
@@ -95,8 +92,8 @@ def main() -> None:
         raise SystemExit(f"--dims must be from 1 to the model's width of {width}, got {wrong}")
 
     # 2. Data: triplets for training, scored pairs for evaluation
-    if args.train_file:
-        train_dataset = load_training_file(args.train_file)
+    if args.pairs:
+        train_dataset = load_training_file(args.pairs)
     else:
         train_dataset = load_dataset("sentence-transformers/all-nli", "triplet", split="train")
     if "negative" not in train_dataset.column_names:
@@ -109,7 +106,7 @@ def main() -> None:
     train_dataset = train_dataset.shuffle(seed=12).select(range(min(train_rows, len(train_dataset))))
     logging.info("Training on %d rows with the columns %s.", len(train_dataset), train_dataset.column_names)
 
-    # 3. Rotate, so that the first values of a vector say most. Nothing is trained, full-width cosines stay as they are.
+    # 3. Rotate, which moves most information into the first values. Full-width cosines stay as they are.
     rotate_on = train_dataset.select(range(min(10_000, len(train_dataset))))
     rotation = rotate_model(model, rotate_on, dims, **({"max_steps": 20} if args.smoke else {}))
     logging.info("Held-out rows before and after the rotation:\n%s", rotation)
@@ -125,7 +122,7 @@ def main() -> None:
     # 6. Training arguments
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     training_args = SentenceTransformerTrainingArguments(
-        output_dir=args.output_dir,
+        output_dir=args.output,
         num_train_epochs=args.epochs,
         max_steps=3 if args.smoke else -1,
         per_device_train_batch_size=8 if args.smoke else args.batch_size,
@@ -168,7 +165,7 @@ def main() -> None:
     print(test_evaluator.report(model_name).to_markdown())
 
     # 9. Save. The folder is a plain SentenceTransformer: SentenceTransformer(folder, truncate_dim=64)
-    folder = f"{args.output_dir}/final"
+    folder = f"{args.output}/final"
     model.save_pretrained(folder)
     print(f"model saved to {folder}")
 

@@ -1,6 +1,6 @@
 """Train with one of the MIPIC paper's four recipes: unsupervised SimCSE, settings from a file in examples/recipes/.
 
-    python examples/train_recipe.py examples/recipes/bert-base.toml --train-file pairs.csv --output-dir model
+    python examples/train_recipe.py examples/recipes/bert-base.toml --pairs pairs.csv --output model
     python examples/train_recipe.py examples/recipes/bert-base.toml --smoke       # offline, a tiny random model
 
 The paper trains on about 24k sentences; every distinct sentence of the file is used. --smoke keeps the recipe's layers
@@ -111,11 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a file such as examples/recipes/bert-base.toml")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--train-file", help="csv, tsv, jsonl or parquet: anchor, positive[, negative] or STS columns")
+    source.add_argument("--pairs", help="csv, tsv, jsonl or parquet: anchor, positive[, negative] or STS columns")
     source.add_argument("--dataset", help="training data from the hub: NAME or NAME:CONFIG")
     parser.add_argument("--eval-file", help="STS columns: sentence1, sentence2, score (default: synthetic)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output-dir", help="where to save the trained model (default: not saved)")
+    parser.add_argument("--output", help="where to save the trained model (default: not saved)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of a tiny random model on a few rows")
     args = parser.parse_args()
     recipe = load_recipe(args.recipe)
@@ -155,7 +155,7 @@ def main() -> None:
                 args,
                 model,
                 train,
-                args.output_dir or f"{scratch}/run",
+                args.output or f"{scratch}/run",
                 weight_decay=training["weight_decay"],
                 lr_scheduler_type=training["lr_scheduler_type"],
                 warmup_steps=0,
@@ -169,7 +169,7 @@ def main() -> None:
         )
         trainer.train()
         show(before, score(model, evaluator))
-        save(model, args.output_dir)
+        save(model, args.output)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main() -> None:
         if is_scored(train):
             raise SystemExit(f"A ranking loss needs the columns anchor and positive, got {train.column_names}")
         use_cpu = not torch.cuda.is_available()
-        settings = training_arguments(args, None, train, args.output_dir or scratch, use_cpu=use_cpu)
+        settings = training_arguments(args, None, train, args.output or scratch, use_cpu=use_cpu)
         first = settings.process_index == 0
         print(f"process {settings.process_index} of {settings.world_size} on {settings.device}")
 
@@ -66,7 +66,7 @@ def main() -> None:
         trainer.train()
         if first:
             show(before, score(model, evaluator))
-            save(model, args.output_dir)
+            save(model, args.output)
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
 

@@ -1,7 +1,7 @@
 """Unsupervised SimCSE, the MIPIC paper's task, with its preset: each sentence is its own positive through dropout.
 
     python examples/unsupervised_simcse.py                                       # offline, synthetic sentences
-    python examples/unsupervised_simcse.py --model google-bert/bert-base-uncased --train-file pairs.csv --epochs 5
+    python examples/unsupervised_simcse.py --model google-bert/bert-base-uncased --pairs pairs.csv --epochs 5
 
 Every distinct sentence of the data is used, its other columns are not. Expect nothing from the offline default:
 all-MiniLM as shipped already tells sentences apart, so its loss is near zero from the first step. SimCSE is for
@@ -61,7 +61,7 @@ def main() -> None:
                 args,
                 model,
                 train,
-                args.output_dir or scratch,
+                args.output or scratch,
                 lr_scheduler_type="cosine",
                 weight_decay=0.01,
                 warmup_steps=0,
@@ -72,7 +72,7 @@ def main() -> None:
         )
         trainer.train()
     show(before, score(model, evaluator))
-    save(model, args.output_dir)
+    save(model, args.output)
 
 
 if __name__ == "__main__":

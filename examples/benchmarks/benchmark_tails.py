@@ -8,7 +8,7 @@
 Each fit runs in a process of its own. Memory is the highest resident size during the fit beyond what the process had
 with the vectors in it, in units of the vectors (anchors and positives). "documents" is the rotation of one array alone;
 its PCA, and the training of faiss's OPQ for 32 bytes, are there to compare it with in the same run. With --neighbour
-each fit is timed again beside a job that keeps two threads busy.
+each fit is timed again next to a job that keeps two threads busy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["20000x384", "50000x1024"], metavar="NxD")
     parser.add_argument("--only", nargs="+", choices=WHAT, default=WHAT, metavar="WHAT", help=f"of {', '.join(WHAT)}")
-    parser.add_argument("--neighbour", action="store_true", help="each fit again, beside a busy job")
+    parser.add_argument("--neighbour", action="store_true", help="each fit again, next to a busy job")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="small vectors, to see that all runs")
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "NxD"), help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Draw the README's picture: the share of full-width nDCG@10 that is left at so many bytes a vector.
+"""Draw the README's picture: the share of full-width nDCG@10 that is left, by bytes per vector.
 
 python examples/benchmarks/bytes_picture.py  # from results/retrieval.json, light and dark
 """
@@ -54,7 +54,7 @@ def draw(found: dict[str, Any], title: str, theme: str, file: Path) -> None:
         axes.set_xticks(BYTES, map(str, BYTES))
         axes.set_ylim(0, 105)
         axes.set_yticks(range(0, 101, 20), [f"{share}%" for share in range(0, 101, 20)])
-        axes.set_xlabel(f"bytes a vector (full width: {4 * 384:,})")
+        axes.set_xlabel(f"bytes per vector (full width: {4 * 384:,})")
         axes.set_title(title, fontsize=11, loc="left")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -24,6 +25,8 @@ PAGE = Path(__file__).parents[2] / ".docs" / "pages" / "command-line.md"
 # a command, and the block of output behind it
 RUN = re.compile(r"(```bash\n(mipic-st .*?)```\n\n)```text\n.*?```\n", re.DOTALL)
 DOCUMENTS = 500
+# what the page shows of a line without a bar to scroll
+WIDTH = 88
 
 
 def prepare(folder: Path, data: Path | None) -> None:
@@ -81,7 +84,17 @@ def ran(line: str, folder: Path) -> str:
     print(line, done.returncode, sep="\n")
     said = [line.rstrip() for line in f"{done.stdout.rstrip()}\n{done.stderr.rstrip()}".splitlines()]
     # not all progress bars heed the variable above
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(line for line in said if "%|" not in line)).strip()
+    lines = "\n".join(wrapped(line) for line in said if "%|" not in line)
+    return re.sub(r"\n{3,}", "\n\n", lines).strip()
+
+
+def wrapped(line: str) -> str:
+    """A sentence or list over several lines, as a terminal would show it; a row of a table stays as it is."""
+    text = line.lstrip()
+    if len(line) <= WIDTH or "  " in text:
+        return line
+    indent = line[: -len(text)]
+    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def main() -> None:

@@ -935,7 +935,7 @@ def plot(made: dict[str, Any], file: Path) -> None:
                     # labels that would overlap move down
                     height = min(ends[name], height - 0.075 * (top - bottom)) if height > bottom else ends[name]
                     axis.text(-0.12, height, DRAWN[name][0], color=DRAWN[name][1], ha="right", va="center")
-                axis.set_xlim(-2.9, len(dims) - 0.8)
+                axis.set_xlim(-3.3, len(dims) - 0.8)
                 axis.set_xticks(range(len(dims)), [f"{dim}\n{4 * dim} B" for dim in dims])
                 axis.set_title(title, fontsize=10, loc="left")
                 axis.grid(color=grid, linewidth=0.6)

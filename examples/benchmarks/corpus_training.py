@@ -3,7 +3,7 @@
     python examples/benchmarks/corpus_training.py --data FOLDER --output runs   # Cranfield's files are in FOLDER
     python examples/benchmarks/corpus_training.py --smoke                       # synthetic data, a few steps
 
-Half of the queries, with the documents that answer them, are for training: three quarters of them are trained on, the
+Half the queries, with the documents that answer them, are for training: three quarters of them are trained on, the
 others choose the learning rate (with MatryoshkaLoss and the first seed, for each start). The other half of the queries
 searches all documents afterwards. Every row is scored as it was trained and after a rotation that is fitted to the
 documents' new vectors. A query that stands in several pairs is in one batch only once.

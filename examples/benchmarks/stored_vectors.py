@@ -1,4 +1,4 @@
-"""Rows per second and memory of `mipic-st vectors`, beside pyarrow alone, and a run that is killed and resumed.
+"""Rows per second and memory of `mipic-st vectors`, compared with pyarrow alone, and a run that is killed and resumed.
 
     python examples/benchmarks/stored_vectors.py                  # 2 million x 384 float32 to 64 int8: 6 GB of disk
     python examples/benchmarks/stored_vectors.py --rows 200000 --json figures.json

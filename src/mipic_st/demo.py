@@ -227,7 +227,7 @@ def _paraphrase(draw: _Draw, scene: Scene, kind: str) -> tuple[str, str, str]:
 
 
 def _different(draw: _Draw, scene: Scene, corpus: Corpus, kind: str, wording: str) -> str | None:
-    """A sentence that changes or contradicts the scene, in half of the cases in the given wording."""
+    """A sentence that changes or contradicts the scene, in half the cases in the given wording."""
     frame = scene.frame
     values = dict(scene.values)
     if kind == "contradiction":

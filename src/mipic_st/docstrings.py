@@ -18,7 +18,7 @@ from mipic_st.validation import as_list, checked_count
 PACKAGES = ("numpy", "scipy", "sklearn", "pandas", "torch")
 """Libraries that are there wherever this package is installed with its extras."""
 
-# Words and letters below which a summary or a body says too little to be found, or to be told from others.
+# Words and letters below which a summary or a body says too little to be found, or to be distinguished from others.
 _SUMMARY_LETTERS, _BODY_LETTERS = 25, 120
 _LEFT_OUT = {"tests", "testing", "_vendored", "externals", "__pycache__"}
 

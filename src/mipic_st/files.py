@@ -14,7 +14,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-# Beside content that is moving into a folder that was there: its names.
+# Next to content that is moving into an existing folder: its names.
 _MOVING = ".moving.json"
 
 
@@ -84,7 +84,7 @@ def _name_aside(name: str) -> str:
 
 
 def _left_behind(place: Path, name: str) -> Iterator[Path]:
-    """What processes of this machine that have ended left beside a name."""
+    """What ended processes of this machine have left next to a name."""
     prefix = f".{name}.writing-{platform.node()}-"
     for left in place.glob(f"{glob.escape(prefix)}*"):
         if _has_ended(int(left.name.removeprefix(prefix).partition("-")[0])):

@@ -16,7 +16,7 @@ from mipic_st.validation import require
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours: told apart by readers with colour blindness and in grey
+# Okabe and Ito's colours, which differ for colour-blind readers and in grey
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 

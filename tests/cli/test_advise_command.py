@@ -33,7 +33,10 @@ def test_vectors_of_files(files, capsys):
     printed = []
     for name in ("v.npy", "v.parquet"):
         assert main(["advise", "--vectors", str(files / name), *SMALL, "--output", str(files / name[2:])]) == 0
-        printed.append(capsys.readouterr().out)
+        said = capsys.readouterr()
+        printed.append(said.out)
+        made = f"--rotation {files / name[2:] / 'rotation.safetensors'} --dim 8 --precision int4"
+        assert f"next: mipic-st vectors {files / name} DIR {made}\n" in said.err
     assert printed[0] == printed[1]
     assert "Store int4 x 8, rotated (4 bytes)" in printed[0]
     folder = files / "npy"
@@ -61,7 +64,10 @@ def test_texts_and_pairs_of_files(files, capsys):
     """The model encodes texts; pairs under other names and further documents and queries are taken."""
     model = str(files / "model")
     assert main(["advise", model, "--texts", str(files / "texts.txt"), *SMALL, "--seed", "1"]) == 0
-    assert capsys.readouterr().out.startswith("3-recall@10 x100 of ")
+    said = capsys.readouterr()
+    assert said.out.startswith("3-recall@10 x100 of ")
+    texts = f"--texts {files / 'texts.txt'} "
+    assert f"next: mipic-st rotate {model} {texts}" in said.err or f"next: mipic-st cut {model} --dim " in said.err
     pairs = pd.read_csv(files / "pairs.csv").set_axis(["Frage", "Antwort"], axis=1)
     pairs.assign(label=1).to_csv(files / "qa.csv", index=False)
     (files / "more.txt").write_text("\n".join(sentences(50, seed=12)), encoding="utf-8")
@@ -98,5 +104,5 @@ def test_what_is_wrong_is_said_and_nothing_written(files, capsys, arguments, mes
     assert main(["advise", *arguments, "--output", "out"]) == 1
     error = capsys.readouterr().err
     assert message in error
-    assert "not foreseen" not in error
+    assert "unexpected" not in error
     assert not (files / "out").exists()

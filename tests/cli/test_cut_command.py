@@ -131,4 +131,4 @@ def test_cut_passes_its_options_on(files, capsys, monkeypatch):
     capsys.readouterr()
     for option in (options[:2], options[2:], ["--no-word-weights"]):
         assert main([*call, *option]) == 1
-        assert f"{option[0]} is about the fit on --texts" in capsys.readouterr().err
+        assert f"{option[0]} is for the fit on --texts" in capsys.readouterr().err

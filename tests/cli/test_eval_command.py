@@ -76,7 +76,7 @@ def test_eval_that_fails_writes_what_it_has(tmp_path, capsys, monkeypatch):
     assert main(call) == 1
     said = capsys.readouterr().err
     assert "dims exceed" in said
-    assert "incomplete, 2 models were asked for" in said
+    assert "incomplete: 2 models were given" in said
     assert [record["model"] for record in EvaluationReport.from_json(tmp_path / "report.json").records] == ["org/first"]
     call[1:3] = ["org/second", "org/first"]
     call[call.index(str(tmp_path))] = str(tmp_path / "none")

@@ -51,6 +51,7 @@ def test_it_writes_what_the_function_writes(here, capsys):
         in printed.out
     )
     assert "written to out" in printed.err
+    assert "next, for queries: mipic_st.Rotation.load('out/_rotation.safetensors')(vectors, dim=16)" in printed.err
     assert "rows/s" in printed.err
     assert run("in/a.parquet", "out", "--resume", "--quiet", *words) == 0
     assert capsys.readouterr() == ("", "")
@@ -78,7 +79,7 @@ def test_what_is_wrong_is_named_and_the_rest_written(here, capsys):
     assert run("in", "out", *words) == 0
     out = capsys.readouterr().out
     assert "no code: b.parquet row 7 holds NaN or infinite values" in out
-    assert "1 rows have no code: nulls, in .npy and .safetensors zeros; the manifest names them" in out
+    assert "1 rows have no code: nulls, or zeros in .npy and .safetensors; the manifest names them" in out
     (here / "in" / "c.parquet").write_text("damaged")
     assert run("in", "other", "--quiet", *words) == 1
     printed = capsys.readouterr()

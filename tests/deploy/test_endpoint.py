@@ -140,7 +140,7 @@ def test_wrong_options_of_the_check_are_named(model, wrong, error, message):
                 "vectors are those in front of the Dense layers: the server leaves them out"
             ],
         ),
-        (lambda m, t, d: unit(m.encode(t)[:, ::-1]), None, ["its vectors are others than the model's, by "]),
+        (lambda m, t, d: unit(m.encode(t)[:, ::-1]), None, ["its vectors differ from the model's by "]),
     ],
 )
 def test_what_a_server_does_wrong_is_found(model, serve, vectors, dim, findings):
@@ -326,4 +326,4 @@ def test_commands(model, serve, tmp_path, capsys):
     assert "gives the model's vectors" in capsys.readouterr().out
     url = serve(lambda texts, dim: model.encode(texts)[:, ::-1])
     assert cli.main(["check", place, "--url", url]) == 1
-    assert "its vectors are others than the model's" in capsys.readouterr().err
+    assert "its vectors differ from the model's" in capsys.readouterr().err

@@ -148,6 +148,8 @@ def flags_of(script):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument":
                 flags |= {a.value for a in call.args if isinstance(a, ast.Constant) and str(a.value).startswith("-")}
+            elif isinstance(call, ast.Call) and getattr(call.func, "id", "") == "add_dims":  # that of mipic-st
+                flags.add("--dims")
     return flags
 
 
@@ -219,17 +221,17 @@ def test_every_argument_of_the_loss_is_explained():
     for name, parameter in inspect.signature(mipic_st.MIPICLoss).parameters.items():
         if name not in ("model", "loss"):
             assert f"`{name}`" in text, name
-        row = re.search(rf"^\| `{name}` \| (.+?) \|", text, re.MULTILINE)
+        row = re.search(rf"^\| `{name}` \| (.+?)(?:; paper: .+?)? \|", text, re.MULTILINE)
         if row and name != "gammas":
             assert ast.literal_eval(row[1].strip("`")) == parameter.default, name
 
 
 def test_preset_column_is_true():
-    """The values that "Choosing" gives for the paper preset are those of ``PAPER_SETTINGS``."""
+    """The values that "Choosing" gives for the paper preset, or for both, are those of ``PAPER_SETTINGS``."""
     from mipic_st.losses.presets import PAPER_SETTINGS
 
     text = (PAGES / "choosing.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| .+? \| (.+?) \|", text, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (?:.+?; paper: )?(.+?) \|", text, re.MULTILINE))
     for name, value in PAPER_SETTINGS.items():
         assert ast.literal_eval(rows[name].strip("`")) == value, name
 

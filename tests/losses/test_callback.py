@@ -141,7 +141,7 @@ def test_projections_of_another_run_are_recognised(tiny_model, interrupted, tmp_
     shutil.copy(other / "checkpoint-2" / PROJECTIONS_FILE, interrupted / "checkpoint-2" / PROJECTIONS_FILE)
     model, loss = fresh(tiny_model, **DRAWN)
     trainer = make_trainer(model, loss, interrupted, max_steps=4, callbacks=[MIPICCallback(loss)])
-    with pytest.raises(ValueError, match="is of another run than the optimizer"):
+    with pytest.raises(ValueError, match="is not of the run whose optimizer"):
         trainer.train(resume_from_checkpoint=True)
 
 

@@ -30,7 +30,7 @@ def test_documents_gain_over_truncation():
     assert rotation.chosen in ("rotation of the documents", "PCA of the documents")
     assert rotation.gained
     assert not rotation.worse_dims
-    assert rotation.verdict.startswith(f"{rotation.chosen}: more of the full width's neighbours is kept")
+    assert rotation.verdict.startswith(f"{rotation.chosen}: keeps more of the full width's neighbours")
     for row in rotation.report:
         assert row["rotated"] > row["truncated"] + 0.1
         assert row["change"] == pytest.approx(row["rotated"] - row["truncated"])

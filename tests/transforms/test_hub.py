@@ -102,7 +102,7 @@ def test_a_card_of_little(tmp_path):
     bare.save_pretrained(tmp_path / "bare")
     text = (tmp_path / "bare" / "README.md").read_text()
     assert ModelCard(text).data.base_model is None
-    assert "| corpus | not said |" in text
+    assert "| corpus | not given |" in text
     assert "Not judged on any data." in text
     assert 'dim=2, precision="float16"' in text
 

@@ -297,7 +297,7 @@ def test_evaluate_is_a_report_of_other_vectors(rotation, caplog):
     assert judged.worse_dims == tuple(DIMS)
     assert not judged.gained
     assert "On these vectors the rotation is worse than plain truncation at dims [4, 8]" in caplog.text
-    assert "LESS than by truncation at 4, 8" in judged.verdict
+    assert "LESS than truncation at 4, 8" in judged.verdict
     for row, matrix in (("truncated", np.eye(32)), ("rotated", rotation.matrix)):
         found = [_nearest(unit(vectors)) for vectors in (strange, (strange @ matrix)[:, :4])]
         by_hand = np.mean([len(set(one) & set(other)) / 10 for one, other in zip(*found, strict=True)])
@@ -320,3 +320,18 @@ def test_generators_of_gpus_are_left_alone(tiny_model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's generator was seeded"))
     fit_rotation(*hidden_signal(60), dims=[4], max_steps=2)
     MIPICLoss(model, MultipleNegativesRankingLoss(model), [WIDTH, 8], pic_weight=1.0, lift_init="random")
+
+
+def test_the_plot_shows_the_report(rotation, tmp_path):
+    """A curve for each way, over the dims; PNG and SVG; nothing to draw without a report."""
+    pytest.importorskip("matplotlib", reason="needs the eval extra").use("Agg")
+    figure = rotation.plot(tmp_path / "kept")
+    assert {path.name for path in tmp_path.iterdir()} == {"kept.png", "kept.svg"}
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == f"{rotation.measure} (x 100)"
+    drawn = {line.get_label(): line.get_xydata() for line in axes.lines}
+    assert list(drawn) == ["truncated", "PCA", "rotated"]
+    for way, points in drawn.items():
+        np.testing.assert_allclose(points, [(row["dim"], 100 * row[way.lower()]) for row in rotation.report])
+    with pytest.raises(ValueError, match="the rotation has no report, so there is nothing to draw"):
+        Rotation(rotation.matrix, (4,)).plot()

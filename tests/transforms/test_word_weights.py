@@ -473,7 +473,7 @@ def test_command_can_leave_them_out(model, tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     command = ["cut", str(tmp_path / "model"), "--layer", "2", "--dim", "8", "--quiet", "--no-word-weights"]
     assert cli.main([*command, "--output", str(tmp_path / "a")]) == 1
-    assert "--no-word-weights is about the fit on --texts" in capsys.readouterr().err
+    assert "--no-word-weights is for the fit on --texts" in capsys.readouterr().err
     assert cli.main([*command, "--texts", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "b")]) == 0
     loaded = SentenceTransformer(str(tmp_path / "b"), device="cpu")
     assert [type(module).__name__ for module in loaded] == ["Transformer", "Pooling", "Dense", "Normalize"]

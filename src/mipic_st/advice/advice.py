@@ -34,7 +34,7 @@ class Advice:
         full: Mean of the measure at full width in float32.
         cells: All :class:`~mipic_st.advice.cells.Cell` that were measured.
         budgets: For each number of bytes the best cell that takes no more.
-        within: For losses of 0.01, 0.02 and 0.05 the cell of the fewest bytes that loses no more of the measure.
+        within: For losses of 0.01, 0.02 and 0.05, the cell with the fewest bytes that loses no more of the measure.
         gained: Whether a rotation helps on documents that its fit has not seen; if not, no rotated cell is recommended.
         gain: How much more of the full width's neighbours it keeps there than truncation.
         chance: How far random rotations are from each other there, at most (three standard deviations).
@@ -71,7 +71,7 @@ class Advice:
             f"{100 * self.gain:+.1f} points of the neighbours among documents that the fit has not seen, where random "
             f"rotations differ by {100 * self.chance:.1f}"
         )
-        nothing = f"Nothing is gained by a rotation: {where}; none is recommended"
+        nothing = f"A rotation gains nothing: {where}; none is recommended"
         rotated = f"The {self.rotation.chosen} gains: {where}" if self.gained else nothing
         cell = self.cell
         lost = f"{100 * (1 - cell.kept):.1f}% of {self.measure} ({100 * self.full:.1f} at full width)"
@@ -79,7 +79,7 @@ class Advice:
         if cell is not self.within[max(LOSSES)]:
             text += f" No budget reaches a loss of {100 * max(LOSSES):.0f}%: that takes {self.within[max(LOSSES)]}."
         if NDCG not in cell.scores:
-            text += "\nNo answers were given, and neighbours in their place can promise too much: give pairs if any."
+            text += "\nNo answers were given, and neighbours alone can promise too much: give pairs if you have them."
         return text
 
     @property
@@ -126,7 +126,7 @@ class Advice:
         """Write everything but the rotation as JSON.
 
         The keys are those of this class; cells are objects with the fields of `Cell`, keys of ``budgets`` and
-        ``within`` texts, and ``format`` is 1. Beside them stand ``cell``, ``verdict`` and ``snippet``.
+        ``within`` texts, and ``format`` is 1. ``cell``, ``verdict`` and ``snippet`` are there as well.
 
         Args:
             path: The file.

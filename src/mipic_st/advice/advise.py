@@ -66,37 +66,37 @@ def advise(
     batch_size: int = 32,
     show_progress_bar: bool | None = None,
 ) -> Advice:
-    """Say in which dim and precision a corpus should be stored: fit a rotation, measure the grid, recommend.
+    """Recommend a dim and a precision for storing a corpus, measured on the corpus itself.
 
-    A rotation is fitted as in :func:`~mipic_st.transforms.rotation_fit.fit_rotation`, without a part of the queries (of
-    the pairs, or of the documents and ``queries`` where there are no pairs). These search the whole corpus, coded in
-    every cell of the grid, truncated and rotated; they stay floats, as in search engines, and have taken no part in the
-    fit or in the ranges of the codes. Intervals are of the difference to full width in float32, per query, by
-    bootstrap. They do not include that the best of many cells was picked.
+    A rotation is fitted as in :func:`~mipic_st.transforms.rotation_fit.fit_rotation`, but some queries are held out (of
+    the pairs; without pairs, of the documents and ``queries``). They search the whole corpus, coded in every cell, that
+    is, at every dim in every precision, truncated and rotated. They stay floats, as in search engines, and are used
+    neither for the fit nor for the ranges of the codes. Intervals are bootstrapped over queries, for the difference to
+    full width in float32. They do not account for choosing the best of many cells.
 
     Whether the rotation helps at all is judged on documents that its fit has not seen: among those that it has seen,
-    even random vectors seem to gain. Where it does not, truncated cells are recommended.
+    even random vectors seem to gain. If it does not help, truncated cells are recommended.
 
-    Without pairs there are no judged answers. Then the full width's first three neighbours should be among the ten that
-    are found. Of int4 x 64 that kept 97.9% on Cranfield, where nDCG@10 kept 97.1%, but 91.5% on 2,400 docstrings, where
-    nDCG@10 kept 86.2%; at int4 x 32 there 80.1% and 67.9%. So it is near or optimistic: where there are pairs, give
-    them. recall@10 of all ten neighbours stands beside, and says less than is kept.
+    Without pairs there are no known answers. Then the measure is how many of the three nearest neighbours at full width
+    are among the ten that are found. For int4 x 64 it kept 97.9% on Cranfield, where nDCG@10 kept 97.1%, but 91.5% on
+    2,400 docstrings, where nDCG@10 kept 86.2%; for int4 x 32 there, 80.1% and 67.9%. So it is close or too optimistic:
+    if you have pairs, give them. recall@10 of all ten neighbours is reported as well; it understates what is kept.
 
     Args:
         model: The SentenceTransformer that encodes the texts; or the documents' vectors, (N, D), a NumPy array or a
             tensor, of any origin.
-        corpus: Texts of the documents that are searched. May be left out with pairs, and must be with vectors.
+        corpus: Texts of the documents that are searched. Optional with pairs; leave it out with vectors.
         queries: Queries without answers: texts, or vectors where documents are vectors.
         pairs: Queries and the documents that answer them: a table with two columns of texts, as for
             :func:`~mipic_st.transforms.model_rotation.rotate_model`, or ``(queries, documents)``, two lists of texts,
-            or of vectors. A query with several answers stands in several rows. The documents are searched too.
+            or of vectors. Give a query with several answers in several rows. The documents are searched too.
         bytes: Budgets, in bytes per vector.
         dims: Default: powers of two from 8, and the full width.
-        precisions: Those that the search engine knows, of float32, float16, int8, int4 and binary.
+        precisions: Those that your search engine supports, of float32, float16, int8, int4 and binary.
         measure: ``"nDCG@10"``, the default with pairs; ``"3-recall@10"``, the default without; or ``"recall@10"``.
         query_prompt: Default: the model's own for queries, as ``encode_query`` takes it.
         document_prompt: Default: the model's own for documents, as ``encode_document`` takes it.
-        held_out: Share of the queries that judges, in (0, 0.5]. Default: a tenth, or up to half so that 200 judge.
+        held_out: Share of the queries to hold out, in (0, 0.5]. Default: a tenth, or up to half to have 200 of them.
         seed: Seeds the held-out part, the fit and the intervals.
         batch_size: Texts per forward pass.
         show_progress_bar: Show bars. Default: as the log level says, like ``encode``.

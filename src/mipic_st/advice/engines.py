@@ -1,4 +1,4 @@
-"""How search engines are told to store vectors in a cell, one line each."""
+"""Settings of search engines that store vectors in a cell, one line each."""
 
 from __future__ import annotations
 

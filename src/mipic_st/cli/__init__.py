@@ -1,4 +1,4 @@
-"""The command ``mipic-st``: rotate models, cut them, write them for servers, evaluate them at several dims.
+"""The command ``mipic-st``: rotate models and vectors, cut and export models, evaluate them at several dims.
 
 Each command is a file of this folder, named as the command, with a docstring (the help), ``EXAMPLES``,
 ``add_arguments(parser)`` and ``run(args)``, which prints, and raises if something is wrong.
@@ -30,11 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="mipic-st",
-        description="Matryoshka embeddings: rotate models, cut them, write them for servers, evaluate them per dim.",
+        description="Small embeddings: rotate models and vectors, cut, export and evaluate models.",
         epilog="exit codes: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"mipic-st {__version__}")
-    debug = "show where in the program an error happened"
+    debug = "show the traceback of an error"
     parser.add_argument("--debug", action="store_true", help=debug)
     commands = parser.add_subparsers(metavar="COMMAND")
     for name in COMMANDS:
@@ -81,6 +81,7 @@ def _own_words_only(debug: bool) -> Iterator[None]:
         return
     levels = {name: logging.getLogger(name).level for name in _OTHERS}
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it sets its logger's level when it is imported
+    os.environ.setdefault("TORCH_LOGS", "-onnx")  # the same for torch, whose exporter misses torchvision
     try:
         for name in _OTHERS:
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -101,6 +102,6 @@ def _run(args: argparse.Namespace) -> int:
     except Exception as error:
         if args.debug:
             traceback.print_exc()
-        hint = "" if is_expected(error) else " (not foreseen: run again with --debug and report it)"
+        hint = "" if is_expected(error) else " (unexpected: run again with --debug, and report it)"
         print(f"mipic-st: {one_line(error)}{hint}", file=sys.stderr)
         return EXIT_FAILED

@@ -1,8 +1,9 @@
-"""Say in which dim and precision to store vectors, measured on your own corpus.
+"""Recommend the dim and precision in which to store vectors, measured on your own corpus.
 
-A rotation is fitted on a part of it, and the rest searches the corpus in every cell of dims and precisions, truncated
-and rotated. What comes out: the best cell for each number of bytes, the smallest that loses 1, 2 and 5%, and how it is
-made. With --output, DIR gets advice.json, rotation.safetensors (if a rotation is worth it) and a plot.
+A rotation is fitted on one part of the corpus, and the other part searches all of it at every dim, in every precision,
+truncated and rotated. The answer: the best dim and precision for each number of bytes, the smallest ones that lose at
+most 1, 2 and 5%, and the code that makes them. With --output, DIR gets advice.json, rotation.safetensors (if a rotation
+helps) and a plot.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mipic_st.cli import options
 
 if TYPE_CHECKING:
     from mipic_st.advice.advice import Advice
+    from mipic_st.advice.cells import Cell
 
 EXAMPLES = """examples:
   mipic-st advise sentence-transformers/all-MiniLM-L6-v2 --texts corpus.txt
@@ -28,12 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser, required=False)
     data = parser.add_mutually_exclusive_group(required=True)
     for name, text in (
-        ("texts", "the documents: txt (a text a line), or a table (csv, tsv, jsonl, parquet) with texts"),
+        ("texts", "the documents: txt (one text per line), or a table (csv, tsv, jsonl, parquet) with texts"),
         ("pairs", "a table of queries and the documents that answer them"),
-        ("vectors", "the documents' vectors, without MODEL: npy, or parquet with a list of numbers a row"),
+        ("vectors", "the documents' vectors, without MODEL: npy, or parquet with a list of numbers per row"),
     ):
         data.add_argument(f"--{name}", type=options.given, metavar="FILE", help=text)
-    parser.add_argument("--documents", type=options.given, metavar="FILE", help="with --pairs: more, as --texts")
+    parser.add_argument(
+        "--documents", type=options.given, metavar="FILE", help="with --pairs: more documents, as --texts"
+    )
     parser.add_argument(
         "--queries", type=options.given, metavar="FILE", help="queries without answers, as --texts or --vectors"
     )
@@ -88,6 +92,21 @@ def run(args: argparse.Namespace) -> None:
         print(advice)
         if args.output:
             print(f"written to {args.output}", file=sys.stderr)
+        if following := _next(advice.cell, args):
+            print(f"next: mipic-st {following}", file=sys.stderr)
+
+
+def _next(cell: Cell, args: argparse.Namespace) -> str:
+    """The command that makes the vectors of a cell; none for truncated vectors, which need no map."""
+    if cell.way == "truncated":
+        return f"cut {args.model} --dim {cell.dim} --output DIR" if args.model else ""
+    if args.model:
+        data = f"--texts {args.texts}" if args.texts else f"--pairs {args.pairs}"
+        columns = f" --columns {','.join(args.columns)}" if args.columns else ""
+        return f"rotate {args.model} {data}{columns} --dims {cell.dim} --output DIR"
+    column = f" --column {args.columns[0]}" if args.columns else ""
+    rotation = f"--rotation {args.output / 'rotation.safetensors'}" if args.output else "--fit"
+    return f"vectors {args.vectors} DIR {rotation}{column} --dim {cell.dim} --precision {cell.precision}"
 
 
 def _advised(args: argparse.Namespace, **settings: Any) -> Advice:

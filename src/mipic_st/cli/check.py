@@ -1,7 +1,7 @@
 """Compare a running server with the model.
 
-An OpenAI-compatible endpoint is asked for some vectors, and these are compared with the model's own. The exit code is
-1 if they differ.
+It asks an OpenAI-compatible endpoint for a few vectors and compares them with the model's own. The exit code is 1 if
+they differ.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Cut a model to its first layers, truncate it to its first dims.
+"""Keep only the first layers of a model, the first dims, or both.
 
-A plain SentenceTransformer is saved, which loads without this package. With --texts, what follows the last layer is
-fitted to the full model's vectors, which is worth many points, and what is lost is measured on held-out ones.
+A plain SentenceTransformer is saved, which loads without this package. With --texts, the cut is fitted to the full
+model's vectors, which saves many points, and the loss of quality is measured on held-out texts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--texts",
         type=options.given,
         metavar="FILE",
-        help="txt (a text a line) or a table: fit what follows the last layer to the full model's vectors",
+        help="txt (one text per line) or a table: fit the cut to the full model's vectors",
     )
     options.add_columns(parser)
     parser.add_argument("--document-prompt", metavar="TEXT", help="put before the texts (default: the model's own)")
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Cut, save, and say what it costs and what it brings."""
+    """Cut, save, and say what it costs and what it gains."""
     from mipic_st.data import load_texts_file
     from mipic_st.deploy.truncated import export_truncated, measure_speedup
     from mipic_st.encoder.structure import full_width
@@ -58,11 +58,11 @@ def run(args: argparse.Namespace) -> None:
     if not (args.layer or args.dim):
         raise ValueError("there is nothing to cut: give --layer, --dim or both.")
     if args.texts and not args.layer:
-        raise ValueError("--texts fits the tail behind an early layer: give --layer too.")
+        raise ValueError("--texts fits the cut behind an early layer: give --layer too.")
     for option in ("no_word_weights", "columns", "document_prompt"):
         if getattr(args, option) and not args.texts:
             name = option.replace("_", "-")
-            raise ValueError(f"--{name} is about the fit on --texts: give these too, or leave it out.")
+            raise ValueError(f"--{name} is for the fit on --texts: give these too, or leave it out.")
     with new_folder(args.output) as new:
         texts = load_texts_file(args.texts, columns=args.columns) if args.texts else None
         model = options.load_model(args.model, args)
@@ -120,8 +120,8 @@ def _print(args: argparse.Namespace, statement: dict, note: str) -> None:
         )
         if not args.texts:
             print(
-                "What the layers were worth was not measured, and nothing was fitted in their place: --texts FILE does "
-                "both, at half depth it is worth many points."
+                "Nothing was fitted, and the loss of quality was not measured: --texts FILE does both. At half depth, "
+                "the fit saves many points."
             )
     print(f"written to {args.output}", file=sys.stderr)
     print(f"next: mipic-st eval {args.model} {args.output} --tasks sts --output results", file=sys.stderr)

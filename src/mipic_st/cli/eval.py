@@ -1,7 +1,7 @@
 """Score models on MTEB tasks at several dims, encoding once.
 
-Every text is encoded once per model. Afterwards --output has results/ (mteb's files, so that a second run does only
-what is missing), report.md, report.csv, report.json, report.tex, and plots as PNG and SVG.
+Each model encodes every text once. --output then has results/ (mteb's files, so that a second run does only what is
+missing), report.md, report.csv, report.json, report.tex, and plots as PNG and SVG.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_dims(parser)
     options.add_output(parser, "folder for results, tables and plots")
     parser.add_argument(
-        "--data-dir", type=options.input_folder, metavar="DIR", help="folder with local data, looked at before the hub"
+        "--data-dir", type=options.input_folder, metavar="DIR", help="folder with local data, used before the hub"
     )
     options.add_list(
         parser,
@@ -65,11 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=options.given,
         metavar="FILE",
-        help="texts that ranges of codes come from: txt (a text a line), or a table (default: the scored texts)",
+        help="texts for the ranges of codes: txt (one text per line), or a table (default: the scored texts)",
     )
     options.add_batch_size(parser)
     parser.add_argument("--no-normalize", action="store_true", help="do not normalise after truncation")
-    parser.add_argument("--overwrite", action="store_true", help="run again what is in --output already")
+    parser.add_argument("--overwrite", action="store_true", help="run again what --output already has")
     parser.add_argument("--skip-missing", action="store_true", help="leave out tasks without data instead of failing")
     parser.add_argument("--no-plots", action="store_true", help="write tables only")
 
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
             report += _evaluated(place, name, tasks, args)
     except Exception:
         if len(report):  # hours may have gone into the models before
-            print(f"incomplete, {len(args.models)} models were asked for:", file=sys.stderr)
+            print(f"incomplete: {len(args.models)} models were given:", file=sys.stderr)
             with contextlib.suppress(Exception):  # the error that ended the run is the one to be shown
                 _write(report, args)
         raise

@@ -1,8 +1,7 @@
 """Write a model in the form that a server reads.
 
-tei: the form of text-embeddings-inference, with older module paths and pooling keys, which older releases of vLLM,
-and infinity, need too. onnx: a file whose token states are behind the model's linear tail, for runtimes with a
-pooling of their own.
+tei: for text-embeddings-inference, infinity and older releases of vLLM, with older module paths and pooling keys.
+onnx: one file that already applies the rotation to the token states, for runtimes that pool by themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ EXAMPLES = """example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     options.add_model(parser)
-    parser.add_argument("--format", choices=["tei", "onnx"], required=True, help="which form")
+    parser.add_argument("--format", choices=["tei", "onnx"], required=True, help="tei or onnx, see above")
     options.add_output(parser)
 
 

@@ -67,7 +67,7 @@ def add_model(parser: argparse.ArgumentParser, *, many: bool = False, required: 
         parser.add_argument("models", nargs="+", metavar="MODEL", help=text)
     else:
         parser.add_argument("model", nargs=None if required else "?", metavar="MODEL", help=text)
-    parser.add_argument("--device", help="cpu, cuda, mps (default: the best one there is)")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: the best available)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
     parser.add_argument("--quiet", action="store_true", help="errors only: no progress bars, tables or hints")
 
@@ -87,13 +87,13 @@ def add_dims(parser: argparse.ArgumentParser) -> None:
 
 def add_columns(parser: argparse.ArgumentParser, text: str = "the known names") -> None:
     """Which columns of the file are meant; ``text`` says which are, without the option."""
-    text = f"of that table, e.g. question,answer (default: {text})"
+    text = f"columns of that table, e.g. question,answer (default: {text})"
     add_list(parser, "--columns", given, metavar="NAME", help=text)
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """What is drawn."""
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the held-out part and the batches")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the held-out part and the batches")
 
 
 def add_dim(parser: argparse.ArgumentParser, text: str, *, required: bool = False) -> None:
@@ -127,7 +127,7 @@ def check_device(device: str) -> None:
     except Exception as error:
         raise ValueError(
             f"--device {device!r} cannot be used here: {str(error).splitlines()[0]}; leave --device out for the best "
-            "one there is."
+            "available."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Make an encoder Matryoshka without training it.
+"""Give a model good small dims without training: fit a rotation, and save the model with it.
 
-A rotation of the embedding space is fitted on texts or pairs, and the model is saved with it. Full-width cosines
-stay as they are; the saved folder loads without this package.
+The rotation is fitted on texts or pairs. Full-width cosines stay as they are, and the saved folder loads without this
+package.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="csv, tsv, jsonl or parquet: anchor, positive, or STS columns",
     )
     data.add_argument(
-        "--texts", type=options.given, metavar="FILE", help="the documents: txt (a text a line), or a table with texts"
+        "--texts",
+        type=options.given,
+        metavar="FILE",
+        help="the documents: txt (one text per line), or a table with texts",
     )
     data.add_argument("--dataset", type=options.given, metavar="NAME", help="pairs from the hub: NAME or NAME:CONFIG")
     options.add_columns(parser)
     for name, text in (
-        ("documents", "further documents, as --texts"),
+        ("documents", "more documents, as --texts"),
         ("queries", "queries without answers, as --texts"),
-        ("check", "texts that the rotation is judged on too, e.g. of another domain, as --texts"),
+        ("check", "texts to judge the rotation on as well, e.g. of a different domain, as --texts"),
     ):
         parser.add_argument(f"--{name}", type=options.given, metavar="FILE", help=text)
     parser.add_argument("--query-prompt", metavar="TEXT", help="put before queries and the first text of pairs")

@@ -1,4 +1,4 @@
-"""List groups of tasks with their sizes and expected minutes."""
+"""List the groups of MTEB tasks, with their sizes and expected minutes."""
 
 from __future__ import annotations
 

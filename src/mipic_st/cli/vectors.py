@@ -1,8 +1,8 @@
-"""Rotate, cut and code vectors that are stored in files.
+"""Rotate, truncate and code vectors that are stored in files.
 
 IN is a file (.parquet, .npy, .safetensors), a Lance data set (.lance) or a folder of files of one kind; OUT gets their
-codes, the rotation and a manifest. Memory stays constant, a run that was ended goes on with --resume. At the end a
-sample of the rows says how many neighbours of the full width the codes still find.
+codes, the rotation and a manifest. Memory stays constant, and --resume continues a run that was stopped. At the end, a
+sample of the rows shows how many of the full-width neighbours the codes still find.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT", help="new or empty folder")
     rotation = parser.add_mutually_exclusive_group(required=True)
     rotation.add_argument(
-        "--rotation", type=options.given, metavar="FILE", help="the rotation, as Rotation.save writes"
+        "--rotation", type=options.given, metavar="FILE", help="the rotation, as written by Rotation.save"
     )
     rotation.add_argument(
         "--fit",
@@ -36,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.whole_number,
         const=FIT_ROWS,
         metavar="ROWS",
-        help=f"fit one on so many of the rows first (default: {FIT_ROWS:,}), and save it in OUT",
+        help=f"fit one first, on this many of the rows (default: {FIT_ROWS:,}), and save it in OUT",
     )
-    parser.add_argument("--column", default="embedding", metavar="NAME", help="of the vectors (default: embedding)")
+    parser.add_argument(
+        "--column", default="embedding", metavar="NAME", help="column of the vectors (default: embedding)"
+    )
     options.add_dim(parser, "dims to keep", required=True)
     parser.add_argument(
         "--precision",
@@ -49,9 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="", metavar="NAME", help="the model that made the vectors, for the manifest")
     parser.add_argument("--resume", action="store_true", help="keep what an earlier run has written into OUT")
     parser.add_argument(
-        "--workers", type=options.whole_number, metavar="N", help="pieces at once (default: the cores, 8 at most)"
+        "--workers",
+        type=options.whole_number,
+        metavar="N",
+        help="pieces at once (default: the number of cores, at most 8)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the rows for the fit and for the check")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the rows for the fit and for the check"
+    )
     parser.add_argument("--quiet", action="store_true", help="errors only: no progress bar, no report")
 
 
@@ -77,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.quiet:
         _print(made, time.perf_counter() - start)
         print(f"written to {args.output}", file=sys.stderr)
+        rotation = str(args.output / "_rotation.safetensors")
+        print(f"next, for queries: mipic_st.Rotation.load({rotation!r})(vectors, dim={args.dim})", file=sys.stderr)
     for part in made["failed"]:
         rows = f" rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}" if part.get("rows") else ""
         print(f"mipic-st: {part['source']}{rows}: {part['error']}", file=sys.stderr)
@@ -93,7 +102,7 @@ def _print(made: dict, seconds: float) -> None:
         for row, fault in list(piece["faulty_rows"].items())[:3]:
             print(f"no code: {piece['source']} row {row} {fault}")
     if faults := sum(piece["faults"] for piece in made["pieces"]):
-        print(f"{faults:,} rows have no code: nulls, in .npy and .safetensors zeros; the manifest names them")
+        print(f"{faults:,} rows have no code: nulls, or zeros in .npy and .safetensors; the manifest names them")
     if check:
         print(
             f"of the {check['neighbors']} nearest at full width the codes find {100 * check['rotated']:.1f}% "

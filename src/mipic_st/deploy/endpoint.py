@@ -112,7 +112,7 @@ def check_endpoint(
                 findings.append(finding)
                 break
         else:
-            findings.append(f"its vectors are others than the model's, by {worst:.2f}")
+            findings.append(f"its vectors differ from the model's by {worst:.2f}")
     return EndpointCheck(not findings, worst, tuple(findings))
 
 
@@ -187,7 +187,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def _answer(request: urllib.request.Request, timeout: float, most_bytes: int) -> tuple[int, bytes]:
-    """Status and body; of a redirect, the address in the place of the body."""
+    """Status and body; for a redirect, the address instead of the body."""
     try:
         answer = urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:

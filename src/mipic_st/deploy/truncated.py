@@ -59,7 +59,7 @@ def export_truncated(
         dim: Dims to keep, 1 to D; None keeps the model's ``truncate_dim`` if it has one, else all.
         texts: Texts to fit the tail of a layer cut on, a few thousand, without labels. What is lost on held-out ones is
             logged.
-        cuts: What :func:`mipic_st.transforms.layer_cut.fit_layer_cuts` has fitted, in the place of ``texts``.
+        cuts: What :func:`mipic_st.transforms.layer_cut.fit_layer_cuts` has fitted, instead of ``texts``.
         normalize: Put Normalize at the end. Without, a Normalize of the model stays in front of the truncation.
 
     Returns:

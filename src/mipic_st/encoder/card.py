@@ -75,7 +75,7 @@ def describe_dims(
 
 
 def extend_model_card(model: SentenceTransformer, dims: Iterable[int], introduction: str = "") -> None:
-    """Say in the model card how to load the model at other dims, in the place of what was said about dims before.
+    """Say in the model card how to load the model at other dims, replacing what it said about dims before.
 
     A card that sentence-transformers writes again has the line behind what the model can be used for, one that came
     with the model is saved as it is, so it gets a section.
@@ -100,7 +100,7 @@ def extend_model_card(model: SentenceTransformer, dims: Iterable[int], introduct
 
 
 def _extend_loaded_card(model: SentenceTransformer, text: str) -> None:
-    """Put the text into its section, in the place of what was put there; an empty one takes section and tag out."""
+    """Replace the text of its section; an empty text removes section and tag."""
     from huggingface_hub import ModelCard
 
     # private: sentence-transformers has no other way to a loaded card. Without it the tag remains.

@@ -21,7 +21,7 @@ _NOT_ABOUT_VECTORS = (
 )
 # Whose code a name and a version stand for; the code of all other modules counts.
 _KNOWN_PACKAGES = ("torch", "transformers", "sentence_transformers", "mipic_st", "peft")
-# Which adapter is on, and how strongly: peft keeps it beside the weights.
+# Which adapter is on, and how strongly: peft keeps it next to the weights.
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "scaling", "merged_adapters")
 
 

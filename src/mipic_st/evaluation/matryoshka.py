@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# In the place of a precision: float32 vectors of the uncut width, renormalised as those of all other dims are.
+# Instead of a precision: float32 vectors of the uncut width, renormalised as those of all other dims are.
 UNIT = "unit"
 _Place = tuple[int | None, str, int]
 _When = tuple[str | None, int, int]
@@ -64,10 +64,11 @@ class MatryoshkaEvaluator(BaseEvaluator):
     ``sts-dev-L4-64_...``, with precisions ``sts-dev-64-int8_...``, without a name ``dim-64_...``. The mean and the
     worst dim of the primary metric are added: ``sts-dev-mean_...``, ``sts-dev-worst_...``.
 
-    All dims count by the metric that the evaluator picks at the largest one. Where it depends on the vectors' length (a
-    dot product), the uncut width is also scored renormalised (``sts-dev-384-unit_...``), and mean and worst take that.
+    All dims are compared by the metric that the evaluator picks at the largest one. If it depends on the length of
+    vectors (a dot product), the uncut width is also scored renormalised (``sts-dev-384-unit_...``), and mean and worst
+    take that.
     The teacher's vectors of an `MSEEvaluator` are cut and renormalised in the same way. States of an intermediate layer
-    pass the model's final norm, so a cell is the score of what `export_truncated` gives for it.
+    go through the model's final norm, so each score is that of the model which `export_truncated` gives for it.
 
     Args:
         evaluator: The evaluator, or a `SequentialEvaluator` of several: its main score, the last one's by default,
@@ -84,8 +85,8 @@ class MatryoshkaEvaluator(BaseEvaluator):
             classification), all texts are coded and decoded, with a warning.
         calibration: What the ranges of codes and the mean of bits come from: texts like those that will be stored, or a
             dict of `Ranges` by dim, such as a rotation keeps. The default, ``"scored texts"``, takes the texts of the
-            evaluator itself, since no others are at hand; int8 and uint8 then have their extremes as ranges, as in
-            sentence-transformers. That may flatter codes: an index is calibrated before it sees a query. Records and
+            evaluator itself, since there are no others; int8 and uint8 then have their extremes as ranges, as in
+            sentence-transformers. That may overrate codes: an index is calibrated before it sees a query. Records and
             model card say which it was.
         primary: Which score selects checkpoints: one of ``dims``, ``"mean"`` or ``"worst"``, over float32 vectors of
             the deepest layer.
@@ -151,7 +152,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
             raise ValueError(f"primary must be 'mean', 'worst' or one of dims {list(self.dims)}, got {primary!r}.")
         if self.precisions != ("float32",) and any(isinstance(leaf, WITH_TEACHER) for leaf in leaves):
             raise ValueError(
-                "precisions: an MSEEvaluator compares values with its teacher's, which codes have not; leave them out."
+                "precisions: an MSEEvaluator compares values with its teacher's, which codes lack; leave them out."
             )
         self.scoring = checked_choice("scoring", scoring, SCORINGS)
         self.calibration = check_calibration(calibration, self.dims, self.layers)

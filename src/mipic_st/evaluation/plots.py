@@ -113,7 +113,7 @@ def _of_task(cells: dict[tuple[Any, ...], Cell], task: str | None) -> dict[tuple
         metrics.setdefault(name, set()).add(str(metric))
     if mixed := {name: sorted(kinds) for name, kinds in metrics.items() if len(kinds) > 1}:
         raise ValueError(
-            f"one line cannot show several metrics, and these tasks have {mixed}; draw their reports apart."
+            f"one line cannot show several metrics, and these tasks have {mixed}; draw them separately with task=...."
         )
     return cells
 
@@ -181,6 +181,8 @@ def _line_plot(
             axes.fill_between(across, lows, highs, color=colour, alpha=0.18, linewidth=0)
     axes.set_xscale("log", base=2)
     ticks = sorted({place[0] for line in lines.values() for place in line})
+    if len(ticks) > 10:  # no room for the labels of 1024 and 1536
+        ticks = [tick for tick in ticks if not any(tick < other < 2 * tick for other in ticks)]
     axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45 if len(ticks) > 10 else 0)
     axes.set_xticks([], minor=True)
     axes.set(xlabel=x, ylabel=y_label)

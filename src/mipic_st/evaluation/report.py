@@ -130,7 +130,7 @@ class EvaluationReport:
 
     Raises:
         TypeError: If a record is no dict.
-        ValueError: If it lacks a key, has an unknown one, or a value of another kind than the table needs.
+        ValueError: If it lacks a key, has an unknown one, or a value of the wrong kind.
 
     Example:
         >>> report = EvaluationReport([{"model": "m", "task": "sts", "metric": "spearman", "dim": 8, "score": 0.5}])

@@ -1,1 +1,1 @@
-"""The training loss, its terms, and what the trainer needs beside it."""
+"""The training loss, its terms, and what the trainer needs in addition."""

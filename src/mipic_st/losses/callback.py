@@ -161,7 +161,7 @@ class MIPICCallback(TrainerCallback):
         moments = self._moments(optimizer)
         if moments and saved_moments and moments != saved_moments:
             raise ValueError(
-                f"{path} is of another run than the optimizer that the trainer resumed. Name the folder that the "
+                f"{path} is not of the run whose optimizer the trainer resumed. Name the folder that the "
                 "trainer resumes from: MIPICCallback(loss, resume_from_checkpoint=...)."
             )
         with torch.no_grad():

@@ -23,7 +23,7 @@ _GAMMA_UNIT = 10_000
 def topk_sizes(lengths: Tensor, gammas: Sequence[float], min_k: int) -> Tensor:
     """Number of tokens per sentence and prefix: min(n_b, max(min_k, ceil(gamma_i * n_b))) (App. A.5).
 
-    The released code uses the padded length, clamped to the shortest sentence, in the place of n_b.
+    The released code uses the padded length, clamped to the shortest sentence, instead of n_b.
 
     Args:
         lengths: n_b, (B,), integers.

@@ -71,7 +71,7 @@ def labels_are_taken(base: nn.Module, taken: bool) -> Iterator[None]:
         if taken:
             error.add_note(
                 f"With distill_weight, labels are the larger model's vectors, and {type(base).__name__} gets none. If "
-                "it needs labels, nothing can be distilled beside it: set distill_weight=0."
+                "it needs labels, nothing can be distilled with it: set distill_weight=0."
             )
         raise
 

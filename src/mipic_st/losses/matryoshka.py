@@ -91,7 +91,7 @@ def run_plain(
     if not embeddings:
         raise RuntimeError(
             f"MIPICLoss recorded no forward pass: {type(base).__name__} did not call the model that MIPICLoss "
-            "holds. Give both the same model. A loss that keeps it under another name than `model` cannot be used "
+            "holds. Give both the same model. A loss that keeps it under a name other than `model` cannot be used "
             "in distributed or compiled training."
         )
     if observers.terms:

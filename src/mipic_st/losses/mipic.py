@@ -29,8 +29,8 @@ class MIPICLoss(nn.Module):
     A drop-in for ``MatryoshkaLoss``: the base loss is applied to every truncation dimension, and the hidden states of
     its own forward passes are recorded. On them, SIA asks each prefix to see the tokens of a sentence as the full width
     does, and PIC, if it is switched on, chains narrow, early sentence vectors to wide, late ones. With
-    ``distill_weight``, which is no part of MIPIC, the similarities within a batch follow those that a larger model
-    sees. For small dimensions start from a rotated model (:func:`mipic_st.transforms.model_rotation.rotate_model`):
+    ``distill_weight``, which is not part of MIPIC, the similarities within a batch follow those that a larger model
+    finds. For small dimensions start from a rotated model (:func:`mipic_st.transforms.model_rotation.rotate_model`):
     from there the loss scores as ``MatryoshkaLoss`` does, and a larger model adds to it. From a plain start, SIA helps
     a weak encoder. The trained model is a plain SentenceTransformer.
 
@@ -47,9 +47,9 @@ class MIPICLoss(nn.Module):
             full width are the prefixes of SIA.
         matryoshka_weights: One weight per dim for the base loss. Default: 1 for each.
         n_dims_per_step: Number of dims that the base loss is applied to in each training batch; -1 is all. The draw
-            goes by the seed, the trainer's step and the batch within it; without
-            :class:`~mipic_st.losses.callback.MIPICCallback`, which knows the step, a resumed run draws other dims than
-            the interrupted one. Evaluation and the other terms always use all dims.
+            depends on the seed, the trainer's step and the batch within it; without
+            :class:`~mipic_st.losses.callback.MIPICCallback`, which knows the step, a resumed run draws dims different
+            from those of the interrupted one. Evaluation and the other terms always use all dims.
         alpha: Weight of the base term in Eq. 18, in [0, 1].
         attention_weight: Weight of SIA's attention term (Eq. 6), >= 0. Zero switches it off.
         cka_weight: Weight of SIA's CKA term (Eq. 11), >= 0. Zero switches it off.
@@ -69,7 +69,7 @@ class MIPICLoss(nn.Module):
         kl_direction: ``"prefix_full"`` for KL(prefix || full), the paper's Eq. 6; ``"full_prefix"`` for the reverse, as
             in the released notebooks.
         detach_full_width: Whether all of SIA's full-width side (query, distribution, Gram matrix) is a constant.
-        lift_init: The lifts P (Eq. 5): ``"frozen"`` is ordinary truncation, and no parameter. The others are trained:
+        lift_init: The lifts P (Eq. 5): ``"frozen"`` is ordinary truncation, without parameters. The others are trained:
             ``"identity"`` starts at ordinary truncation, ``"orthogonal"`` and ``"random"`` do not.
         token_importance: ``"similarity"`` ranks tokens by the full-width query (Eq. 4). ``"attention"`` takes the
             model's own attention maps of that layer, before dropout; the model is then switched to eager attention,
@@ -110,7 +110,7 @@ class MIPICLoss(nn.Module):
     Raises:
         ValueError: If an argument is out of its range, or the model is not built of Transformer, Pooling and such a
             tail; in the first ``forward``, if it does not pool its last hidden state.
-        TypeError: If ``model`` or ``loss`` is none, or an argument no number, flag or sequence where it has to be one.
+        TypeError: If ``model`` or ``loss`` is not one, or an argument is of the wrong type.
         FloatingPointError: In ``forward``, if a term is nan or inf, and in the backward pass, if the vector of an empty
             text makes the base loss's gradient overflow. With fp16's gradient scaler such batches are logged, and
             skipped by it.
@@ -128,7 +128,7 @@ class MIPICLoss(nn.Module):
         own length. The paper's settings are ``MIPICLoss.from_preset(model, loss, "paper", dims)``.
 
     Relations:
-        Stands in the place of ``MatryoshkaLoss``: outermost, around the base loss, which must be none that patches the
+        Use it instead of ``MatryoshkaLoss``: outermost, around the base loss, which must be none that patches the
         model itself (``MatryoshkaLoss``, ``AdaptiveLayerLoss``). Takes further terms, see :meth:`add_term`.
 
     Example:
@@ -266,7 +266,7 @@ class MIPICLoss(nn.Module):
 
     @property
     def terms(self) -> nn.ModuleDict:
-        """The terms beside the base loss by name; distillation, which belongs to a batch, is not among them."""
+        """The terms other than the base loss, by name; distillation, which belongs to a batch, is not among them."""
         return self.mipic_projections
 
     def add_term(self, term: nn.Module) -> None:

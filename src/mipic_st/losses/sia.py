@@ -185,7 +185,7 @@ def sia_terms(
         temperature: tau of the attention softmax, > 0.
         kl_direction: See :func:`attention_kl`.
         detach_full_width: Whether everything of the full width (q, a_D, X_D) is a constant.
-        full_attention: (B, L), importance of each token from the model's own attention maps, in the place of the
+        full_attention: (B, L), importance of each token from the model's own attention maps, instead of the
             softmax at full width. Default: similarity.
         with_cka: Whether Eq. 11 is wanted; if not, its values are zero and not valid.
 

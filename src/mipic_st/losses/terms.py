@@ -1,4 +1,4 @@
-"""The terms of Eq. 18 beside the base loss: what each needs of a sentence, and what becomes of a batch of them.
+"""The terms of Eq. 18 other than the base loss: what each needs of a sentence, and how a batch is reduced.
 
 A term watches the base loss's own forward passes. What mixes no sentences it computes while the states are there
 (``observe``); what mixes them, when all sentences of the batch have been seen (``reduce``). A gradient-cached base loss

@@ -27,7 +27,7 @@ from mipic_st.transforms.rotation import Rotation
 from mipic_st.validation import checked_count, checked_dims, default_dims
 
 MANIFEST, ROTATION, _STATE = "_manifest.json", "_rotation.safetensors", "_unfinished"
-"""Beside the codes; readers of Parquet folders pass over names that begin with _."""
+"""Next to the codes; readers of Parquet folders pass over names that begin with _."""
 
 _NAMED = 100
 """So many faulty rows of a piece are named in the manifest."""
@@ -48,9 +48,9 @@ def rotate_files(
     workers: int | None = None,
     show_progress_bar: bool = True,
 ) -> dict[str, Any]:
-    """Rotate, cut and code stored vectors into a new folder, in constant memory.
+    """Rotate, truncate and code stored vectors into a new folder, in constant memory.
 
-    The folder gets a file for each piece of some 260,000 rows, ``_rotation.safetensors`` and ``_manifest.json``. A
+    The folder gets a file for each piece of about 260,000 rows, ``_rotation.safetensors`` and ``_manifest.json``. A
     piece is written next to its place and moved there, so each is whole. The same call gives the same bytes, whatever
     ``workers`` is and however often it was ended and resumed.
 

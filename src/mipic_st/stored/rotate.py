@@ -23,7 +23,7 @@ Batch = TypeVar("Batch", "pa.Table", "pa.RecordBatch", dict[str, Any])
 
 
 class RotateVectors:
-    """Rotate, cut and code one column of a batch: of Arrow, of Ray Data, Spark and Lance, of ``datasets.map``.
+    """Rotate, truncate and code one column of a batch: of Arrow, of Ray Data, Spark and Lance, of ``datasets.map``.
 
     Other columns stay as they are. A null stays a null. A row that has no code (another width, a value that is not
     finite, zeros only) becomes a null and is named in the log. Loads neither torch nor transformers, and can be

@@ -29,8 +29,8 @@ def require_documents(count: int) -> None:
     """Refuse so few distinct documents that every query finds all of them."""
     if count < _LEAST:
         raise ValueError(
-            f"{count} distinct documents are too few for a fit that can be judged: give {_LEAST} or more, and better "
-            "some hundreds."
+            f"{count} distinct documents are too few for a fit that can be judged: give {_LEAST} or more, better "
+            "a few hundred."
         )
 
 

@@ -187,11 +187,11 @@ class OnHub(Judged):
         base = None if self.model_name.startswith("local/") else self.model_name or None
         header = ModelCardData(library_name="mipic-st", tags=_TAGS, base_model=base).to_yaml()
         facts = {
-            "model": self.model_name or "not said",
-            "revision": self.revision or "not said",
-            "corpus": self.corpus or "not said",
+            "model": self.model_name or "not given",
+            "revision": self.revision or "not given",
+            "corpus": self.corpus or "not given",
             "dims": f"{', '.join(map(str, self.dims))} of {width}",
-            "fitted as": self.chosen or "not said",
+            "fitted as": self.chosen or "not given",
             "fingerprint": self.fingerprint,
         }
         dim = self.dims[len(self.dims) // 2]
@@ -202,8 +202,9 @@ class OnHub(Judged):
 
 # A {self.kind} of embeddings
 
-An orthogonal map of vectors of {width} values, fitted so that the first values of rotated vectors say most: search with
-few of them finds what the full width finds. Full-width cosine similarities stay as they are, and no model was trained.
+An orthogonal map of vectors of {width} values, fitted so that the first values of rotated vectors carry the most
+information: a search with few of them finds most of what the full width finds. Full-width cosine similarities stay as
+they are, and no model was trained.
 
 {_table([["", ""], *facts.items()])}
 ## Figures

@@ -133,7 +133,7 @@ class LayerCuts(Transform):
             ImportError: If matplotlib is missing.
             ValueError: If the cuts have no report.
         """
-        from mipic_st.transforms.cut_plot import by_layer_and_dim
+        from mipic_st.transforms.report_plots import by_layer_and_dim
 
         return by_layer_and_dim(self, path)
 
@@ -154,11 +154,11 @@ class LayerCuts(Transform):
             raise ValueError(f"it has word weights for layers {wrong} without a map")
 
     def require_fitted_on(self, model: SentenceTransformer) -> None:
-        """Refuse another model than that of the fit, or another state of it."""
+        """Refuse a model other than that of the fit, or one that has changed since."""
         if self.fingerprint is not None and self.fingerprint != fingerprint(model):
             raise ValueError(
                 "cuts were fitted when the model gave other vectors: it was rotated, trained or converted since, its "
-                "prompts are others, or it is another model; call fit_layer_cuts again."
+                "prompts changed, or it is a different model; call fit_layer_cuts again."
             )
 
 

@@ -52,7 +52,7 @@ def rotate_model(
     show_progress_bar: bool | None = None,
     **fit_options: Any,
 ) -> Rotation:
-    """Fit a rotation on texts and put it into the model, in place: one call makes an encoder Matryoshka.
+    """Fit a rotation on texts and put it into the model, in place, so that its first dims carry most.
 
     Every distinct text is encoded once, at full width. The rotation becomes a bias-free identity ``Dense`` before
     Normalize; a model that already ends in a linear Dense (a rotation put in earlier, for one) gets it multiplied into
@@ -72,13 +72,13 @@ def rotate_model(
     Args:
         model: Any SentenceTransformer, also one of StaticEmbedding or with a Router.
         data: A ``datasets.Dataset``, a data frame, a dict of columns, a stream (its first 100,000 rows), or a list of
-            texts. Of the text columns the first two are taken as pairs, in the order in which the trainer takes them;
-            further ones (negatives) are not used. Of two text columns with scores or labels (``score``, ``label`` and
-            the other names of :mod:`mipic_st.data`), only pairs that say yes are used: 1 of labels 0 and 1, or scores
-            from 80% of the range on (from 0 to the highest of 1, 5 or 10 that covers them). One text column, or a list,
-            holds the documents that will be searched.
+            texts. The first two text columns are taken as pairs, in the trainer's order; further ones (negatives) are
+            not used. With scores or labels (``score``, ``label`` and the other names of :mod:`mipic_st.data`), only
+            pairs that belong together are used: label 1 of 0 and 1, or a score of at least 80% of the range (from 0 to
+            the lowest of 1, 5 or 10 that covers them). One text column, or a list, holds the documents that will be
+            searched.
         dims: The truncation dimensions to serve. The full width may be among them.
-        documents: Texts of further documents.
+        documents: Texts of more documents.
         queries: Texts of queries without answers.
         prompts: As in the trainer's arguments: one prompt for all columns, or one per column name, where "documents"
             and "queries" are those of the arguments. Default: what ``encode`` does by default; for the arguments, what
@@ -109,7 +109,7 @@ def rotate_model(
         )
     )
     if processes() > 1 and by_the_first(plan.digest) != plan.digest():
-        logger.warning("This process has other texts than the first one, on whose texts the rotation is fitted.")
+        logger.warning("This process has different texts from the first one, on whose texts the rotation is fitted.")
     inner = unwrap(model)
     training, known = inner.training, list(inner.children())
     with evaluation_mode(model):
@@ -117,7 +117,7 @@ def rotate_model(
         if not rotation.gained:
             logger.warning(
                 "No dim gained on held-out data, so the model was left as it is. It was fitted on %s; more texts, or "
-                "pairs in the place of texts, may help.\n%s",
+                "pairs instead of texts, may help.\n%s",
                 plan.used,
                 rotation,
             )
@@ -174,8 +174,8 @@ class _Plan:
         describe_dims(
             self.model,
             {*self.dims, len(rotation.matrix)},
-            introduction="The embedding space was rotated with mipic-st, so that the first values of a vector say "
-            "most. Full-width cosine similarities are those of the original model.",
+            introduction="The embedding space was rotated with mipic-st, so that the first values of a vector carry "
+            "the most information. Full-width cosine similarities are those of the original model.",
         )
 
 
@@ -228,7 +228,7 @@ def _plan(
 def _per_column(
     name: str, given: Any, names: Sequence[str], present: Sequence[str], columns: Mapping[str, Any]
 ) -> dict[str, str | None]:
-    """Prompts or routes; documents and queries beside the data have, unless said, those of the data's own."""
+    """Prompts or routes; further documents and queries have those of the data, unless named."""
     found = per_column(name, given, [*columns], present)
     like = {"documents": names[-1]} | ({"queries": names[0]} if len(names) == 2 else {})
     for further, column in like.items():

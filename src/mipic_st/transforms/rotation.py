@@ -286,9 +286,9 @@ class Rotation(OnHub):
         return [identity_dense(torch.from_numpy(self.matrix))]
 
     def evaluate(self, vectors: Any, queries: Any = None) -> Rotation:
-        """Judge the rotation on any vectors, e.g. on the documents of another domain than it was fitted on.
+        """Judge the rotation on any vectors, e.g. on documents of a different domain from the one it was fitted on.
 
-        The PCA that it is compared with is that of these very vectors: what a fit on them would give at the least.
+        The PCA that it is compared with is fitted on these vectors: the least that a rotation of their own would give.
 
         Args:
             vectors: (N, D) documents to search.
@@ -296,7 +296,7 @@ class Rotation(OnHub):
 
         Returns:
             The same rotation, with the report of these vectors. Warnings in the log name the dims that are worse than
-            plain truncation, and those where their PCA alone has a tenth more: the sign of another domain.
+            plain truncation, and those where their PCA alone keeps a tenth more, the sign of a different domain.
 
         Raises:
             TypeError: If the vectors are no arrays of floating numbers.

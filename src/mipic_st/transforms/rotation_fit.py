@@ -32,13 +32,13 @@ def fit_rotation(
     seed: int = 0,
     show_progress_bar: bool | None = None,
 ) -> Rotation:
-    """Learn an orthogonal map after which the first values of an embedding say most, from vectors alone.
+    """Fit a rotation of vectors, after which the first values carry the most information.
 
-    Works on vectors of any origin: a model, an API, a database. Give the documents that will be searched; pairs of a
-    query and its answer, if there are any; queries without answers, if there are any. A part is held out, and searches
-    all documents after truncation, after their PCA, after a rotation of the documents and, with pairs, after a rotation
-    that is fitted to these. What ranks best is kept (``rotation.chosen``) and fitted again on everything, but for the
-    rotation of the pairs, which is stopped at its best step on the held-out part. The report is of the first fit.
+    Works on vectors of any origin: a model, an API, a database. Give the documents that will be searched and, if you
+    have them, pairs of a query and its answer, and queries without answers. A held-out part searches all documents
+    after truncation, after their PCA, after a rotation of the documents and, with pairs, after a rotation fitted to
+    these. What ranks best is kept (``rotation.chosen``) and fitted again on everything, except for a rotation of pairs,
+    which is stopped at its best step on the held-out part. The report is that of the first fit.
 
     The fit runs on the device of the vectors, in float32, and on one thread of a CPU. The rotation keeps the ranges
     that codes of the documents need, for each dim and the full width.
@@ -129,7 +129,8 @@ def of_one_width(given: Mapping[str, Any], shown: Mapping[str, str]) -> tuple[An
     for name, vectors in arrays.items():
         if vectors.shape[1] != first.shape[1]:
             raise ValueError(
-                f"{shown[name]} have width {vectors.shape[1]}, {shown['anchors']} {first.shape[1]}: encode both alike."
+                f"{shown[name]} have width {vectors.shape[1]}, {shown['anchors']} {first.shape[1]}: "
+                "encode both the same way."
             )
     return tuple(arrays[name].to(first.device) if name in arrays else None for name in _SIDES)
 

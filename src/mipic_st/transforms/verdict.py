@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import ClassVar
+from os import PathLike
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from mipic_st.codes import Ranges
 from mipic_st.transforms.base import Transform
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +30,20 @@ def verdict(rows: Sequence[Mapping[str, float]], measure: str, chosen: str) -> s
     def where(key: str, sign: int) -> str:
         return ", ".join(str(row["dim"]) for row in rows if sign * row[f"{key}change"] > 2 * row[f"{key}error"])
 
-    what = "of what belongs together is found" if measure == NDCG else "of the full width's neighbours is kept"
-    found = [f"more {what} than by truncation at {better}"] if (better := where("", 1)) else []
-    found += [f"LESS than by truncation at {worse}: do not use it there"] if (worse := where("", -1)) else []
-    text = ", ".join(found) or f"no more {what} than by truncation"
+    what = "finds {} of what belongs together" if measure == NDCG else "keeps {} of the full width's neighbours"
+    more = what.format("more")
+    found = [f"{more} than truncation at {better}"] if (better := where("", 1)) else []
+    found += [f"LESS than truncation at {worse}: do not use it there"] if (worse := where("", -1)) else []
+    text = ", ".join(found) or f"{what.format('no more')} than truncation"
     if "pca_change" in rows[0]:
         better, worse = where("pca_", 1), where("pca_", -1)
-        text += f"; more than by the PCA alone at {better}" if better else ""
+        text += f"; more than the PCA alone at {better}" if better else ""
         text += f"; the PCA alone has more at {worse}" if worse else ""
     return f"{chosen or 'rotation'}: {text}."
 
 
 class Judged(Transform):
-    """A map whose report says how it searches a corpus, beside plain truncation and the corpus's PCA."""
+    """A map whose report compares its search of a corpus with plain truncation and with the corpus's PCA."""
 
     headings: ClassVar[dict[str, str]] = {
         "dim": "dim",
@@ -47,9 +52,9 @@ class Judged(Transform):
         "rotated": "rotated",
         "change": "change",
         "error": "error",
-        "similarity_truncated": "similarity, truncated",
-        "similarity_pca": "similarity, PCA",
-        "similarity_rotated": "similarity, rotated",
+        "similarity_truncated": "sim. truncated",
+        "similarity_pca": "sim. PCA",
+        "similarity_rotated": "sim. rotated",
     }
     matrix: np.ndarray
     ranges: dict[int, Ranges] | None
@@ -72,11 +77,11 @@ class Judged(Transform):
             )
 
     def warn_foreign(self) -> None:
-        """Say in the log at which dims it looks fitted on another domain than the vectors that judge it."""
+        """Log the dims at which it looks fitted on a different domain from the vectors that judge it."""
         if self.foreign_dims:
             logger.warning(
-                "On these vectors the rotation keeps far fewer neighbours than their own PCA at dims %s, as one that "
-                "was fitted on another domain does: fit it on the documents that will be searched.\n%s",
+                "On these vectors the rotation keeps far fewer neighbours than their own PCA at dims %s, as if it was "
+                "fitted on a different domain: fit it on the documents that will be searched.\n%s",
                 list(self.foreign_dims),
                 self,
             )
@@ -84,7 +89,7 @@ class Judged(Transform):
     @property
     def caption(self) -> str:  # type: ignore[override]
         """First line of the report as a text."""
-        return f"{self.measure} of queries that no step has seen, x100; similarity: correlation of cosines"
+        return f"{self.measure} of queries that no step has seen, x100; sim.: similarity, correlation of cosines"
 
     @property
     def verdict(self) -> str:
@@ -109,6 +114,23 @@ class Judged(Transform):
             for row in self.report
             if row.get("pca_change", 0) < min(-0.1 * row.get("pca", 0), -2 * row.get("pca_error", 0))
         )
+
+    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
+        """The report as curves by dim: truncated, after the PCA of the searched documents, rotated.
+
+        Args:
+            path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+
+        Returns:
+            The figure.
+
+        Raises:
+            ImportError: If matplotlib is missing.
+            ValueError: If there is no report.
+        """
+        from mipic_st.transforms.report_plots import by_dim
+
+        return by_dim(self, path)
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{self.verdict}"

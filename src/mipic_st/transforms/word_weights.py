@@ -107,7 +107,7 @@ def fit_word_weights(
             f"{int(lengths.sum())} for {len(tokens)} tokens, {len(states)} states and {len(targets)} texts."
         )
     if len(lengths) < 4:
-        raise ValueError(f"{len(lengths)} texts are too few for word weights: give some thousand.")
+        raise ValueError(f"{len(lengths)} texts are too few for word weights: give a few thousand.")
     if int(lengths.min()) < 1:
         raise ValueError(f"lengths holds {int(lengths.min())} in row {int(lengths.argmin())}: leave out empty texts.")
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < len(features):

@@ -1,4 +1,4 @@
-"""The plot of `LayerCuts`."""
+"""The plots of what transforms report."""
 
 from __future__ import annotations
 
@@ -7,15 +7,38 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mipic_st.plotting import heatmap, pyplot, saved
+from mipic_st.plotting import COLOURS, heatmap, pyplot, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mipic_st.transforms.layer_cut import LayerCuts
+    from mipic_st.transforms.verdict import Judged
 
+_SEARCHED = {"truncated": (COLOURS[1], "o--"), "pca": (COLOURS[5], "s-."), "rotated": (COLOURS[0], "^-")}
 _FULL = "similarity_full"
 _WAYS = ("similarity_plain", "similarity_fitted", "similarity_mixed")
+
+
+def by_dim(judged: Judged, path: str | PathLike[str] | None) -> Figure:
+    """A curve for each way that the report has."""
+    if not judged.report:
+        raise ValueError("the rotation has no report, so there is nothing to draw: evaluate(vectors) makes one.")
+    rows = sorted(judged.report, key=lambda row: row["dim"])
+    dims = [int(row["dim"]) for row in rows]
+    figure, axes = pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")
+    for way, (colour, line) in _SEARCHED.items():
+        if way in rows[0]:
+            values = [100 * row[way] for row in rows]
+            axes.plot(dims, values, line, color=colour, linewidth=1.8, label=judged.headings[way])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(dims, [str(dim) for dim in dims])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="dims", ylabel=f"{judged.measure} (x 100)", ylim=(0, 100))
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return saved(figure, path)
 
 
 def by_layer_and_dim(cuts: LayerCuts, path: str | PathLike[str] | None) -> Figure:
