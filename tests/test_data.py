@@ -128,7 +128,8 @@ def test_pairs_that_a_column_tells_apart_are_refused(tmp_path, caplog, names, la
     assert f"the columns ['{last}'] are left out, which look like labels" in caplog.text, "they may mean yes and no"
 
 
-FLAGS = [[True, False, True], ["True", "False", "true"], ["yes", "no", "yes"], ["T", "F", "T"], [1, 0, 1], [1.0, 0.0, None]]
+WORDS = [["True", "False", "true"], ["yes", "no", "yes"], ["T", "F", "T"]]
+FLAGS = [[True, False, True], *WORDS, [1, 0, 1], [1.0, 0.0, None]]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -317,9 +317,7 @@ def unclear_classes(dataset: Dataset, column: str) -> list[str]:
     names = getattr(dataset.features[column], "names", None) or []
     first, *others = [plain_name(name) for name in names] or [""]
     counted = all(name.isdecimal() for name in (first, *others))
-    opposed = len(others) == 1 and (
-        first == f"not_{others[0]}" or (TRUTHS.get(first), TRUTHS.get(others[0])) == (0, 1)
-    )
+    opposed = len(others) == 1 and (first == f"not_{others[0]}" or (TRUTHS.get(first), TRUTHS.get(others[0])) == (0, 1))
     return [] if counted or opposed else list(names)
 
 

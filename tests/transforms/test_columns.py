@@ -162,8 +162,12 @@ def test_names_of_classes_are_read(names, fine):
 
 @pytest.mark.parametrize(
     ("name", "values", "named"),
-    [("gold", [0, 1, 1], True), ("match", [True, False, True], True), ("year", [2001, 2002, 2001], True)]
-    + [("number", list(range(20)), False), ("weight", [1.0] * 3, False)],
+    [
+        ("gold", [0, 1, 1], True),
+        ("match", [True, False, True], True),
+        ("number", list(range(20)), False),
+        ("weight", [1.0] * 3, False),
+    ],
 )
 def test_columns_that_look_like_labels_are_named(caplog, name, values, named):
     """All pairs are used, which may not be meant."""

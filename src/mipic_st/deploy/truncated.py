@@ -230,7 +230,7 @@ def measure_speedup(
         texts = checked_texts("texts", texts)
     else:
         texts = ["measure this sentence again " * (1 + i % 8) + str(i) for i in range(128)]
-    models = {"full": model, "cut": exported}
+    models = {"full": unwrap(model), "cut": unwrap(exported)}
     best = dict.fromkeys(models, float("inf"))
     for candidate in models.values():
         candidate.encode(texts[:batch_size], batch_size=batch_size, show_progress_bar=False)
