@@ -112,7 +112,7 @@ def test_pairs_win_over_scores(tmp_path):
         (("anchor", "positive"), "labels"),
     ],
 )
-def test_pairs_that_a_column_tells_apart_are_refused(tmp_path, names, last):
+def test_pairs_that_a_column_tells_apart_are_refused(tmp_path, caplog, names, last):
     """Those that do not belong together would be positives. One value throughout tells nothing; texts need none."""
     texts = dict(zip(names, (["a", "b"], ["c", "d"]), strict=True))
     path = write(tmp_path / "data.csv", {**texts, last: [1, 0]})
@@ -122,16 +122,19 @@ def test_pairs_that_a_column_tells_apart_are_refused(tmp_path, names, last):
     assert load_training_file(write(tmp_path / "same.csv", {**texts, last: [1, 1]})).num_rows == 2
     triplets = write(tmp_path / "triplets.csv", {**texts, "negative": ["e", "f"], last: [0.5, 0.1]})
     assert load_training_file(triplets).column_names == ["anchor", "positive", "negative"], "a margin"
+    assert not caplog.text
     topics = write(tmp_path / "topics.csv", {**texts, last: ["tech", "food"]})
     assert load_training_file(topics).column_names == ["anchor", "positive"]
+    assert f"the columns ['{last}'] are left out, which look like labels" in caplog.text, "they may mean yes and no"
 
 
-FLAGS = [[True, False, True], ["True", "False", "true"], ["yes", "no", "yes"], [1, 0, 1], [1.0, 0.0, None]]
+WORDS = [["True", "False", "true"], ["yes", "no", "yes"], ["T", "F", "T"]]
+FLAGS = [[True, False, True], *WORDS, [1, 0, 1], [1.0, 0.0, None]]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("name", ["label", "Score"])
+@pytest.mark.parametrize("name", ["label", "Score", "Similarity-Score"])
 def test_flags_are_labels_in_every_format(tmp_path, suffix, flags, name):
     """Pairs that they tell apart are refused, and as a score they are 1 and 0, however a file writes them."""
     texts = {"anchor": list("abc"), "positive": list("def")}
@@ -180,7 +183,7 @@ def test_numbers_of_rows_are_no_labels(tmp_path, caplog):
         (["0", "1"], True),
     ],
 )
-def test_the_names_of_classes_say_what_1_means(monkeypatch, names, clear):
+def test_the_names_of_classes_say_what_1_means(monkeypatch, tmp_path, names, clear):
     """In GLUE's RTE and QNLI, 1 is for texts that do not belong together."""
     import datasets
 
@@ -193,12 +196,14 @@ def test_the_names_of_classes_say_what_1_means(monkeypatch, names, clear):
     )
     rows = {"sentence1": list("abc"), "sentence2": list("def"), "label": [0, 1, 1]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(rows, features=features))
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set.parquet")
     for score_range in (None, (0, 1)):
-        if clear:
-            assert load_training_hub("some/set", score_range=score_range)["score"][:] == [0, 1, 1]
-        else:
-            with pytest.raises(ValueError, match=re.escape(f"holds the classes {names}, which do not say")):
-                load_training_hub("some/set", score_range=score_range)
+        for load, place in ((load_training_hub, "some/set"), (load_sts_file, tmp_path / "set.parquet")):
+            if clear:
+                assert load(place, score_range=score_range)["score"][:] == [0, 1, 1]
+            else:
+                with pytest.raises(ValueError, match=re.escape(f"holds the classes {names}, which do not say")):
+                    load(place, score_range=score_range)
 
 
 @pytest.mark.parametrize("header", ["text,text", "text,Text"])

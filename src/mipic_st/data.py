@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -47,8 +48,9 @@ TEXT_COLUMN: dict[str, tuple[str, ...]] = {"text": ("text", "sentence")}
 #: One side of pairs, in a file that has no other.
 _SIDE_COLUMN: dict[str, tuple[str, ...]] = {"text": ("document", "query")}
 _SENTENCES = {name: SCORED_COLUMNS[name] for name in ("sentence1", "sentence2")}
+_PAIRED = set().union(*PAIR_COLUMNS.values())
 #: How files write flags, and what is not there.
-TRUTHS: dict[str, float] = {"true": 1, "false": 0, "yes": 1, "no": 0}
+TRUTHS: dict[str, float] = {"true": 1, "false": 0, "yes": 1, "no": 0, "t": 1, "f": 0, "y": 1, "n": 0}
 MISSING: tuple[str, ...] = ("", "none", "nan", "null")
 _MOST_CLASSES = 10
 _FILL = " Fill it or leave the row out."
@@ -167,7 +169,7 @@ def _read(path: str | PathLike[str], columns: Sequence[str] | None = None) -> Da
     # datasets depends on pandas, whose readers need no cache folder on disk.
     import pandas as pd
 
-    file = Path(path)
+    file, classes = Path(path), {}
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"Cannot tell the format of {path}: the name must end in one of {', '.join(SUFFIXES)}.")
@@ -175,7 +177,12 @@ def _read(path: str | PathLike[str], columns: Sequence[str] | None = None) -> Da
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         if suffix == ".parquet":
+            import pyarrow.parquet as pq
+
             frame = pd.read_parquet(file)
+            # the names of classes, which a frame has no place for
+            noted = datasets.Features.from_arrow_schema(pq.read_schema(file))
+            classes |= {name: kind for name, kind in noted.items() if hasattr(kind, "names")}
         elif suffix == ".jsonl":
             # "2020-01-01" or "1e5" in a text column must stay text.
             frame = pd.read_json(file, lines=True, dtype=False, convert_dates=False, encoding="utf-8-sig")
@@ -195,7 +202,8 @@ def _read(path: str | PathLike[str], columns: Sequence[str] | None = None) -> Da
     if columns is not None:
         names = _named(columns, list(frame), str(path))
         frame = frame[list(names)].rename(columns=names)
-    return datasets.Dataset.from_pandas(frame, preserve_index=False)
+    found = datasets.Dataset.from_pandas(frame, preserve_index=False)
+    return found.cast(datasets.Features({**found.features, **classes})) if classes and columns is None else found
 
 
 def _named(columns: Sequence[str], present: Sequence[str], source: str) -> dict[str, str]:
@@ -221,7 +229,7 @@ def _select(
         _require_single(dataset.column_names)
     except ValueError as error:
         raise ValueError(f"Cannot use {source}: {error}") from error
-    present = {_plain_name(name): name for name in dataset.column_names}
+    present = {plain_name(name): name for name in dataset.column_names}
     columns = next((found for shape in shapes if (found := _match(shape, present))), None)
     if columns is None:
         wanted = " or ".join(f"({', '.join(shape)})" for shape in shapes)
@@ -260,7 +268,7 @@ def _select(
 def as_number(value: Any) -> float:
     """A number, or a flag as files write it (True, "false", "yes"); NaN for anything else."""
     try:
-        return float(TRUTHS.get(_plain_name(value), value) if isinstance(value, str) else value)
+        return float(TRUTHS.get(plain_name(value), value) if isinstance(value, str) else value)
     except (TypeError, ValueError):  # texts such as topics, or vectors
         return math.nan
 
@@ -274,14 +282,22 @@ def _require_unscored(dataset: Dataset, present: dict[str, str], source: str) ->
                 "which pairs belong together, keep those rows; then leave the column out, of a file or with "
                 "datasets' remove_columns. For scores, call the texts sentence1 and sentence2."
             )
-    known = set(SCORE_NAMES).union(*PAIR_COLUMNS.values())
-    others = [original for name, original in present.items() if name not in known]
-    if others := [name for name in others if 1 < len(_numbers(dataset[name])) <= _MOST_CLASSES]:
+    warn_of_labels(dataset, [original for name, original in present.items() if name not in _PAIRED], source)
+
+
+def warn_of_labels(dataset: Dataset, others: Iterable[str], source: str) -> None:
+    """Name the columns beside pairs that look like labels: a few numbers or flags, or a few words under such a name."""
+    found = []
+    for name in others:
+        few = set(dataset[name]) if plain_name(name) in SCORE_NAMES and isinstance(dataset[0][name], str) else ()
+        if 1 < len(few or _numbers(dataset[name])) <= _MOST_CLASSES:
+            found.append(name)
+    if found:
         logger.warning(
-            "%s: every pair counts as belonging together, and the columns %s are left out, which hold a few numbers or "
-            "flags. If these say which pairs belong together, keep those rows only.",
+            "%s: every pair counts as belonging together, and the columns %s are left out, which look like labels. If "
+            "these say which pairs belong together, keep those rows only.",
             source,
-            others,
+            found,
         )
 
 
@@ -291,7 +307,7 @@ def _numbers(values: Iterable[Any]) -> set[float]:
     for value in values:
         if not math.isnan(number := as_number(value)):
             found.add(number)
-        elif _plain_name(str(value)) not in MISSING:
+        elif plain_name(str(value)) not in MISSING:
             return set()
     return found
 
@@ -299,32 +315,31 @@ def _numbers(values: Iterable[Any]) -> set[float]:
 def unclear_classes(dataset: Dataset, column: str) -> list[str]:
     """The names of a column's classes (GLUE's, for instance), if these do not say that 1 is what belongs together."""
     names = getattr(dataset.features[column], "names", None) or []
-    first, *others = [_plain_name(name) for name in names] or [""]
+    first, *others = [plain_name(name) for name in names] or [""]
     counted = all(name.isdecimal() for name in (first, *others))
-    opposed = len(others) == 1 and (
-        first.replace(" ", "_") == f"not_{others[0]}" or (TRUTHS.get(first), TRUTHS.get(others[0])) == (0, 1)
-    )
+    opposed = len(others) == 1 and (first == f"not_{others[0]}" or (TRUTHS.get(first), TRUTHS.get(others[0])) == (0, 1))
     return [] if counted or opposed else list(names)
 
 
 def found_classes(name: str, scores: Sequence[float]) -> list[int]:
     """The first classes in a column of whole numbers under a label's name, none for yes or no, or for a scale."""
     found = set(scores)
-    scale = _plain_name(name) not in CLASS_COLUMNS or found <= {0, 1} or any(value != round(value) for value in found)
+    scale = plain_name(name) not in CLASS_COLUMNS or found <= {0, 1} or any(value != round(value) for value in found)
     return [] if scale else sorted(map(int, found))[:5]
 
 
-def _plain_name(name: str) -> str:
-    return name.strip().lower()
+def plain_name(name: str) -> str:
+    """The name of a column, or a word in it, as it is compared: case, spaces and hyphens do not matter."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
 
 
 def _require_single(names: Sequence[str]) -> None:
     """Refuse two columns of one name, of which one would be taken without a word."""
     known = set(NEGATIVE_COLUMN).union(*PAIR_COLUMNS.values(), *SCORED_COLUMNS.values())
-    found = list(map(_plain_name, names))
+    found = list(map(plain_name, names))
     for alias in sorted(known.intersection(found) or TEXT_COLUMN["text"]):
         if found.count(alias) > 1:
-            same = [name for name in names if _plain_name(name) == alias]
+            same = [name for name in names if plain_name(name) == alias]
             raise ValueError(f"the columns {same} share a name (case does not matter); rename or remove all but one")
 
 

@@ -50,8 +50,15 @@ def spearman(values: Any, others: Any) -> float:
 
 
 def unit_length(vectors: np.ndarray) -> np.ndarray:
-    """Rows scaled to length 1; rows of zeros stay zero."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    """Rows scaled to length 1, whatever length they have; rows of zeros stay zero."""
+    with np.errstate(over="ignore"):
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    odd = ~((lengths > 1e-12) & (lengths < np.inf))[:, 0]
+    if odd.any():  # squares of their values are too small or too large
+        vectors, largest = vectors.copy(), np.abs(vectors[odd]).max(axis=1, keepdims=True, initial=0)
+        vectors[odd] /= np.where(largest > 0, largest, 1)
+        lengths[odd] = np.linalg.norm(vectors[odd], axis=1, keepdims=True)
+    return vectors / np.maximum(lengths, 1e-12)
 
 
 class Difference(NamedTuple):

@@ -62,7 +62,7 @@ def checked_texts(name: str, texts: Any, wanted: str = "a list of texts") -> lis
         raise TypeError(f"{name} must be {wanted}, got one text.")
     table = texts if isinstance(texts, Mapping) else getattr(texts, "column_names", getattr(texts, "columns", None))
     if table is not None:
-        raise TypeError(f"{name} must be {wanted}, got a table with the columns {list(table)}: give one of them.")
+        raise TypeError(f"{name} must be {wanted}, got a table with the columns {list(table)[:5]}: give one of them.")
     texts = as_list(name, texts, '["a text", "another"]')
     if wrong := [text for text in texts if not isinstance(text, str)]:
         raise TypeError(f"{name} must be {wanted}, it holds {wrong[0]!r}.")

@@ -339,6 +339,9 @@ def test_speedup_is_of_the_given_texts(tmp_path, monkeypatch):
     measure_speedup(model, cut, texts, batch_size=2, repeats=1)
     expected = [(which, part, 2) for part in (texts[:2], texts) for which in (False, True)]
     assert asked == expected
+    for wrong in (dict.fromkeys(texts), [{"text": "one"}], "one"):
+        with pytest.raises(TypeError, match="texts must be a list of texts"):
+            measure_speedup(model, cut, wrong)
 
 
 @pytest.mark.parametrize("bad", [{"repeats": 0}, {"repeats": 1.5}, {"batch_size": 0}, {"batch_size": "8"}])

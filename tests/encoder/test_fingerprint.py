@@ -173,6 +173,55 @@ def test_a_method_set_on_the_instance_counts(tmp_path, makers):
         assert found[1:3] == found[3:]
 
 
+PREFIX = "one "
+
+
+def _prefixed(text):
+    return PREFIX + text
+
+
+class Instructed(SentenceTransformer):
+    """An encode with a constant of its module, by a function of its module."""
+
+    def encode(self, inputs, *args, **kwargs):
+        return super().encode([_prefixed(text) for text in inputs], *args, **kwargs)
+
+
+class Derived(Instructed):
+    """Has all from its base."""
+
+
+def scaled(module, inputs, output):
+    return {**output, "sentence_embedding": output["sentence_embedding"] * 2}
+
+
+def other_tokenizer(model, monkeypatch):
+    """Of another class with code of its own."""
+    kind = type(model[0].tokenizer)
+    model[0].tokenizer.__class__ = type(kind.__name__, (kind,), {"__call__": lambda self, texts, **how: texts})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, _: model[1].register_forward_hook(scaled),
+        lambda model, _: model[1].register_forward_pre_hook(partial(scaled, output={})),
+        lambda model, _: model[0].auto_model.encoder.layer[1].register_forward_hook(lambda *_: None),
+        lambda model, patch: patch.setitem(globals(), "PREFIX", "two "),
+        lambda model, patch: patch.setitem(globals(), "_prefixed", lambda text: text),
+        lambda model, patch: patch.setattr(Instructed, "encode", lambda *_, **__: None),
+        other_tokenizer,
+    ],
+)
+def test_code_that_is_not_on_the_module_counts(tmp_path, monkeypatch, change):
+    """Hooks, constants and functions that a method uses, base classes, the tokenizer's class."""
+    model = tiny_model(tmp_path)
+    model.__class__ = Derived
+    before = fingerprint(model)
+    change(model, monkeypatch)
+    assert fingerprint(model) != before
+
+
 def test_half_precision_counts_and_the_device_does_not(tmp_path):
     """Other weights are another state; the same ones read elsewhere are not."""
     model = tiny_model(tmp_path)

@@ -771,6 +771,23 @@ def test_an_object_is_run_each_time(model, tiny_tasks, tmp_path, change):
     assert not list(tmp_path.rglob("Banking77Classification.json"))
 
 
+def test_a_task_of_mteb_with_another_load_data_is_run_each_time(model, tmp_path, by_name):
+    """Its name does not tell its data, also where a benchmark has the task."""
+    from datasets import DatasetDict
+
+    def make(seed):
+        task = mteb.get_task("STS13")
+
+        def load(*_, **__):
+            task.dataset, task.data_loaded = DatasetDict(test=pairs(seed)), True
+
+        task.load_data = load
+        return task
+
+    first, second = (run(model, by_name("Own", lambda s=s: [make(s)]), [8, 32], tmp_path / "a") for s in (1, 4))
+    assert second == run(model, by_name("Own", lambda: [make(4)]), [8, 32], tmp_path / "b") != first
+
+
 def test_mtebs_own_class_of_a_folder_is_run_each_time(model, sts13, tmp_path, monkeypatch):
     """A folder that is called like the hub's set is what `datasets` reads, and no revision tells of its content."""
     path = mteb.get_task("STS13").metadata.dataset["path"]

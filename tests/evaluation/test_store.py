@@ -272,6 +272,29 @@ def test_threads_that_share_a_store_get_their_own_texts(limit, small_blocks, tra
             np.testing.assert_allclose(found, [expected[text] for text in texts[number::2]], atol=1e-5)
 
 
+def test_a_store_that_is_cleared_meanwhile_mixes_no_texts_up(transformer_folder):
+    """Rows of what was forgotten are not those of what came later."""
+    model = build("plain", transformer_folder)
+    store, expected = EmbeddingStore(model), dict(zip(TEXTS, model.encode(TEXTS), strict=True))
+
+    def encode_or_clear(number):
+        for turn in range(30):
+            texts = TEXTS[number + turn % 3 :: 2]
+            if number == 3:
+                store.clear()
+            else:
+                found = store.view(WIDTH).encode(texts)
+                np.testing.assert_allclose(found, [expected[text] for text in texts], atol=1e-5)
+        return True
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        assert in_threads(4, encode_or_clear) == [True] * 4
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_stores_with_layers_share_a_model_in_threads(transformer_folder):
     """Flags and modes are set on the model by one at a time, and are as before in the end."""
     model = build("plain", transformer_folder)

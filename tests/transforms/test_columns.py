@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from mipic_st.transforms.columns import as_dataset, text_columns
+from mipic_st.transforms.columns import as_dataset, scored_pairs, text_columns
 from mipic_st.transforms.layer_cut import fit_layer_cuts
 from mipic_st.transforms.model_rotation import rotate_model
 from transforms_fixtures import DIMS
+
+try:
+    import polars
+except ImportError:
+    polars = None
 
 
 @pytest.mark.parametrize(
@@ -18,6 +23,7 @@ from transforms_fixtures import DIMS
         ({"s1": "abc", "s2": "def", "score": [0.0, 0.8, 1.0]}, {"s1": "bc", "s2": "ef"}),
         ({"s1": "abc", "s2": "def", "score": [0.0, 4.2, 5.0]}, {"s1": "bc", "s2": "ef"}),
         ({"s1": "abc", "s2": "def", "label": [1, 0, 1]}, {"s1": "ac", "s2": "df"}),
+        ({"s1": "abc", "s2": "def", "Is-Duplicate ": [1, 0, 1]}, {"s1": "ac", "s2": "df"}),
         ({"id": [1, 2, 3], "s1": "abc", "s2": "def"}, {"s1": "abc", "s2": "def"}),
         ({"s1": "abc", "s2": "def", "labels": [0.0, 1.0, 1.0]}, {"s1": "bc", "s2": "ef"}),
         ({"s1": "abc", "s2": "def", "similarity_score": [0.1, 0.9, 0.3]}, {"s1": "b", "s2": "e"}),
@@ -69,6 +75,7 @@ COLUMNS = {"number": [1, 2, 3], "anchor": list("abc"), "positive": list("def"), 
 def tables():
     """The same table in all the ways in which people hold one."""
     import pandas as pd
+    import pyarrow as pa
     from datasets import Dataset
 
     data = Dataset.from_dict(COLUMNS)
@@ -81,7 +88,8 @@ def tables():
         "stream": data.to_iterable_dataset(),
         "dict of series": dict(frame),
         "dict of arrays": {name: frame[name].to_numpy() for name in frame},
-    }
+        "arrow": pa.table(COLUMNS),
+    } | ({"polars": polars.DataFrame(COLUMNS)} if polars else {})
 
 
 @pytest.mark.parametrize("kind", [*tables()])
@@ -104,14 +112,15 @@ def test_a_long_stream_is_cut(monkeypatch, caplog):
     assert "a stream of more than 5 rows, of which the first are used" in caplog.text
 
 
-@pytest.mark.parametrize("wrap", [dict, "DatasetDict", "IterableDatasetDict"])
+@pytest.mark.parametrize("wrap", [dict, "DatasetDict", "IterableDatasetDict", "frames", "dicts"])
 def test_several_data_sets_are_refused(tiny_model, wrap):
     """Their names are no texts, however many there are."""
     import datasets
 
     one = datasets.Dataset.from_dict({"text": ["a", "b"]})
-    one = one.to_iterable_dataset() if wrap == "IterableDatasetDict" else one
-    several = (wrap if wrap is dict else getattr(datasets, wrap))({f"part{number}": one for number in range(50)})
+    made = {"IterableDatasetDict": one.to_iterable_dataset, "frames": one.to_pandas, "dicts": one.to_dict}
+    one = made[wrap]() if wrap in made else one
+    several = getattr(datasets, str(wrap), dict)({f"part{number}": one for number in range(50)})
     with pytest.raises(TypeError, match=r"data holds several data sets, .*'part0'.*: give one of them"):
         rotate_model(tiny_model(), several, DIMS)
 
@@ -139,8 +148,31 @@ def test_names_of_classes_are_read(names, fine):
 
     data = Dataset.from_dict({"s1": list("abc"), "s2": list("def"), "label": [0, 1, 1]})
     data = data.cast_column("label", ClassLabel(names=names))
+    scored = data.rename_columns({"s1": "sentence1", "s2": "sentence2", "label": "score"})
     if fine:
         assert text_columns(data)["s1"] == ["b", "c"]
-    else:
+        assert scored_pairs(scored)[2] == [0, 1, 1]
+        return
+    for read in (text_columns, lambda data: text_columns(as_dataset(data.to_iterable_dataset()))):
         with pytest.raises(ValueError, match=r"holds the classes \['entailment', 'not_entailment'\]"):
-            text_columns(data)
+            read(data)
+    with pytest.raises(ValueError, match=r"'score' of sts holds the classes"):
+        scored_pairs(scored)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "named"),
+    [
+        ("gold", [0, 1, 1], True),
+        ("match", [True, False, True], True),
+        ("number", list(range(20)), False),
+        ("weight", [1.0] * 3, False),
+    ],
+)
+def test_columns_that_look_like_labels_are_named(caplog, name, values, named):
+    """All pairs are used, which may not be meant."""
+    from datasets import Dataset
+
+    texts = [str(number) for number in range(len(values))]
+    assert len(text_columns(Dataset.from_dict({"s1": texts, name: values, "s2": texts}))["s1"]) == len(values)
+    assert (f"the columns [{name!r}] are left out, which look like labels" in caplog.text) == named

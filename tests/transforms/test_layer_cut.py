@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -270,3 +272,13 @@ def test_cuts_in_a_notebook():
     assert "<td>40.8</td>" in html, "layer 4, dim 8, cut as it is"
     bare = LayerCuts(cuts.maps, (4,), [])
     assert bare._repr_html_() == f"<p>{bare!r}</p>"
+
+
+def test_fits_share_a_model_in_threads(tiny_model):
+    """Of hidden states, each gets its own; nothing stays on the model."""
+    model, options = tiny_model("qwen3"), {"layers": [1], "dims": [8], "max_steps": 0, "word_weights": False}
+    expected = fit_layer_cuts(tiny_model("qwen3"), TEXTS, **options).maps[1]
+    with ThreadPoolExecutor(3) as pool:
+        for cuts in pool.map(lambda _: fit_layer_cuts(model, TEXTS, **options), range(6)):
+            torch.testing.assert_close(cuts.maps[1], expected, rtol=0, atol=1e-3)
+    assert not any(module._forward_hooks for module in model.modules())

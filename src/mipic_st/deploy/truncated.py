@@ -31,7 +31,7 @@ from mipic_st.encoder.surgery import cut_layers, identity_dense, with_map, word_
 from mipic_st.evaluation.store import EmbeddingStore
 from mipic_st.numerics import unit_length
 from mipic_st.transforms.layer_cut import LayerCuts, fit_layer_cuts
-from mipic_st.validation import checked_count, checked_dims, checked_flag, checked_layers
+from mipic_st.validation import checked_count, checked_dims, checked_flag, checked_layers, checked_texts
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +218,7 @@ def measure_speedup(
         ``parameters_full``, ``parameters_cut``.
 
     Raises:
+        TypeError: If ``texts`` is no list of texts.
         ValueError: If ``repeats`` or ``batch_size`` is below 1 or ``texts`` is empty.
 
     Example:
@@ -225,19 +226,19 @@ def measure_speedup(
         1.9
     """
     repeats, batch_size = checked_count("repeats", repeats), checked_count("batch_size", batch_size)
-    if texts is None:
+    if texts is not None:
+        texts = checked_texts("texts", texts)
+    else:
         texts = ["measure this sentence again " * (1 + i % 8) + str(i) for i in range(128)]
-    if not len(texts):
-        raise ValueError("texts is empty; give some, or None for made-up ones.")
-    models = {"full": model, "cut": exported}
+    models = {"full": unwrap(model), "cut": unwrap(exported)}
     best = dict.fromkeys(models, float("inf"))
     for candidate in models.values():
-        candidate.encode(list(texts)[:batch_size], batch_size=batch_size, show_progress_bar=False)
+        candidate.encode(texts[:batch_size], batch_size=batch_size, show_progress_bar=False)
     for _ in range(repeats):
         # in turn, so that a busy machine slows both down
         for name, candidate in models.items():
             start = time.perf_counter()
-            candidate.encode(list(texts), batch_size=batch_size, show_progress_bar=False)
+            candidate.encode(texts, batch_size=batch_size, show_progress_bar=False)
             best[name] = min(best[name], time.perf_counter() - start)
     figures = {"speedup": best["full"] / best["cut"]} | {f"seconds_{name}": value for name, value in best.items()}
     for name, candidate in models.items():

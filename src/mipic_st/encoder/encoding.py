@@ -52,10 +52,10 @@ def encode_layers(
 
     check_layers(layers, model)
     prompt = prompt_of(model, prompt)
-    walk = _LayerWalk(model)
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     result: np.ndarray | None = None
     with evaluation_mode(model), torch.inference_mode():
+        walk = _LayerWalk(model)
         if order and _checked.get(model) != module_identity(model):
             some = [texts[order[0]], texts[order[-1]]]
             own, ours = (
@@ -106,12 +106,12 @@ def encode_tokens(
     """Token states of several layers, of as many of the texts as ``most_values`` allows."""
     from tqdm.auto import tqdm
 
-    walk = _LayerWalk(model)
     found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     tokens, lengths, pooled = [], [], []
     values = 0
     with evaluation_mode(model), torch.inference_mode(), tqdm(total=len(texts), disable=not show_progress_bar) as bar:
         bar.set_description("Token states")
+        walk = _LayerWalk(model)
         # texts of like length in one batch; the batches in any order, so that those within the limit stand for all
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

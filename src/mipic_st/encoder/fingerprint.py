@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -19,8 +21,8 @@ _NOT_ABOUT_VECTORS = (
     "architectures auto_map dtype torch_dtype transformers_version name_or_path is_matryoshka matryoshka_dimensions "
     "mipic_chain output_hidden_states output_attentions return_dict problem_type id2label label2id use_cache"
 )
-# Whose code a name and a version stand for; the code of all other modules counts.
-_KNOWN_PACKAGES = ("torch", "transformers", "sentence_transformers", "mipic_st", "peft")
+# Whose code a name and a version stand for; all other code counts.
+_KNOWN_PACKAGES = {"torch", "transformers", "sentence_transformers", "mipic_st", "peft", "huggingface_hub"}
 # Which adapter is on, and how strongly: peft keeps it next to the weights.
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "scaling", "merged_adapters")
 
@@ -41,7 +43,7 @@ def fingerprint(model: SentenceTransformer) -> str:
     """Sixteen hex digits that change with whatever changes the model's vectors; nothing is encoded.
 
     They are a hash of weights and buffers, the settings of all modules, the backbone's config, the tokenizer, prompts,
-    maximal length, similarity, active adapters, methods set on an instance and the code of modules of other packages.
+    maximal length, similarity, active adapters, hooks, methods set on an instance and all code of other packages.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, value in model.state_dict().items():
@@ -69,12 +71,26 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
     config: Any = getattr(getattr(module, "auto_model", None), "config", None)
     if hasattr(config, "to_dict"):
         state["config"] = _about_vectors(config.to_dict())
-    state |= {name: own[name] for name in _ADAPTER_STATE if name in own}
-    if methods := {name: _code(value) for name, value in own.items() if callable(getattr(kind, name, None))}:
-        state["set on the instance"] = methods
-    if kind.__module__.partition(".")[0] not in _KNOWN_PACKAGES:
-        state["code"] = {name: _code(value) for name, value in vars(kind).items() if isinstance(value, FunctionType)}
-    return state
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if own_hooks := [_code(hook) for hook in hooks if _is_own(getattr(hook, "func", hook))]:
+        state["hooks"] = own_hooks
+    return state | {name: own[name] for name in _ADAPTER_STATE if name in own} | _own_code(module)
+
+
+def _own_code(thing: Any) -> dict[str, Any]:
+    """Methods set on an instance, and those of its class or a base that are of no known package."""
+    kind, found = type(thing), {}
+    if methods := {name: _code(value) for name, value in vars(thing).items() if callable(getattr(kind, name, None))}:
+        found["set on the instance"] = methods
+    functions = [pair for each in reversed(kind.__mro__) if _is_own(each) for pair in vars(each).items()]
+    if code := {name: _code(value) for name, value in functions if isinstance(value, FunctionType)}:
+        found["code"] = code
+    return found
+
+
+def _is_own(code: Any) -> bool:
+    package = str(getattr(code, "__module__", "")).partition(".")[0]
+    return package not in _KNOWN_PACKAGES and package not in sys.stdlib_module_names
 
 
 def _about_vectors(config: Any) -> Any:
@@ -98,6 +114,10 @@ def _code(value: Any, depth: int = 0) -> Any:
         return [value.co_code.hex(), value.co_names, again(value.co_consts)]
     if isinstance(value, FunctionType):
         held = [_contents(cell) for cell in value.__closure__ or ()]
+        # of its module, constants and, not without end, functions
+        kinds = (str, bytes, int, float, tuple, list, FunctionType)[: 7 if depth < 4 else 6]
+        beside = [value.__globals__.get(name) for name in _names_in(value.__code__) if _is_own(value)]
+        held += [part for part in beside if isinstance(part, kinds)]
         return [again(part) for part in (value.__code__, value.__defaults__, value.__kwdefaults__, held)]
     if isinstance(value, partial):
         return [again(part) for part in (value.func, value.args, value.keywords)]
@@ -118,6 +138,14 @@ def _code(value: Any, depth: int = 0) -> Any:
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
+def _names_in(code: CodeType) -> Iterator[str]:
+    """The names that code uses, that of comprehensions in it too."""
+    yield from code.co_names
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _names_in(part)
+
+
 def _digest_of(value: torch.Tensor) -> str:
     raw: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return f"{tuple(value.shape)} {value.dtype} {hashlib.blake2b(raw, digest_size=16).hexdigest()}"
@@ -133,7 +161,7 @@ def _contents(cell: Any) -> Any:
 def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
     """Words, rules and sides. Padding and truncation of a fast tokenizer are left out: each call sets them."""
     names = ("padding_side", "truncation_side", "special_tokens_map", "chat_template", "do_lower_case")
-    state: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in names}
+    state: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in names} | _own_code(tokenizer)
     fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(fast, "to_str"):
         rules = json.loads(fast.to_str())

@@ -6,6 +6,8 @@ the modules behind the pooling, e.g. Dense, Normalize, which may change the widt
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -262,13 +264,23 @@ def module_identity(model: nn.Module) -> tuple[int, ...]:
     return tuple(id(module) for module in model.modules())
 
 
+# One thread works on a model at a time: modes, flags and hooks are set on it for as long as that takes.
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def alone_with(model: nn.Module) -> Any:
+    """The lock of a model, to be entered again by the thread that has it."""
+    return _locks.setdefault(model, threading.RLock())
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards every module has the mode that it had."""
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
+    """Evaluation mode inside the block, for one thread at a time; then every module has the mode that it had."""
+    with alone_with(model):
+        before = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in before:
+                module.training = training

@@ -15,7 +15,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvalu
 
 from mipic_st.codes import bytes_per_vector
 from mipic_st.encoder.fingerprint import fingerprint
-from mipic_st.encoder.structure import check_layers, full_width
+from mipic_st.encoder.structure import check_layers, full_width, unwrap
 from mipic_st.evaluation.cells import (
     WITH_TEACHER,
     Cell,
@@ -183,6 +183,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
         Returns:
             All metrics of all cells, plus mean and worst of the primary metric.
         """
+        model = unwrap(model)
         checked_dims("dims", self.dims, full_width(model))
         layers: Sequence[int | None] = (None,) if self.layers is None else check_layers(self.layers, model)
         with EmbeddingStore(model, self.layers, memory_limit=self.memory_limit, device=self.device) as store:

@@ -22,6 +22,7 @@ from sentence_transformers import SentenceTransformer
 
 from mipic_st.codes import bytes_per_vector
 from mipic_st.encoder.fingerprint import fingerprint, model_name_of
+from mipic_st.encoder.structure import unwrap
 from mipic_st.evaluation.coded import (
     SCORED_TEXTS,
     SCORINGS,
@@ -134,7 +135,7 @@ def evaluate_mteb(
     precisions = check_precisions(precisions)
     normalize, overwrite = checked_flag("normalize", normalize), checked_flag("overwrite", overwrite)
     skip_missing, batch_size = checked_flag("skip_missing", skip_missing), checked_count("batch_size", batch_size)
-    data_dir = None if data_dir is None else Path(data_dir)
+    model, data_dir = unwrap(model), None if data_dir is None else Path(data_dir)
     if data_dir is not None and not data_dir.is_dir():
         raise FileNotFoundError(f"data_dir {str(data_dir)!r} is not a folder.")
     with EmbeddingStore(model, memory_limit=memory_limit, device=device) as store:

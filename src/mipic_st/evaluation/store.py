@@ -18,7 +18,15 @@ from sentence_transformers import SentenceTransformer
 
 from mipic_st.codes import Ranges, evenly
 from mipic_st.encoder.encoding import encode_layers
-from mipic_st.encoder.structure import NO_CUT, check_layers, evaluation_mode, full_width, in_half_precision, model_depth
+from mipic_st.encoder.structure import (
+    NO_CUT,
+    alone_with,
+    check_layers,
+    evaluation_mode,
+    full_width,
+    in_half_precision,
+    model_depth,
+)
 from mipic_st.evaluation.vectors import Vectors
 from mipic_st.evaluation.view import DimView
 from mipic_st.numerics import compare_vectors, unit_length
@@ -39,8 +47,6 @@ _UNIT_TOLERANCE = 1e-2  # bfloat16 is exact to 4e-3
 _ONE_PROCESS = (
     "layers are encoded in this process: give one device, no list and no pool, or leave layers out to use several."
 )
-# One thread encodes with a model at a time: modes and flags are set on it for as long as that takes.
-_encoding: weakref.WeakKeyDictionary[SentenceTransformer, Any] = weakref.WeakKeyDictionary()
 
 
 class EmbeddingStore:
@@ -76,7 +82,7 @@ class EmbeddingStore:
         self._pools: dict[tuple[str, ...], Any] = {}
         self._stop_pools: Any = None
         self.has_unit_length = True  # all stored vectors of the deepest state, at full width
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     def __enter__(self) -> EmbeddingStore:
         return self
@@ -104,7 +110,7 @@ class EmbeddingStore:
 
     def clear(self) -> None:
         """Forget all vectors, free memory and file, and stop processes that the store has started."""
-        with self._lock:
+        with self.lock:
             self._vectors.close()
             self._rows.clear()
             self._ranges.clear()
@@ -142,14 +148,14 @@ class EmbeddingStore:
             if not isinstance(text, str):
                 raise TypeError(f"per-dimension evaluation encodes texts only, got an input of {type(text).__name__}.")
         portion = max(1, _PORTION_BYTES // (4 * self.width * self._states))
-        with self._lock:
+        with self.lock:
             row_of = self._rows_for(method, given)
             checked = bool(row_of)
             for start in range(0, len(texts), portion):
                 new = [text for text in dict.fromkeys(texts[start : start + portion]) if text not in row_of]
                 if not new:
                     continue
-                with _encoding.setdefault(self.model, threading.RLock()):
+                with alone_with(self.model):
                     vectors = self._encode(new, method, given, checked)
                 checked = True
                 self._note_lengths(new, vectors)
@@ -195,7 +201,7 @@ class EmbeddingStore:
 
     def vectors(self, rows: np.ndarray, dim: int, layer: int | None = None) -> np.ndarray:
         """Vectors of what :meth:`rows_of` gave, cut to ``dim`` and not renormalised, (n, dim)."""
-        with self._lock:
+        with self.lock:
             return self._vectors.gather(rows, self._state(layer), dim)
 
     def portions(self, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -210,7 +216,7 @@ class EmbeddingStore:
             calibration: Texts, which are encoded as documents; or ready Ranges by dim, of vectors as a view has them
                 (unit length, but for ``normalize=False``). None takes the texts that are stored now.
         """
-        with self._lock:
+        with self.lock:
             self._ranges.clear()
             self._scored = calibration is None
             if isinstance(calibration, Mapping):
@@ -236,7 +242,7 @@ class EmbeddingStore:
             return self._calibration[dim]
         extremes = self._scored and precision in ("int8", "uint8")
         key = (dim, self._state(layer), normalize, extremes)
-        with self._lock:
+        with self.lock:
             if key not in self._ranges:
                 rows = self._calibration
                 found = Ranges.of(self._prepared(evenly(rows, _MOST_CALIBRATED), layer, dim, normalize))

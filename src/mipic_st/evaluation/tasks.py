@@ -174,6 +174,7 @@ def _job(task: Any, named: bool, data_dir: Path | None) -> Job:
     # of what lies in a folder of the same name as the hub's set, no revision tells
     path = task.metadata.dataset.get("path", "")
     own = named and type(task).__module__.startswith("mteb.") and not (path and Path(path).exists())
+    own = own and not any(map(callable, vars(task).values()))  # a load_data of its own
     local = None if task.data_loaded else with_local_data(task, data_dir)
     if local is None or is_known_set(local):
         return Job(local or task, name, own and not task.data_loaded)

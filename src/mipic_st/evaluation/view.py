@@ -122,11 +122,12 @@ class DimView:
             raise ValueError(f"the evaluator quantises to {precision} itself; leave its precision unset.")
         single = self._store.model.is_singular_input(inputs)
         texts = [inputs] if single else list(inputs)
-        rows = self._store.rows_of(texts, method, **given)
         queries = method == "encode_query" or "query" in (given.get("task"), given.get("prompt_name"))
         self.query_calls += queries
         as_floats = queries and self._scoring == "asymmetric"
-        result: Any = self._collect(rows, unit, "float32" if as_floats else self._precision)
+        with self._store.lock:  # rows are those of these texts until somebody clears the store
+            rows = self._store.rows_of(texts, method, **given)
+            result: Any = self._collect(rows, unit, "float32" if as_floats else self._precision)
         if precision not in (None, "float32") and len(result):
             result = quantize_embeddings(result, precision=precision)
         if as_tensor:

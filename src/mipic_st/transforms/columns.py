@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mipic_st.data import SCORE_NAMES, found_classes, unclear_classes
+from mipic_st.data import SCORE_NAMES, found_classes, plain_name, unclear_classes, warn_of_labels
 from mipic_st.validation import checked_texts, require
 
 logger = logging.getLogger(__name__)
@@ -21,9 +21,11 @@ _STREAMED = 100_000
 
 def as_dataset(data: Any) -> Any:
     """Tables of all kinds as a Dataset: dicts of columns, data frames, first rows of streams; lists as they are."""
+    if hasattr(data, "to_pandas") and not hasattr(data, "features"):  # of polars and of Arrow
+        data = data.to_pandas()
     splits = getattr(data, "column_names", data)
-    if isinstance(splits, Mapping) and any(hasattr(data[name], "column_names") for name in splits):
-        raise TypeError(f"data holds several data sets, {sorted(map(str, splits))}: give one of them.")
+    if isinstance(splits, Mapping) and any(_is_table(data[name]) for name in splits):
+        raise TypeError(f"data holds several data sets, {sorted(map(str, splits))[:5]}: give one of them.")
     is_frame = hasattr(data, "columns") and hasattr(data, "to_dict")
     is_stream = hasattr(data, "column_names") and not hasattr(data, "__len__")
     if not (isinstance(data, Mapping) or is_frame or is_stream):
@@ -39,7 +41,11 @@ def as_dataset(data: Any) -> Any:
     rows = list(islice(data, _STREAMED + 1))
     if len(rows) > _STREAMED:
         logger.warning("data is a stream of more than %d rows, of which the first are used.", _STREAMED)
-    return kind.from_list(rows[:_STREAMED])
+    return kind.from_list(rows[:_STREAMED], features=data.features)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) or hasattr(value, "column_names") or hasattr(value, "columns")
 
 
 def text_columns(data: Any) -> dict[str, list[str]]:
@@ -53,7 +59,7 @@ def text_columns(data: Any) -> dict[str, list[str]]:
     if not names:
         raise ValueError(f"data has no column of texts among {data.column_names}.")
     columns = {name: list(data[name]) for name in names}
-    plain = {name.strip().lower(): name for name in reversed(data.column_names)}
+    plain = {plain_name(name): name for name in reversed(data.column_names)}
     score = next((plain[name] for name in SCORE_NAMES if name in plain), None)
     # with three texts it is a margin, and several numbers a row are vectors of a larger model
     if score is not None and len(texts_of) == 2 and np.ndim(data[0][score]) == 0:
@@ -64,6 +70,8 @@ def text_columns(data: Any) -> dict[str, list[str]]:
             )
         rows = _belonging(data[score], score)
         columns = {name: [texts[row] for row in rows] for name, texts in columns.items()}
+    elif len(texts_of) == 2 and score is None:
+        warn_of_labels(data, [name for name in data.column_names if name not in names], "data")
     for name, texts in columns.items():
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise TypeError(f"column {name!r} of data must hold texts only, it holds {wrong[0]!r}.")
@@ -76,7 +84,7 @@ def _columns_of_texts(data: Any) -> list[str]:
     return [
         name
         for name in data.column_names
-        if name.strip().lower() not in SCORE_NAMES
+        if plain_name(name) not in SCORE_NAMES
         and (isinstance(first[name], str) or getattr(kinds.get(name), "dtype", "") in ("string", "large_string"))
     ]
 
@@ -113,6 +121,8 @@ def scored_pairs(sts: Any) -> tuple[list[str], list[str], list[float]]:
     if hasattr(sts, "column_names"):
         if missing := {"sentence1", "sentence2", "score"} - set(sts.column_names):
             raise ValueError(f"sts lacks the columns {sorted(missing)}; it has {sts.column_names}.")
+        if classes := unclear_classes(sts, "score"):
+            raise ValueError(f"column 'score' of sts holds the classes {classes}: make them numbers, 1 for alike.")
         sts = (sts["sentence1"], sts["sentence2"], sts["score"])
     first, second, scores = (list(column) for column in sts)
     if not len(first) == len(second) == len(scores) or len(first) < 2:

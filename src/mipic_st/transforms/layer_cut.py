@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from mipic_st.encoder.encoding import TokenStates, encode_layers, encode_tokens, prompt_of
 from mipic_st.encoder.fingerprint import fingerprint
-from mipic_st.encoder.structure import check_layers, evaluation_mode, full_width, model_depth, tail_of, transformer_of
+from mipic_st.encoder.structure import (
+    check_layers,
+    evaluation_mode,
+    full_width,
+    model_depth,
+    tail_of,
+    transformer_of,
+    unwrap,
+)
 from mipic_st.encoder.surgery import identity_dense, input_embeddings, no_word_weights, word_weights_module
 from mipic_st.encoder.tail import push_vectors
 from mipic_st.numerics import spearman, unit_length
@@ -203,8 +211,7 @@ def fit_layer_cuts(
             on up to 4,000 of the texts (fewer, if their token states fill half a gigabyte), see
             :func:`mipic_st.transforms.word_weights.fit_word_weights`. Default: where the model pools by the mean and
             ``max_steps`` is not 0.
-        held_out: Share of the texts that no step sees, in (0, 0.5]; at most 2,048 of them. The best step on them is
-            kept, and the report is made on them.
+        held_out: Share of the texts, in (0, 0.5], at most 2,048, that choose the best step and make the report.
         prompt: Put before every text. Default: the model's default prompt, if it has one.
         batch_size: Texts per forward pass.
         seed: Seeds the choice of the held-out texts and the batches.
@@ -222,6 +229,7 @@ def fit_layer_cuts(
         >>> cuts = fit_layer_cuts(model, texts, layers=[3, 4], dims=[64, 16])  # doctest: +SKIP
         >>> cuts.to_frame()  # doctest: +SKIP
     """
+    model = unwrap(model)
     depth, width = model_depth(model), full_width(model)
     layers = _checked_layers(model, layers, depth)
     dims = sorted(checked_dims("dims", default_dims(width) if dims is None else dims, width))

@@ -192,6 +192,7 @@ def _plan(
     fit_options: dict[str, Any],
 ) -> _Plan:
     """All arguments of :func:`rotate_model` checked, before anything is encoded."""
+    model = unwrap(model)
     dims = checked_dims("dims", dims, full_width(model))
     batch_size = checked_count("batch_size", batch_size)
     defaults = dict(fit_rotation.__kwdefaults__ or {})
