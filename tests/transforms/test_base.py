@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
@@ -109,6 +110,15 @@ def test_saved_and_loaded(number, tmp_path):
 
 
 @pytest.mark.parametrize("number", range(3))
+def test_equal_maps_are_equal_files(number, tmp_path):
+    """Byte for byte, so that a file can be told by its hash."""
+    saved = maps()[number]
+    for place in range(8):
+        saved.save(tmp_path / str(place))
+    assert len({(tmp_path / str(place)).read_bytes() for place in range(8)}) == 1
+
+
+@pytest.mark.parametrize("number", range(3))
 def test_one_flipped_byte_is_found(number, tmp_path):
     """Anywhere in the file; what the file format does not notice, the checksum does."""
     saved = maps()[number]
@@ -148,11 +158,18 @@ def old_file(path, matrix, dims=(1, 2), report=()):
 
 
 def test_files_of_earlier_versions_load(tmp_path):
-    """Tensor "rotation", dims and report."""
+    """Tensor "rotation", dims and report; later, each note under a key of its own."""
     old_file(tmp_path / "old", torch.eye(4)[:, [1, 0, 2, 3]], [1, 2], [{"dim": 1}])
     loaded = Rotation.load(tmp_path / "old")
     assert (loaded.dims, loaded.report) == ((1, 2), [{"dim": 1}])
     assert loaded(np.eye(4))[0].tolist() == [0, 1, 0, 0]
+
+    rotation, *_ = maps()
+    rotation.save(tmp_path / "new")
+    with safe_open(tmp_path / "new", "pt") as file:
+        notes = json.loads(file.metadata()["transform"])
+    save_file(load_file(tmp_path / "new"), tmp_path / "old", metadata=notes)
+    assert Rotation.load(tmp_path / "old").fingerprint == rotation.fingerprint
 
 
 @pytest.mark.parametrize(

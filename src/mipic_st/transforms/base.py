@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _FORMAT = 1
+_NOTES = "transform"
 
 
 class Transform(ABC):
@@ -97,7 +98,7 @@ class Transform(ABC):
                 raise ValueError(f"{name} holds values that are not finite")
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the map into one safetensors file, whole or not at all.
+        """Write the map into one safetensors file, whole or not at all; equal maps give equal bytes.
 
         Args:
             path: The file.
@@ -108,7 +109,8 @@ class Transform(ABC):
         plain = {name: value for name, value in _fields_of(self).items() if not _holds_arrays(value)}
         notes = {"kind": self.kind, "format": str(_FORMAT), "fields": json.dumps(plain)}
         notes["checksum"] = _checksum(arrays, notes["fields"])
-        write_whole(path, lambda place: save_file(arrays, place, metadata=notes))
+        # one key: safetensors writes several in an order that differs from call to call
+        write_whole(path, lambda place: save_file(arrays, place, metadata={_NOTES: json.dumps(notes)}))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -131,6 +133,7 @@ class Transform(ABC):
         try:
             with safe_open(path, framework="np") as file:
                 notes = file.metadata() or {}
+                notes = json.loads(notes[_NOTES]) if _NOTES in notes else notes  # an earlier version had four keys
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             found = cls(**cls._read(arrays, notes))
             found.check()
