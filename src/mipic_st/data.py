@@ -169,7 +169,8 @@ def _read(path: str | PathLike[str], columns: Sequence[str] | None = None) -> Da
     # datasets depends on pandas, whose readers need no cache folder on disk.
     import pandas as pd
 
-    file, classes = Path(path), {}
+    file = Path(path)
+    classes: dict[str, Any] = {}
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"Cannot tell the format of {path}: the name must end in one of {', '.join(SUFFIXES)}.")

@@ -231,11 +231,13 @@ def test_quickstart_refuses_a_file_without_the_columns(run_here, tmp_path):
 @needs_model
 @pytest.mark.parametrize("dims", [["999", "16"], ["-5", "16"], ["0"]])
 @pytest.mark.parametrize("script", ["quickstart.py", "sts_regression.py"])
-def test_dims_outside_the_width_are_refused(run_here, script, dims):
+def test_dims_outside_the_width_are_refused(run_here, capsys, script, dims):
     """A dim that the model has not would be a made-up row of the table."""
     base_loss = ["--loss", "none"] if script == "quickstart.py" else []
-    with pytest.raises(SystemExit, match="--dims must be from 1 to the model's width of 384"):
+    with pytest.raises(SystemExit) as refused:
         run_here(script, "--smoke", *base_loss, "--dims", *dims)
+    said = f"{refused.value} {capsys.readouterr().err}"
+    assert re.search(r"must be (a whole number from 1 on|from 1 to the model's width of 384)", said), said
 
 
 @pytest.mark.parametrize("script", ["quickstart.py", "sts_regression.py"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,24 @@ def linear_transform(columns: np.ndarray) -> Any:
     return transform
 
 
-def index_of(transform: Any, factory: str) -> Any:
-    """An empty index by inner product: the transform, unit length, and what faiss's factory makes."""
+def balanced(columns: np.ndarray, factory: str) -> np.ndarray:
+    """The columns in an order that gives each part of a product quantizer an equal share of the leading ones.
+
+    All parts have the same number of bits, so neighbouring columns in one part would spend many of them on little.
+    """
+    found = re.search(r"PQ(\d+)", factory)
+    dim, parts = columns.shape[1], int(found[1]) if found else 0
+    if not parts or dim % parts:
+        return columns
+    return columns[:, np.arange(dim).reshape(-1, parts).T.ravel()]
+
+
+def index_of(columns: np.ndarray, factory: str) -> Any:
+    """An empty index by inner product: orthonormal columns, (D, d), unit length, and what faiss's factory makes."""
     faiss = _faiss()
     if not isinstance(factory, str):
         raise TypeError(f"factory must be a string for faiss.index_factory, e.g. 'SQ8', got {factory!r}.")
+    transform = linear_transform(balanced(columns, factory))
     if "RaBitQ" in factory and not hasattr(faiss, "IndexRaBitQ"):
         raise ValueError(f"factory {factory!r} needs faiss 1.11 or later, this is {faiss.__version__}: update it.")
     try:

@@ -243,7 +243,8 @@ class Rotation(OnHub):
         Args:
             dim: Values to keep. Default: D.
             factory: What faiss's ``index_factory`` makes of the ``dim`` values: ``Flat``, ``SQ8``, ``SQ4``, ``PQ16``,
-                ``RaBitQ`` (faiss 1.11 or later), ``IVF256,SQ8`` and so on.
+                ``RaBitQ`` (faiss 1.11 or later), ``IVF256,SQ8`` and so on. Before PQ the values are reordered, so that
+                each of its parts has an equal share of the leading ones.
             vectors: (N, D), the documents: the index is trained on them and holds them. None gives an empty index, to
                 be trained and filled by the caller.
 
@@ -262,7 +263,7 @@ class Rotation(OnHub):
         """
         from mipic_st.transforms.faiss_index import filled, index_of
 
-        index = index_of(self.to_faiss(dim), factory)
+        index = index_of(self.matrix[:, : self._dim(dim)], factory)
         if vectors is None:
             return index
         array = as_matrix("vectors", vectors, self._width, f"this {self.kind}")
