@@ -74,7 +74,8 @@ def drawn(seed, encoder_folder, folder):
     names = [part.name for part in getattr(judge, "evaluators", [judge]) if part.name]
     native, own = judge(model), alone(model)
     assert_same(scores, native, names, str(width), seed)
-    assert scores == pytest.approx(own, abs=1e-5, nan_ok=True), seed
+    # a mean squared error may be above 100, where float32 itself has steps of 1e-5
+    assert scores == pytest.approx(own, rel=1e-6, abs=1e-5, nan_ok=True), seed
     return len(scores)
 
 
