@@ -15,6 +15,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from mipic_st.codes import bytes_per_vector
+
 RESULTS = Path(__file__).parent / "results"
 BYTES = (8, 16, 32, 64, 128)
 PRECISIONS = ("int4", "int8", "binary", "float32")
@@ -25,13 +27,14 @@ COLOURS = {
 
 
 def shares(found: dict[str, Any], way: str, precision: str, measure: str = "ndcg@10") -> dict[int, float]:
-    """Percent of the full width that is left, by bytes."""
+    """Percent of the full width that is left, by the bytes that a vector really takes."""
     full = found["full width"][measure]["mean"]
     if precision == "float32":
-        cells = {4 * int(dim): cell for dim, cell in found["dims"][way].items()}
+        cells = {int(dim): cell for dim, cell in found["dims"][way].items()}
     else:
-        cells = {int(size): cell for size, cell in found["bytes"][f"{way}, {precision}"].items()}
-    return {size: 100 * cells[size][measure]["mean"] / full for size in BYTES if size in cells}
+        cells = {int(cell["cell"].split()[-1]): cell for cell in found["bytes"][f"{way}, {precision}"].values()}
+    sizes = {bytes_per_vector(dim, precision): cell for dim, cell in cells.items()}
+    return {size: 100 * sizes[size][measure]["mean"] / full for size in sorted(sizes) if size <= BYTES[-1]}
 
 
 def draw(found: dict[str, Any], title: str, theme: str, file: Path) -> None:

@@ -246,19 +246,22 @@ def cuts(entry):
 
 
 def budgets(sets):
-    """Percent of the full width's nDCG@10 on Cranfield by bytes, rotated and truncated."""
-    found = sets["cranfield"]
-    full = found["full width"]["ndcg@10"]["mean"]
-    ways = {way: found["bytes"][f"{way}, int4"] for way in ("rotation", "truncation")}
-    rows = [
-        [
-            size,
-            f"{2 * int(size)} dims x int4",
-            *(f"{100 * ways[way][size]['ndcg@10']['mean'] / full:.0f}%" for way in ways),
-        ]
-        for size in ways["rotation"]
-    ]
-    return table(["bytes", "stored as", "rotated", "truncated"], rows)
+    """Percent of the full width's nDCG@10 that the best of int4, int8 and binary keeps, by bytes."""
+    names, ways = ("Cranfield", "docstrings"), {"truncation": "truncated", "PCA": "PCA", "rotation": "rotated"}
+    rows = []
+    for size in ("8", "16", "32", "64", "128"):
+        row = [size]
+        for found in (sets[name.lower()] for name in names):
+            full = found["full width"]["ndcg@10"]["mean"]
+            for way in ways:
+                cells = [found["bytes"][f"{way}, {code}"] for code in ("int4", "int8", "binary")]
+                best = max((cell[size] for cell in cells if size in cell), key=lambda cell: cell["ndcg@10"]["mean"])
+                share = f"{100 * best['ndcg@10']['mean'] / full:.0f}%"
+                row.append(f"**{share}** {best['cell']}" if way == "rotation" else share)
+        rows.append(row)
+    return table(
+        ["bytes", *(f"{name}: {way}" if way == "truncated" else way for name in names for way in ways.values())], rows
+    )
 
 
 SETS = {
