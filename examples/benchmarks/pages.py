@@ -12,13 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
 import numpy as np
 
-from mipic_st import EvaluationReport, Rotation
+from mipic_st import EvaluationReport, Rotation, advise
+from mipic_st.advice.cells import Cell
+from mipic_st.advice.plot import quality_by_bytes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -66,6 +70,7 @@ def measure(size: int, layers: list[int]) -> dict[str, Any]:
     evaluator = MatryoshkaEvaluator(search, dims=[384, *DIMS], precisions=["float32", "int8", "binary"])
     evaluator(model)
     scores = evaluator.report("truncated")
+    advice = advised(model, pairs)
     rotation = rotate_model(model, documents, DIMS)
     evaluator(model)
     scores += evaluator.report("rotated")
@@ -75,7 +80,14 @@ def measure(size: int, layers: list[int]) -> dict[str, Any]:
         "rotation": {"measure": rotation.measure, "chosen": rotation.chosen, "rows": rotation.report},
         "scores": [record for record in scores.records if record["primary"]],
         "cuts": cuts.report,
+        "advice": advice,
     }
+
+
+def advised(model: Any, pairs: list[dict[str, str]]) -> dict[str, Any]:
+    """What `advise` measures with these pairs."""
+    found = advise(model, pairs=tuple([pair[side] for pair in pairs] for side in ("query", "document")))
+    return {"measure": found.measure, "full": found.full, "cells": [asdict(cell) for cell in found.cells]}
 
 
 def rotation_plot(report: dict[str, Any]) -> plt.Figure:
@@ -86,6 +98,12 @@ def rotation_plot(report: dict[str, Any]) -> plt.Figure:
         report=report["rotation"]["rows"],
         measure=report["rotation"]["measure"],
     ).plot()
+
+
+def advice_plot(report: dict[str, Any]) -> plt.Figure:
+    """The plot of `Advice`, with what it looks at."""
+    found = report["advice"]
+    return quality_by_bytes(SimpleNamespace(**found | {"cells": [Cell(**cell) for cell in found["cells"]]}), None)
 
 
 def scores_of(report: dict[str, Any], *precisions: str) -> EvaluationReport:
@@ -115,6 +133,7 @@ def cuts_plot(report: dict[str, Any]) -> plt.Figure:
 
 PLOTS: dict[str, Callable[[dict[str, Any]], plt.Figure]] = {
     "rotation": rotation_plot,
+    "advice": advice_plot,
     "score_by_dim": lambda report: scores_of(report, "float32").plot_score_by_dim(),
     "retained": lambda report: scores_of(report, "float32").plot_retained(),
     "bytes": bytes_plot,

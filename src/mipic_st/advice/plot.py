@@ -48,7 +48,7 @@ def quality_by_bytes(advice: Advice, path: str | PathLike[str] | None) -> Figure
     axes.axhline(100 * advice.full, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
     axes.set_xscale("log", base=2)
     ticks = sorted({size for size in (cell.bytes for cell in advice.cells) if size & (size - 1) == 0})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45 if len(ticks) > 10 else 0)
     axes.set(xlabel="bytes per vector", ylabel=f"{advice.measure} (x 100)")
     axes.grid(axis="y", color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
