@@ -58,10 +58,7 @@ SUFFIXES: tuple[str, ...] = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def load_training_file(
-    path: str | PathLike[str],
-    *,
-    columns: Sequence[str] | None = None,
-    score_range: tuple[float, float] | None = None,
+    path: str | PathLike[str], *, columns: Sequence[str] | None = None, score_range: tuple[float, float] | None = None
 ) -> Dataset:
     """Read training data from a file, in either shape; one with both is read as pairs.
 
@@ -169,7 +166,8 @@ def _read(path: str | PathLike[str], columns: Sequence[str] | None = None) -> Da
     # datasets depends on pandas, whose readers need no cache folder on disk.
     import pandas as pd
 
-    file, classes = Path(path), {}
+    file = Path(path)
+    classes: dict[str, Any] = {}
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"Cannot tell the format of {path}: the name must end in one of {', '.join(SUFFIXES)}.")

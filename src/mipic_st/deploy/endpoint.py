@@ -128,7 +128,7 @@ def _require_address(url: Any) -> None:
         return
     shown = str(url).rpartition("@")[2].partition("?")[0]
     raise ValueError(
-        f"url must begin with http:// or https://, then a host, in ASCII, without user, password or query, got {shown!r}."
+        f"url must begin with http:// or https://, then a host, in ASCII, no user, password or query, got {shown!r}."
     )
 
 
