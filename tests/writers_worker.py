@@ -28,7 +28,16 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from command_files import write_files
 from conftest import sentences
-from mipic_st import EvaluationReport, MIPICCallback, MIPICLoss, evaluate_mteb, export_onnx, save_for_tei
+from mipic_st import (
+    EvaluationReport,
+    MIPICCallback,
+    MIPICLoss,
+    advise,
+    evaluate_mteb,
+    export_onnx,
+    fit_layer_cuts,
+    save_for_tei,
+)
 from mipic_st.cli import main as command
 from mipic_st.losses.callback import PROJECTIONS_FILE
 from mipic_st.transforms.rotation import Rotation
@@ -157,6 +166,15 @@ def writers(folder: Path) -> dict[str, Writer]:
         TaskMetadata.descriptive_stats = None  # the file has fewer rows than MTEB's set
         evaluate_mteb(model, "STS13", [8, 32], output=place, data_dir=folder, show_progress_bar=False)
 
+    def evaluate(place: Path) -> object:
+        TaskMetadata.descriptive_stats = None
+        given = [files / "model", "--tasks", "STS13", "--dims", "8,32", "--data-dir", folder]
+        return command_line("eval", *given)(place)
+
+    evaluate.__name__ = "command"
+    texts = sentences(120, 7, shortest=3)
+    cuts = fit_layer_cuts(model, texts, layers=[1], dims=[8, 16], max_steps=0, word_weights=False)
+    advice = advise(model, texts, bytes=[4, 8], precisions=["binary"], show_progress_bar=False)
     return {
         "Rotation.save": Writer(rotation.save, False),
         "WordWeights.save": Writer(weights.save, False),
@@ -165,6 +183,9 @@ def writers(folder: Path) -> dict[str, Writer]:
         "EvaluationReport.to_markdown": Writer(report.to_markdown, False),
         "EvaluationReport.to_latex": Writer(report.to_latex, False),
         "plot_score_by_dim": Writer(report.plot_score_by_dim, False),
+        "plot_retained": Writer(report.plot_retained, False),
+        "LayerCuts.plot": Writer(cuts.plot, False),
+        "Advice.plot": Writer(advice.plot, False),
         "MIPICCallback.save": Writer(checkpoint, False),
         "save_for_tei": Writer(partial(save_for_tei, model), True),
         "export_onnx": Writer(partial(export_onnx, model), True),
@@ -172,6 +193,7 @@ def writers(folder: Path) -> dict[str, Writer]:
         "mipic-st cut": Writer(command_line("cut", files / "model", "--layer", 2, "--dim", 8), True),
         "mipic-st export": Writer(command_line("export", files / "model", "--format", "tei"), True),
         "evaluate_mteb": Writer(mteb, True, whole=False),
+        "mipic-st eval": Writer(evaluate, True, whole=False),
     }
 
 
@@ -180,7 +202,7 @@ class Trial:
 
     def __init__(self, name: str, writer: Writer, folder: Path) -> None:
         self.name, self.writer, self.folder = name, writer, folder
-        self.ending = {"plot_score_by_dim": ".png"}.get(name, ".safetensors" if name.endswith(".save") else ".txt")
+        self.ending = ".png" if "plot" in name else ".safetensors" if name.endswith(".save") else ".txt"
         self.wrong: list[str] = []
         self.number = 0
         place = self.place()

@@ -58,10 +58,7 @@ SUFFIXES: tuple[str, ...] = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
 def load_training_file(
-    path: str | PathLike[str],
-    *,
-    columns: Sequence[str] | None = None,
-    score_range: tuple[float, float] | None = None,
+    path: str | PathLike[str], *, columns: Sequence[str] | None = None, score_range: tuple[float, float] | None = None
 ) -> Dataset:
     """Read training data from a file, in either shape; one with both is read as pairs.
 

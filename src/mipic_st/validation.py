@@ -71,6 +71,13 @@ def checked_texts(name: str, texts: Any, wanted: str = "a list of texts") -> lis
     return texts
 
 
+def checked_prompt(name: str, prompt: Any) -> str | None:
+    """A text, or None."""
+    if not isinstance(prompt, str | None):
+        raise TypeError(f"{name} must be a text to put before others, or None, got {prompt!r}.")
+    return prompt
+
+
 def per_column(name: str, given: Any, columns: Sequence[str], present: Sequence[str]) -> dict[str, str | None]:
     """One text per column, from one for all or a mapping with gaps, as the trainer's arguments have it."""
     if given is None or isinstance(given, str):

@@ -351,6 +351,13 @@ OF_TEXTS = [
     ((TEXTS,), {"pairs": TEXTS}, TypeError, r"pairs must be \(queries, documents\), or a table .* got list"),
     ((TEXTS,), {"pairs": {"query": TEXTS}}, ValueError, r"pairs must have two columns of texts, got \['query'\]"),
     ((TEXTS,), {"batch_size": 0}, ValueError, "batch_size must be"),
+    ((TEXTS,), {"queries": TEXTS[:5], "query_prompt": 5}, TypeError, "prompt of queries must be a text to put before"),
+    (
+        (TEXTS,),
+        {"document_prompt": 5},
+        TypeError,
+        "the prompt of .* must be a text to put before others, or None, got 5",
+    ),
 ]
 
 

@@ -157,6 +157,23 @@ def test_bad_addresses_and_answers(model, serve):
     """Said in words: no address, nobody there, a refusal, an answer that is none."""
     with pytest.raises(ValueError, match="url must begin with http"):
         check_endpoint(model, "file:///etc/passwd")
+    for url in (
+        "http://ü.org",
+        "http://[::1",
+        "http://h:99999",
+        "http://",
+        "http://a b",
+        "http://u:pa55@h",
+        None,
+        b"http://h",
+    ):
+        with pytest.raises(ValueError, match="url must begin with http") as error:
+            check_endpoint(model, url)
+        assert "pa55" not in str(error.value)
+    with pytest.raises(ValueError, match="password or query, got 'http://h/v1'"):
+        check_endpoint(model, "http://h/v1?key=secret")
+    with pytest.raises(ValueError, match="timeout must be > 0 and <="):
+        check_endpoint(model, "http://127.0.0.1:1", timeout=1e20)
     with pytest.raises(ValueError, match="dim"):
         check_endpoint(model, "http://127.0.0.1:9", dim=64)
     with pytest.raises(ConnectionError, match="cannot be reached"):
@@ -165,8 +182,6 @@ def test_bad_addresses_and_answers(model, serve):
         check_endpoint(model, serve(lambda texts, dim: model.encode(texts), status=400))
     with pytest.raises(ConnectionError, match=r"status 404: .*; if its route is another one, give it whole"):
         check_endpoint(model, serve(lambda texts, dim: model.encode(texts), status=404))
-    with pytest.raises(ConnectionError, match="cannot be reached: nonnumeric port"):
-        check_endpoint(model, "http://127.0.0.1:port")
     with pytest.raises(ValueError, match="answers 3 texts with an array of shape"):
         check_endpoint(model, serve(lambda texts, dim: model.encode(texts)[:1]))
     with pytest.raises(TypeError, match="texts must be a list of texts, got one text"):
@@ -243,6 +258,14 @@ def test_the_key_goes_to_the_given_address_only(model, raw, status):
         check_endpoint(model, url, api_key="secret")
     assert len(raw.sent) == 1
     assert b"Bearer secret" in raw.sent[0]
+
+
+def test_a_proxy_does_not_get_the_key(model, raw, monkeypatch):
+    """What is sent by http, it would read; through one for https it goes unread."""
+    monkeypatch.setenv("http_proxy", raw(answering(500, b"the proxy")))
+    with pytest.raises(ConnectionError, match="status 500: the server"):
+        check_endpoint(model, raw(answering(500, b"the server")), api_key="secret")
+    assert len(raw.sent) == 1
 
 
 def drip(connection):

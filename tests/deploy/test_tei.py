@@ -143,12 +143,24 @@ def test_a_normalize_that_the_server_skips_is_refused_where_it_matters(tiny_mode
     model.extend([Normalize(), *tail]).eval()
     if refused:
         nn.init.normal_(model[-1].linear.weight)
-        with pytest.raises(ValueError, match="normalises at the end only: its vectors would differ by"):
+        with pytest.raises(ValueError, match=r"normalises at the end only, .* would differ from the model's by"):
             save_for_tei(model, tmp_path / "tei")
         assert not (tmp_path / "tei").exists()
     else:
         save_for_tei(model, tmp_path / "tei")
         assert (tmp_path / "tei" / "modules.json").is_file()
+
+
+def test_what_the_server_does_not_do_by_itself_is_said(tiny_model, tmp_path, caplog):
+    """It puts a default prompt before texts where it is started with its name, and runs no encode of the instance."""
+    model = tiny_model()
+    model.prompts, model.default_prompt_name = {"query": "the cat "}, "query"
+    save_for_tei(model, tmp_path / "tei")
+    assert "start text-embeddings-inference with --default-prompt-name query" in caplog.text
+    encode = model.encode
+    model.encode = lambda texts, **options: encode([f"a dog {text}" for text in texts], **options)
+    with pytest.raises(ValueError, match=r"runs Transformer, Pooling and Dense, no other code, .* would differ"):
+        save_for_tei(model, tmp_path / "other")
 
 
 @pytest.mark.parametrize("write", [save_for_tei, export_onnx])

@@ -315,6 +315,17 @@ def test_bad_arguments_are_named(tmp_path, arguments, message):
         export_truncated(tiny_model(tmp_path), **arguments)
 
 
+def test_what_a_cut_lost_is_said(tmp_path, caplog):
+    """Without texts nothing was measured; a path is no cuts."""
+    caplog.set_level("INFO", "mipic_st")
+    export_truncated(tiny_model(tmp_path), dim=8)
+    assert "not measured" not in caplog.text
+    export_truncated(tiny_model(tmp_path), layer=2)
+    assert "Nothing was fitted in the place of the layers, and their worth was not measured: give texts" in caplog.text
+    with pytest.raises(TypeError, match=r"cuts must be LayerCuts, got str: LayerCuts\.load reads a file"):
+        export_truncated(tiny_model(tmp_path), layer=2, cuts="cuts.safetensors")
+
+
 def test_speedup_is_measured(tmp_path):
     """A one-layer cut of an eight-layer model has fewer parameters and encodes faster."""
     model = tiny_model(tmp_path, layers=8)

@@ -173,6 +173,16 @@ def test_a_model_name_is_a_text(model, sts13, tmp_path):
         run(model, sts13, [8], tmp_path, model_name=3)
 
 
+def test_an_output_that_cannot_be_written_is_named_before_encoding(model, sts13, tmp_path, monkeypatch):
+    """A file in its place, or under one."""
+    (tmp_path / "file").write_text("mine")
+    counted = CountingModel(model, monkeypatch)
+    for place in (tmp_path / "file", tmp_path / "file" / "results"):
+        with pytest.raises(ValueError, match=r"file.*cannot be written"):
+            run(model, sts13, [8], place)
+    assert counted.texts == []
+
+
 def test_the_model_passes_through_four_modules(model, tiny_tasks, tmp_path):
     """Who holds the model while a score is made: few places to look at when a score is wrong."""
     seen = set()

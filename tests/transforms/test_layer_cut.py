@@ -173,6 +173,11 @@ def test_fits_that_make_no_sense_are_refused(tiny_model, arguments, message):
         ({"max_steps": -1}, ValueError, "max_steps must be an integer >= 0, got -1"),
         ({"sts": (["a"], ["b"], [1.0])}, ValueError, "sts must hold as many first texts"),
         ({"sts": (["a", "b"], ["b", "c"], [1.0, float("nan")])}, ValueError, "sts holds scores that are no finite"),
+        ({"sts": (["a", "b"], [1, "c"], [1.0, 0.5])}, TypeError, "sts must be a list of texts, it holds 1"),
+        ({"sts": (["a", "b"], ["b", "c"], ["x", "y"])}, TypeError, "sts must be three columns or lists, .* 'x'"),
+        ({"sts": "sts.csv"}, TypeError, "sts must be three columns or lists"),
+        ({"sts": {"sentence1": ["a"], "score": [1.0]}}, ValueError, r"sts lacks the columns \['sentence2'\]"),
+        ({"prompt": 5}, TypeError, "prompt must be a text to put before others, or None, got 5"),
     ],
     ids=str,
 )

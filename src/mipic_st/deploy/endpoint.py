@@ -7,6 +7,7 @@ import itertools
 import json
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -68,7 +69,7 @@ def check_endpoint(
         dim: Dims to ask the server for (``dimensions`` in the request). None asks for the full width.
         name: The model's name in the request.
         texts: What is embedded, without a prompt.
-        api_key: Sent as a bearer token, to this address only: redirects are not followed.
+        api_key: Sent as a bearer token, to this address only: redirects are not followed, proxies only for https.
         tolerance: Largest distance that counts as equal; servers compute in half precision.
         timeout: Seconds for the whole answer.
 
@@ -84,13 +85,12 @@ def check_endpoint(
         >>> check_endpoint(model, "http://localhost:8000", dim=64).findings  # doctest: +SKIP
         ()
     """
-    if not isinstance(url, str) or not url.startswith(("http://", "https://")):
-        raise ValueError(f"url must begin with http:// or https://, got {url!r}.")
+    _require_address(url)
     model = unwrap(model)
     width = full_width(model)
     (wanted,) = (width,) if dim is None else checked_dims("dim", [dim], width)
     tolerance = checked_number("tolerance", tolerance, 0, exclusive=True)
-    timeout = checked_number("timeout", timeout, 0, exclusive=True)
+    timeout = checked_number("timeout", timeout, 0, threading.TIMEOUT_MAX, exclusive=True)
     if api_key is not None and not (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()):
         raise ValueError("api_key must be a text of ASCII characters without line ends, as a header of HTTP is.")
     texts = checked_texts("texts", texts)
@@ -114,6 +114,22 @@ def check_endpoint(
         else:
             findings.append(f"its vectors differ from the model's by {worst:.2f}")
     return EndpointCheck(not findings, worst, tuple(findings))
+
+
+def _require_address(url: Any) -> None:
+    """Refuse what is no address, or has a password in it, which errors would show."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fine = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        fine = fine and url.isascii() and url.isprintable() and " " not in url
+    except (ValueError, AttributeError):  # of a part that cannot be read, of no text
+        fine = False
+    if fine and not (parts.username or parts.query or parts.fragment):
+        return
+    shown = str(url).rpartition("@")[2].partition("?")[0]
+    raise ValueError(
+        f"url must begin with http:// or https://, then a host, in ASCII, no user, password or query, got {shown!r}."
+    )
 
 
 def _distance(vectors: np.ndarray, others: np.ndarray) -> float:
@@ -189,7 +205,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _answer(request: urllib.request.Request, timeout: float, most_bytes: int) -> tuple[int, bytes]:
     """Status and body; for a redirect, the address instead of the body."""
     try:
-        answer = urllib.request.build_opener(_NoRedirect).open(request, timeout=timeout)
+        # a proxy would read what is sent by http
+        proxies = {name: proxy for name, proxy in urllib.request.getproxies().items() if name == "https"}
+        opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler(proxies))
+        answer = opener.open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         answer = error
     with answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from mipic_st.deploy.written import (
     vectors_with,
     without_adapters,
 )
-from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts
+from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts, prompt_of
 from mipic_st.encoder.modules import kind_of, leaves_prompts_out
 from mipic_st.encoder.structure import evaluation_mode, in_half_precision, unwrap
 from mipic_st.files import new_folder, write_json
 from mipic_st.numerics import unit_length
+
+logger = logging.getLogger(__name__)
 
 # Keys of the pooling modes that the server knows, and those of the others, which must be there too.
 _POOLINGS = {"cls": "cls_token", "mean": "mean_tokens", "lasttoken": "lasttoken"}
@@ -61,8 +64,16 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
         raise ValueError(f"{PROMPTS_LEFT_OUT} text-embeddings-inference does not; {WITHOUT_PROMPTS}")
     if found := _difference_of_server(model):
         raise ValueError(
-            "behind a Normalize the model has a Dense with a bias or an activation, but text-embeddings-inference "
-            f"normalises at the end only: its vectors would differ by {found}. Serve it by sentence-transformers."
+            "text-embeddings-inference runs Transformer, Pooling and Dense, no other code, and normalises at the end "
+            "only, not in front of a Dense with a bias or an activation: its vectors would differ from the model's by "
+            f"{found}. Serve it by sentence-transformers."
+        )
+    if prompt := prompt_of(model, None):
+        logger.warning(
+            "The server does not put the model's default prompt %r before texts by itself: start "
+            "text-embeddings-inference with --default-prompt-name %s.",
+            prompt,
+            model.default_prompt_name,
         )
     plain = without_adapters(model)
     with new_folder(folder) as new, evaluation_mode(plain):  # saving writes a card, for which it encodes

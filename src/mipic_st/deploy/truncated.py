@@ -144,6 +144,8 @@ def _fitted(
 ) -> LayerCuts | None:
     """The cuts that have the tail for the layer, if there is to be a fitted one."""
     if texts is None and cuts is None:
+        if layer is not None and layer < model_depth(model):
+            logger.info("Nothing was fitted in the place of the layers, and their worth was not measured: give texts.")
         return None
     if texts is not None and cuts is not None:
         raise ValueError("texts and cuts are both given; cuts are fitted already, leave texts out.")
@@ -159,6 +161,8 @@ def _fitted(
             "depth %.3f.",
             *(cell[key] for key in ("layer", "dim", "similarity_plain", "similarity_fitted", "similarity_full")),
         )
+    if not isinstance(cuts, LayerCuts):
+        raise TypeError(f"cuts must be LayerCuts, got {type(cuts).__name__}: LayerCuts.load reads a file.")
     cuts.require_fitted_on(model)
     return cuts
 

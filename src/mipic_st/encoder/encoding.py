@@ -25,6 +25,7 @@ from mipic_st.encoder.structure import (
     tail_of,
     transformer_of,
 )
+from mipic_st.validation import checked_prompt
 
 # Models whose last layer was seen to give the model's own vectors, and of which modules they consisted then.
 _checked: weakref.WeakKeyDictionary[SentenceTransformer, tuple[int, ...]] = weakref.WeakKeyDictionary()
@@ -79,7 +80,7 @@ def encode_layers(
 
 def prompt_of(model: SentenceTransformer, prompt: str | None) -> str | None:
     """The prompt that was given, or the one that ``model.encode`` puts before texts by itself."""
-    if prompt is None and model.default_prompt_name is not None:
+    if checked_prompt("prompt", prompt) is None and model.default_prompt_name is not None:
         return model.prompts.get(model.default_prompt_name)
     return prompt
 
@@ -235,6 +236,7 @@ def encode_columns(
     """The vectors of some columns; a text that is in several of them has the same vector to the last bit."""
     alike: dict[tuple[str | None, str | None], list[str]] = {}
     for name in columns:
+        checked_prompt(f"the prompt of {name}", prompts[name])
         alike.setdefault((prompts[name], routes[name]), []).append(name)
     for (prompt, route), names in alike.items():
         joined = [text for name in names for text in columns[name]]

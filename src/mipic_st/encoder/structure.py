@@ -268,15 +268,10 @@ def module_identity(model: nn.Module) -> tuple[int, ...]:
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
-def alone_with(model: nn.Module) -> Any:
-    """The lock of a model, to be entered again by the thread that has it."""
-    return _locks.setdefault(model, threading.RLock())
-
-
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block, for one thread at a time; then every module has the mode that it had."""
-    with alone_with(model):
+    with _locks.setdefault(model, threading.RLock()):
         before = [(module, module.training) for module in model.modules()]
         model.eval()
         try:

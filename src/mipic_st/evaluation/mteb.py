@@ -34,7 +34,7 @@ from mipic_st.evaluation.coded import (
 from mipic_st.evaluation.mteb_data import with_listed_columns
 from mipic_st.evaluation.store import MEMORY_LIMIT, EmbeddingStore
 from mipic_st.evaluation.tasks import Job, NotLoadedError, resolve_jobs
-from mipic_st.files import write_whole
+from mipic_st.files import require_writable, write_whole
 from mipic_st.validation import checked_choice, checked_count, checked_dims, checked_flag, require
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def evaluate_mteb(
     model, data_dir = unwrap(model), None if data_dir is None else Path(data_dir)
     if data_dir is not None and not data_dir.is_dir():
         raise FileNotFoundError(f"data_dir {str(data_dir)!r} is not a folder.")
+    require_writable(output)
     with EmbeddingStore(model, memory_limit=memory_limit, device=device) as store:
         dims = sorted(checked_dims("dims", dims, store.width))
         cells = [(dim, precision) for precision in precisions for dim in dims]

@@ -18,15 +18,7 @@ from sentence_transformers import SentenceTransformer
 
 from mipic_st.codes import Ranges, evenly
 from mipic_st.encoder.encoding import encode_layers
-from mipic_st.encoder.structure import (
-    NO_CUT,
-    alone_with,
-    check_layers,
-    evaluation_mode,
-    full_width,
-    in_half_precision,
-    model_depth,
-)
+from mipic_st.encoder.structure import NO_CUT, check_layers, evaluation_mode, full_width, in_half_precision, model_depth
 from mipic_st.evaluation.vectors import Vectors
 from mipic_st.evaluation.view import DimView
 from mipic_st.numerics import compare_vectors, unit_length
@@ -155,7 +147,7 @@ class EmbeddingStore:
                 new = [text for text in dict.fromkeys(texts[start : start + portion]) if text not in row_of]
                 if not new:
                     continue
-                with alone_with(self.model):
+                with evaluation_mode(self.model):
                     vectors = self._encode(new, method, given, checked)
                 checked = True
                 self._note_lengths(new, vectors)

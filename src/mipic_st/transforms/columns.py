@@ -118,19 +118,24 @@ def _belonging(given: Any, name: str) -> list[int]:
 
 def scored_pairs(sts: Any) -> tuple[list[str], list[str], list[float]]:
     """First texts, second texts and scores, one each."""
+    sts = as_dataset(sts)
     if hasattr(sts, "column_names"):
         if missing := {"sentence1", "sentence2", "score"} - set(sts.column_names):
             raise ValueError(f"sts lacks the columns {sorted(missing)}; it has {sts.column_names}.")
         if classes := unclear_classes(sts, "score"):
             raise ValueError(f"column 'score' of sts holds the classes {classes}: make them numbers, 1 for alike.")
         sts = (sts["sentence1"], sts["sentence2"], sts["score"])
-    first, second, scores = (list(column) for column in sts)
+    try:
+        first, second, scores = (list(column) for column in sts)
+        scores = [float(score) for score in scores]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"sts must be three columns or lists, of texts, texts and scores: {error}.") from error
     if not len(first) == len(second) == len(scores) or len(first) < 2:
         raise ValueError(
             f"sts must hold as many first texts as second texts and scores, 2 or more: got {len(first)}, {len(second)} "
             f"and {len(scores)}."
         )
-    scores = [float(score) for score in scores]
+    first, second = checked_texts("sts", first), checked_texts("sts", second)
     if not np.isfinite(scores).all():
         raise ValueError("sts holds scores that are no finite numbers; leave these rows out.")
     return first, second, scores

@@ -22,15 +22,7 @@ import numpy as np
 
 import mipic_st.codes as coding
 from mipic_st.codes import Ranges
-from mipic_st.transforms.arrays import (
-    WholeMatrix,
-    as_array,
-    as_matrix,
-    as_rows,
-    is_tensor,
-    mapped,
-    off_orthogonal,
-)
+from mipic_st.transforms.arrays import WholeMatrix, as_array, as_matrix, as_rows, is_tensor, mapped, off_orthogonal
 from mipic_st.transforms.hub import OnHub
 from mipic_st.validation import checked_choice, checked_dims
 
