@@ -67,7 +67,7 @@ def test_what_the_readme_says_of_faiss_and_training_is_true():
             cells = sets[name]["bytes"][row]
             expected += [f"{100 * cells[size]['ndcg@10']['mean'] / full:.0f}" for size in ("8", "16", "32")]
     assert re.findall(r"\d+(?=[,%]| and)", said.replace("8, 16 and 32 bytes", "")) == expected
-    trained = load("corpus_training")["corpora"]["docstrings"]["matryoshka, rotated again"]
+    trained = load("trained on pairs")["corpora"]["docstrings"]["matryoshka, rotated again"]
     gain = re.search(r"adds (\d+) points of nDCG@10 to the rotation alone at 16 dims on docstrings", text)[1]
     assert gain == f"{trained['over the rotation']['16']['difference']:.0f}"
 
