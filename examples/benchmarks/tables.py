@@ -253,15 +253,19 @@ def budgets(sets):
         row = [size]
         for found in (sets[name.lower()] for name in names):
             full = found["full width"]["ndcg@10"]["mean"]
+            best = {}
             for way in ways:
                 cells = [found["bytes"][f"{way}, {code}"] for code in ("int4", "int8", "binary")]
-                best = max((cell[size] for cell in cells if size in cell), key=lambda cell: cell["ndcg@10"]["mean"])
-                share = f"{100 * best['ndcg@10']['mean'] / full:.0f}%"
-                row.append(f"**{share}** {best['cell']}" if way == "rotation" else share)
+                cell = max((cell[size] for cell in cells if size in cell), key=lambda cell: cell["ndcg@10"]["mean"])
+                best[way] = round(100 * cell["ndcg@10"]["mean"] / full), cell["cell"]
+            highest = max(best.values())[0]
+            row += [
+                (f"**{share}%**" if share == highest else f"{share}%") + (f" {cell}" if way == "rotation" else "")
+                for way, (share, cell) in best.items()
+            ]
         rows.append(row)
-    return table(
-        ["bytes", *(f"{name}: {way}" if way == "truncated" else way for name in names for way in ways.values())], rows
-    )
+    headings = [f"{name}: {way}" if way == "truncated" else way for name in names for way in ways.values()]
+    return table(["bytes", *headings], rows)
 
 
 SETS = {
