@@ -345,16 +345,19 @@ def test_the_fingerprint_is_of_matrix_and_ranges(rotation):
 
 def changed_file(path, change):
     """A file whose ranges were changed, with a checksum that fits."""
+    import json
+
     from safetensors import safe_open
 
     from mipic_st.transforms.base import _checksum
 
     arrays = load_file(path)
     with safe_open(path, framework="np") as file:
-        notes = file.metadata()
+        notes = json.loads(file.metadata()["transform"])
     change(arrays)
     notes["checksum"] = _checksum(arrays, notes["fields"])
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, metadata=notes)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    save_file(arrays, path, metadata={"transform": json.dumps(notes)})
 
 
 @pytest.mark.parametrize(
