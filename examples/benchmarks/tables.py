@@ -15,7 +15,7 @@ from statistics import mean, stdev
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [
     ROOT / "README.md",
-    *(ROOT / ".docs" / "pages" / name for name in ("results.md", "results-retrieval.md", "appendix.md")),
+    *(ROOT / ".docs" / "pages" / f"{name}.md" for name in ("results", "results-retrieval", "appendix", "databases")),
     ROOT / "examples" / "benchmarks" / "results" / "SEARCHES.md",
 ]
 # the comparison from the rotated start, more rows from it, the earlier one of plain starts, good and weak, and what
@@ -37,6 +37,7 @@ FILES = {
     "retrieval": "retrieval.json",
     "search static": "retrieval_static.json",
     "trained on pairs": "corpus_training.json",
+    "engines": "engines.json",
 }
 
 ROWS = {
@@ -371,12 +372,23 @@ def corpus_differences(name, over, head):
     return made
 
 
+def engines(rows):
+    """What examples/serve_vectors.py has found."""
+    recalls = ("truncated", "rotated", "rescored")
+    cells = [
+        [row["engine"], row["stored"], row["bytes"], *(f"{row[name]:.3f}" for name in recalls), f"{row['ms']:.2f}"]
+        for row in rows
+    ]
+    return table(["engine", "stored", "bytes", *recalls, "ms"], cells)
+
+
 # name of the table: (file, part of it, what makes the table)
 TABLES = {
     "budgets": ("retrieval", "sets", budgets),
     "summary": ("rotated", "good", summary),
     "sts": ("rotated", "good", scores("sts")),
     "intent": ("rotated", "good", scores("accuracy@1")),
+    "engines": ("engines", "rows", engines),
     "ndcg": ("rotated", "good", scores("ndcg@10")),
     "topics": ("rotated", "good", scores("topics")),
     "differences": ("rotated", "good", differences("rotation+mipic", "sts", (384, 256, 128, 64, 32, 16, 8))),

