@@ -10,7 +10,7 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from mipic_st import Rotation, rotate_files  # noqa: E402
 from mipic_st.cli import main  # noqa: E402
-from stored_fixtures import random_rotation, random_vectors, table_of  # noqa: E402
+from stored_fixtures import random_rotation, random_vectors, reads_nulls, table_of  # noqa: E402
 
 VECTORS = random_vectors(300)
 
@@ -70,6 +70,7 @@ def test_a_fit_first(here, capsys):
     capsys.readouterr()
 
 
+@reads_nulls
 def test_what_is_wrong_is_named_and_the_rest_written(here, capsys):
     """A damaged file gives the exit code 1, a row without a code does not."""
     vectors = VECTORS.copy()

@@ -181,6 +181,7 @@ def test_a_pooling_without_the_prompt_is_refused(tiny_model, tmp_path, write):
 @pytest.mark.parametrize("write", [save_for_tei, export_onnx])
 def test_what_is_no_model_is_named(tmp_path, write):
     """A name, or a model of another kind."""
+    pytest.importorskip("onnx", reason="needs the serve extra")
     for wrong in ("name", nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="model must be a SentenceTransformer, or one wrapped for training, got"):
             write(wrong, tmp_path / "new")
@@ -197,6 +198,7 @@ def test_a_compiled_model_is_saved(tiny_model, tmp_path):
 
 def test_folders_with_content_are_left_alone(tiny_model, tmp_path):
     """Both forms want a folder of their own."""
+    pytest.importorskip("onnx", reason="needs the serve extra")
     (tmp_path / "mine.txt").write_text("mine")
     for write in (save_for_tei, export_onnx):
         with pytest.raises(ValueError, match="exists and is not empty; name a new one"):

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 from mipic_st import Rotation, rotate_files  # noqa: E402
 from mipic_st.stored import formats, job  # noqa: E402
 from mipic_st.stored.sample import neighbors_kept  # noqa: E402
-from stored_fixtures import WIDTH, random_rotation, random_vectors, table_of  # noqa: E402
+from stored_fixtures import WIDTH, random_rotation, random_vectors, reads_nulls, table_of  # noqa: E402
 
 VECTORS = random_vectors(450)
 
@@ -367,6 +367,7 @@ def test_nothing_but_bad_files(tmp_path, rotation):
         run(tmp_path / "b.npy", tmp_path / "out", rotation)
 
 
+@reads_nulls
 @pytest.mark.parametrize("name", ["in.parquet", "in.npy", "in.safetensors"])
 def test_rows_without_a_code_are_named_by_file_and_row(tmp_path, rotation, name):
     """They are null, or zeros where a format has no nulls; every other row is what it would be without them."""
@@ -399,6 +400,7 @@ def test_a_file_without_rows_gives_one_without_rows(tmp_path, rotation, name):
 # --- fit and check ----------------------------------------------------------------------------------------------------
 
 
+@reads_nulls
 def test_a_fit_on_a_sample_is_saved_and_used(tmp_path):
     """Of all rows here, so it is the fit on the whole array in its order; resumed, it is not fitted again."""
     from mipic_st import fit_rotation
