@@ -10,7 +10,7 @@ from mipic_st.transforms.rotation import Rotation  # noqa: E402
 WIDTH = 24
 reads_nulls = pytest.mark.skipif(
     int(pa.__version__.partition(".")[0]) < 26,
-    reason="pyarrow before 26 reads no fixed-size lists with nulls in Parquet",
+    reason="pyarrow before 26 reads no null vectors in Parquet",
 )
 
 
