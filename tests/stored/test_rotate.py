@@ -14,6 +14,7 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from mipic_st.codes import PRECISIONS  # noqa: E402
 from mipic_st.stored.rotate import RotateVectors  # noqa: E402
+from mipic_st.transforms.rotation import Rotation  # noqa: E402
 from stored_fixtures import WIDTH, fixed, random_rotation, random_vectors, table_of  # noqa: E402
 
 VECTORS = random_vectors(50)
@@ -221,3 +222,11 @@ def test_a_file_of_a_rotation_will_do(rotation, rotate, tmp_path):
     rotation.save(tmp_path / "r.safetensors")
     table = table_of(VECTORS)
     assert RotateVectors(tmp_path / "r.safetensors", dim=8)(table).equals(rotate(table))
+
+
+def test_a_rotation_that_moves_the_first_value_behind_the_cut():
+    """No vector but the given ones is coded."""
+    reverse = Rotation(np.eye(WIDTH, dtype=np.float32)[::-1].copy(), (8,)).calibrate(random_vectors(50))
+    table = table_of(random_vectors(20))
+    codes = RotateVectors(reverse, dim=8)(table)["embedding"].combine_chunks().values.to_numpy()
+    np.testing.assert_array_equal(codes.reshape(20, 8), reverse.encode(random_vectors(20), dim=8))

@@ -69,7 +69,8 @@ class RotateVectors:
         (self.dim,) = checked_dims("dim", [dim], self.width)
         self.precision = checked_choice("precision", precision, PRECISIONS)
         # the kind of its codes; a rotation without the ranges for them is refused here
-        self._none = self.rotation.encode(np.eye(1, self.width, dtype=np.float32), dim=dim, precision=precision)[:0]
+        first = self.rotation.matrix[:, :1].T  # rotated it has its whole length in the first value, at any dim
+        self._none = self.rotation.encode(first, dim=dim, precision=precision)[:0]
         ranges = (self.rotation.ranges or {}).get(self.dim)
         parts = {name: getattr(ranges, name).tolist() for name in ("low", "high", "mean", "spread")} if ranges else None
         # what the metadata of tables and files say
