@@ -170,6 +170,8 @@ def run_resumed(model_folder, folder, stop):
     return loss
 
 
+# fully_shard on a CPU needs streams that torch has from 2.7 on.
+SHARDS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 # What has no projections and so must run where the model is sharded.
 WITHOUT_PROJECTIONS = {
     "CKA alone": {"attention_weight": 0, "pic_weight": 0},
@@ -291,7 +293,7 @@ def main(model_folder, output):
         if "don't know how to restore data location" not in str(error):
             raise
     states = {name: parameters(loss) for name, loss in results.items()}
-    for name in WITHOUT_PROJECTIONS:
+    for name in WITHOUT_PROJECTIONS if SHARDS else ():
         loss = run_by_hand(name, model_folder, [rank], shard=True)
         assert isinstance(next(loss.parameters()), DTensor)
         states[f"sharded, {name}"] = {key: value.full_tensor() for key, value in parameters(loss).items()}

@@ -547,7 +547,7 @@ def test_two_processes():
     assert "process 0 of 2 on" in done.stdout
     assert "process 1 of 2 on" in done.stdout
     assert done.stdout.count("Spearman x100") == 1
-    assert len(table_rows(done.stdout)) == 6
+    assert len(table_rows(done.stdout)) == 7
 
 
 @needs_model
@@ -800,7 +800,9 @@ def test_compare_rotations_on_fewer_pairs_without_cuts(tmp_path):
         found[name] = json.loads(report.read_text(encoding="utf-8"))
         assert found[name]["cuts"] == {}
     scores = {name: figures["rotations"]["truncation"]["sts 384"] for name, figures in found.items()}
-    assert scores["few"] == scores["all"] != scores["bf16"]
+    assert scores["few"] == scores["all"]
+    # one of the figures: the order of 60 pairs may be the same
+    assert found["bf16"]["rotations"]["truncation"] != found["all"]["rotations"]["truncation"]
     assert scores["bf16"] == pytest.approx(scores["all"], abs=0.5)
     fitted = {name: figures["rotations"]["rotation, pairs"]["sts 8"] for name, figures in found.items()}
     assert fitted["few"] != fitted["all"]

@@ -80,7 +80,13 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
 def _own_code(thing: Any) -> dict[str, Any]:
     """Methods set on an instance, and those of its class or a base that are of no known package."""
     kind, found = type(thing), {}
-    if methods := {name: _code(value) for name, value in vars(thing).items() if callable(getattr(kind, name, None))}:
+    # transformers up to 5.1 leaves a class's own forward on the instance after recording
+    own = {
+        name: value
+        for name, value in vars(thing).items()
+        if getattr(value, "__func__", None) is not getattr(kind, name, 0)
+    }
+    if methods := {name: _code(value) for name, value in own.items() if callable(getattr(kind, name, None))}:
         found["set on the instance"] = methods
     functions = [pair for each in reversed(kind.__mro__) if _is_own(each) for pair in vars(each).items()]
     if code := {name: _code(value) for name, value in functions if isinstance(value, FunctionType)}:
