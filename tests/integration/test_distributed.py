@@ -150,7 +150,7 @@ def test_rotate_model_in_two_processes(ranks, name):
     assert first["parameters"].keys() == second["parameters"].keys()
     assert all(torch.equal(value, second["parameters"][key]) for key, value in first["parameters"].items())
     assert not first["unchanged"]
-    assert ("other texts than the first" in second["log"]) == (name == "shards")
+    assert ("different texts from the first" in second["log"]) == (name == "shards")
 
 
 @pytest.mark.parametrize(
