@@ -255,8 +255,8 @@ def test_no_steps_are_refused(run_here, capsys, script):
     [
         ("unsupervised_simcse.py", "128 sentences"),
         ("sts_regression.py", "64 scored pairs"),
-        ("large_batches.py", "64 pairs in batches of 256, embedded 32 at a time"),
-        ("distillation.py", "the teacher at its full width:"),
+        pytest.param("large_batches.py", "64 pairs in batches of 256, embedded 32 at a time", marks=pytest.mark.slow),
+        pytest.param("distillation.py", "the teacher at its full width:", marks=pytest.mark.slow),
         ("larger_teacher.py", "the teacher at its full width:"),
         ("two_processes.py", "process 0 of 1 on"),
     ],
