@@ -41,7 +41,8 @@ def script(monkeypatch):
 def test_comparison_resumes_merges_and_reports(tmp_path):
     """Each row once; a second call trains nothing more; differences are those of the means, inside their interval."""
     first, second = tmp_path / "first", tmp_path / "second"
-    call = ["benchmarks/compare_losses.py", "--smoke", "--starts", "weak", "--dims", 384, 8, "--layers", 3, "--curve", 0, 1]
+    call = ["benchmarks/compare_losses.py", "--smoke", "--starts", "weak", "--dims", 384, 8, "--layers", 3]
+    call += ["--curve", 0, 1]
     code, _, errors = run(*call, *ROWS[:-1], "--output", first)
     assert code == 0, errors
     code, _, errors = run(*call, "--rows", ROWS[-1], "--output", second)
