@@ -101,7 +101,7 @@ def load_pairs() -> list[tuple[str, str]]:
     return [
         (pair["query"], pair["document"])
         for pair in docstring_pairs(
-            PACKAGES[: 1 if args.smoke else None], size=120 if args.smoke else 1600, letters=300
+            PACKAGES[: 1 if args.smoke else None], size=60 if args.smoke else 1600, letters=300
         )
     ]
 
@@ -206,7 +206,7 @@ def rotated(
 
 def main() -> None:
     start = time.perf_counter()
-    pairs = load_pairs()[: 120 if args.smoke else None]
+    pairs = load_pairs()[: 60 if args.smoke else None]
     model = load_model(args.model)
     width = model.get_embedding_dimension()
     dims = sorted(set(args.dims or default_dims(width)), reverse=True)

@@ -327,7 +327,7 @@ def test_what_a_cut_lost_is_said(tmp_path, caplog):
     export_truncated(tiny_model(tmp_path), dim=8)
     assert "not measured" not in caplog.text
     export_truncated(tiny_model(tmp_path), layer=2)
-    assert "Nothing was fitted in the place of the layers, and their worth was not measured: give texts" in caplog.text
+    assert "Nothing was fitted to replace the layers, and what the cut lost was not measured: give texts" in caplog.text
     with pytest.raises(TypeError, match=r"cuts must be LayerCuts, got str: LayerCuts\.load reads a file"):
         export_truncated(tiny_model(tmp_path), layer=2, cuts="cuts.safetensors")
 

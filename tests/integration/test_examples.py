@@ -163,7 +163,7 @@ def test_retrieval_keeps_the_model_s_own_prompts(run_here, own_retrieval, tmp_pa
 def test_quickstart_prints_every_stage_per_dim_and_per_byte(run_here):
     """A table for each measure: truncated, rotated and trained; the terms of the loss are logged one by one."""
     printed = run_here("quickstart.py", "--smoke", "--learning-rate", "1e-3")
-    assert "60 queries search 120 documents" in printed
+    assert "30 queries search 60 documents" in printed
     for title in ("nDCG@10 of the answers", "recall@10 of what the same model finds at full width"):
         table = printed[printed.index(title) :]
         lines = [line.replace("│", " ").split() for line in table.splitlines() if line.startswith("│")][:12]
@@ -203,7 +203,7 @@ def test_quickstart_on_own_files_saves_a_plain_model(run_here, tiny_model, tmp_p
     common = ["--smoke", "--model", tmp_path / "tiny", "--dims", 8, 32]
     out = ["--loss", "matryoshka", "--output", tmp_path / "out"]
     printed = run_here("quickstart.py", *common, "--pairs", tmp_path / "pairs.csv", *out)
-    assert "60 queries search 120 documents" in printed
+    assert "30 queries search 60 documents" in printed
     assert "trained," in printed
     assert SentenceTransformer(str(tmp_path / "out"), device="cpu").encode("a").shape == (32,)
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))

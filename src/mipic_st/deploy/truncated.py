@@ -145,7 +145,7 @@ def _fitted(
     """The cuts that have the tail for the layer, if there is to be a fitted one."""
     if texts is None and cuts is None:
         if layer is not None and layer < model_depth(model):
-            logger.info("Nothing was fitted in the place of the layers, and their worth was not measured: give texts.")
+            logger.info("Nothing was fitted to replace the layers, and what the cut lost was not measured: give texts.")
         return None
     if texts is not None and cuts is not None:
         raise ValueError("texts and cuts are both given; cuts are fitted already, leave texts out.")
