@@ -100,9 +100,7 @@ def load_pairs() -> list[tuple[str, str]]:
         return list(zip(data["anchor"], data["positive"], strict=True))
     return [
         (pair["query"], pair["document"])
-        for pair in docstring_pairs(
-            PACKAGES[: 1 if args.smoke else None], size=60 if args.smoke else 1600, letters=300
-        )
+        for pair in docstring_pairs(PACKAGES[: 1 if args.smoke else None], size=60 if args.smoke else 1600, letters=300)
     ]
 
 
