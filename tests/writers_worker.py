@@ -117,7 +117,7 @@ def content(place: Path) -> dict[str, str]:
         name = "" if file == place else file.relative_to(place).as_posix()
         if file.is_file() and not any(part.startswith(".") for part in Path(name).parts):
             # plots and settings name the time, and what a cut brings is measured, as is how long a task took
-            alike = file.suffix not in (".png", ".jsonl") and file.name != "cut.json"
+            alike = file.suffix not in (".png", ".svg", ".jsonl") and file.name != "cut.json"
             text = file.read_bytes() if alike else b""
             if b'"evaluation_time"' in text:
                 text = json.dumps(json.loads(text)["scores"]).encode()
