@@ -192,3 +192,12 @@ def test_what_a_killed_process_left_of_a_file_goes(tmp_path):
     assert not file.exists()
     write_whole(file, lambda path: path.write_text("whole"))
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_probe_left_goes(tmp_path):
+    """A process that was killed while it looked whether a folder can be written."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".probe.writing-{platform.node()}-{ended.pid}-0123abcd").mkdir()
+    require_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []

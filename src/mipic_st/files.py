@@ -64,7 +64,10 @@ def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
 
 def require_writable(folder: str | PathLike[str]) -> None:
     """Refuse a folder that cannot be made or written, before the work; nothing stays there."""
-    _remove_empty(_make(Path(folder) / f".writing-{secrets.token_hex(4)}", folder))
+    place = Path(folder)
+    for left in _left_behind(place, "probe"):
+        _remove(left)
+    _remove_empty(_make(place / _name_aside("probe"), folder))
 
 
 def _make(aside: Path, folder: str | PathLike[str]) -> list[Path]:
