@@ -46,6 +46,7 @@ from rich.console import Console
 
 from mipic_st import fit_rotation
 from mipic_st.docstrings import versions
+from mipic_st.transforms.faiss_index import balanced
 from mipic_st.transforms.orthogonal import pca_basis
 
 sys.path.append(str(Path(__file__).parents[1]))  # what the example scripts share
@@ -126,11 +127,6 @@ def fitted_matrices(
     return matrices, seconds, chosen
 
 
-def interleaved(dim: int, parts: int) -> np.ndarray:
-    """An order of the values in which part j of PQ has those numbered j, j + parts, and so on."""
-    return np.arange(dim).reshape(-1, parts).T.flatten()
-
-
 def cells(width: int, budgets: Sequence[int], per_byte: float, extra: int = 0) -> Iterator[tuple[int, int]]:
     """(bytes, dim): the most dims that so many bytes hold, each cell once."""
     shown = set()
@@ -192,9 +188,10 @@ def by_bytes(
     for size in budgets:
         dim = min(width, PQ_DIMS[size])
         if dim % size == 0:
-            for row, order in ((PLAIN_PQ, np.arange(dim)), (INTERLEAVED, interleaved(dim, size))):
+            # the order that faiss_index has for this factory; for none the values stay where they are
+            for row, factory in ((PLAIN_PQ, ""), (INTERLEAVED, f"PQ{size}")):
                 pq = [
-                    by_faiss(task, f"PQ{size}np", [side[:, order] for side in task.cut(dim, matrix)])
+                    by_faiss(task, f"PQ{size}np", [balanced(side, factory) for side in task.cut(dim, matrix)])
                     for matrix in matrices["rotation"]
                 ]
                 add(row, size, f"PQ of {dim}", pq)

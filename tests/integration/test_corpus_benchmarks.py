@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from compare_retrieval import by_faiss, cells, interleaved, random_rotation, sparse
+from compare_retrieval import by_faiss, cells, random_rotation, sparse
 from corpora import Corpus, Task, bootstrap
 from test_examples import ROOT
 
 from mipic_st.numerics import unit_length
+from mipic_st.transforms.faiss_index import balanced
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_cells_hold_the_most_dims_each_once():
 
 def test_interleaved_parts_share_the_leading_values():
     """Each part has one of every run of neighbours, and every value stands once."""
-    assert interleaved(6, 2).reshape(2, 3).tolist() == [[0, 2, 4], [1, 3, 5]]
+    assert balanced(np.arange(6)[None], "PQ2").reshape(2, 3).tolist() == [[0, 2, 4], [1, 3, 5]]
 
 
 def test_k_sparse_vectors_are_trained_by_a_seed():
