@@ -162,6 +162,17 @@ class Task(NamedTuple):
         coded = codes.encode(documents, precision, ranges)
         return self.found(lambda rows: codes.scores(queries[rows], coded, precision, ranges))
 
+    def search_by_codes(self, dim: int, precision: str, matrix: np.ndarray) -> torch.Tensor:
+        """As :meth:`search`, with queries as codes too; bits are compared by how many are equal."""
+        *sides, fitted = self.cut(dim, matrix)
+        ranges = codes.Ranges.of(fitted)
+        coded = [codes.encode(side, precision, ranges) for side in sides]
+        if precision == "binary":
+            queries, documents = (np.unpackbits(side.view(np.uint8), axis=1) * 2.0 - 1 for side in coded)
+        else:
+            queries, documents = (codes.decode(side, precision, ranges) for side in coded)
+        return self.found(lambda rows: queries[rows] @ documents.T)
+
 
 def bootstrap(differences: np.ndarray, draws: int = 2000) -> dict[str, float]:
     """Mean of (seeds, queries) and its 95% interval; queries are drawn again, and seeds if there are several."""

@@ -141,6 +141,28 @@ def test_collections_are_read_from_files(tmp_path, monkeypatch):
     assert corpora.docstrings(2) == Corpus(["so", "so"], ["how", "how"], [[0], [1]])
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4", "binary"])
+def test_queries_are_coded_where_a_row_says_so(precision):
+    """Codes against codes: levels of int8 and int4, equal bits of binary; one pair after another."""
+    task, matrix, dim = task_of(), random_rotation(16, 0), 8
+    queries, documents, fitted = task.cut(dim, matrix)
+    low, high, mean = np.quantile(fitted, 0.003, axis=0), np.quantile(fitted, 0.997, axis=0), fitted.mean(axis=0)
+    levels = {"int8": 255, "int4": 15}.get(precision)
+
+    def score(query, document):
+        if levels is None:
+            return sum((query > mean) == (document > mean))
+        step = (high - low) / levels
+        rounded = [np.clip((side - low) / step, 0, levels) for side in (query, document)]
+        whole = np.floor if precision == "int8" else np.rint  # int8 as sentence-transformers has it
+        first, second = (low + step * whole(side) for side in rounded)
+        return first @ second
+
+    for query, found in zip(queries, task.search_by_codes(dim, precision, matrix), strict=True):
+        scores = np.array([score(query, document) for document in documents])
+        assert scores[found] == pytest.approx(np.sort(scores)[::-1][:10])
+
+
 def test_nano_beir_is_read_by_name(tmp_path):
     """A local folder of the hub's shape stands in for the download."""
     rows = {
