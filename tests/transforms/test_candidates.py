@@ -37,6 +37,33 @@ def test_documents_gain_over_truncation():
         assert row["pca_change"] == pytest.approx(row["rotated"] - row["pca"])
 
 
+def test_of_documents_alone_the_rotation_stays_unless_it_is_clearly_worse(caplog):
+    """By a twentieth of the measure, and against the PCA only; what is reported is what was chosen."""
+    seen = set()
+    names = ["truncation", "PCA of the documents", "rotation of the documents"]
+    with caplog.at_level(logging.INFO, logger="mipic_st"):
+        for count, seed in ((60, 0), (60, 2), (150, 0)):
+            rotation = fit_rotation(clustered(count, seed=seed), dims=[4, 8, 16], max_steps=30)
+            worth = next(record.args[1] for record in reversed(caplog.records) if "logarithm" in record.msg)
+            plain, pca, rotated = (worth[name] for name in names)
+            assert plain < pca
+            assert rotation.chosen == names[1 if pca >= rotated + 0.05 else 2]
+            seen.add((rotation.chosen, pca > rotated))
+            assert rotation.chosen == names[2] or all(row["pca_change"] == 0 for row in rotation.report)
+    assert seen == {(names[2], False), (names[2], True), (names[1], True)}
+
+
+def test_truncation_stays_where_it_is_best(caplog):
+    """Vectors whose values come in the order of their variance, as a PCA has them, are left alone."""
+    vectors = np.random.default_rng(0).normal(size=(400, 24)) * 0.8 ** np.arange(24)
+    with caplog.at_level(logging.INFO, logger="mipic_st"):
+        rotation = fit_rotation(vectors.astype(np.float32), dims=[4, 8, 16], max_steps=30)
+    worth = next(record.args[1] for record in caplog.records if "logarithm" in record.msg)
+    assert worth["truncation"] == max(worth.values())
+    assert rotation.chosen == "truncation"
+    assert not rotation.gained
+
+
 def test_nothing_to_gain_is_truncation():
     """Values of no order, and nothing better to be had: random vectors in all directions keep the identity or gain
     nothing that counts."""

@@ -219,8 +219,10 @@ def best_of(
     """Fit all candidates on a part, judge them on the other, choose.
 
     A candidate's worth is the mean over dims of the logarithm of the measure: plain means would be those of the large
-    dims. Pairs that are preferred, since they came alone, say more than who finds whom (of similar sentences, how
-    similar they are): their rotation stays unless another one is better by a twentieth.
+    dims. Two ways stay unless they are worse by a twentieth. Pairs that are preferred, since they came alone, say more
+    than who finds whom: of similar sentences, how similar they are. And of documents alone the rotation, if the PCA is
+    above it: that documents find their neighbours says too little of queries, which gained by the rotation at every dim
+    of five corpora where documents lost (examples/benchmarks/results/SEARCHES.md).
     """
     generator = torch.Generator().manual_seed(seed)
     part, test, search = given.split(held_out, generator)
@@ -232,7 +234,8 @@ def best_of(
     }
     logger.info("Mean logarithm of %s: %s", search.measure, worth)
     best = max(ways, key=lambda way: worth[way.name])
-    if prefer_pairs and worth[best.name] < worth[ways[-1].name] + 0.05:
+    preferred = best is ways[1] if test is None else prefer_pairs
+    if preferred and worth[best.name] < worth[ways[-1].name] + 0.05:
         best = ways[-1]
     shown = {"truncated": results[ways[0].name], "pca": results[ways[1].name], "rotated": results[best.name]}
     rows = report(shown, dims, search.measure)

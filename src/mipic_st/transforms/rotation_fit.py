@@ -37,8 +37,9 @@ def fit_rotation(
     Works on vectors of any origin: a model, an API, a database. Give the documents that will be searched and, if you
     have them, pairs of a query and its answer, and queries without answers. A held-out part searches all documents
     after truncation, after their PCA, after a rotation of the documents and, with pairs, after a rotation fitted to
-    these. What ranks best is kept (``rotation.chosen``) and fitted again on everything, except for a rotation of pairs,
-    which is stopped at its best step on the held-out part. The report is that of the first fit.
+    these. What ranks best is kept (``rotation.chosen``), of documents alone the PCA only where it is better than the
+    rotation by a twentieth. It is fitted again on everything, except for a rotation of pairs, which is stopped at its
+    best step on the held-out part. The report is that of the first fit.
 
     The fit runs on the device of the vectors, in float32, and on one thread of a CPU. The rotation keeps the ranges
     that codes of the documents need, for each dim and the full width.
