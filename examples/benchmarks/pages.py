@@ -1,4 +1,4 @@
-"""The pictures of the pages, light and dark, and the report that they are drawn from.
+"""The pictures of the pages, light and dark, the report that they are drawn from, and the badges.
 
     python examples/benchmarks/pages.py            # draw ``results/pages.json`` again
     python examples/benchmarks/pages.py --measure   # and measure it before, about ten minutes on two cores
@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +31,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results"
-PICTURES = Path(__file__).parents[2] / ".docs" / "pages" / "pictures"
+ROOT = Path(__file__).parents[2]
+PICTURES = ROOT / ".docs" / "pages" / "pictures"
 NAME = "all-MiniLM-L6-v2"
 DIMS = [256, 128, 64, 32, 16, 8]
 # Inches: larger pictures have too small a text on a telephone.
@@ -155,11 +159,41 @@ def draw(report: dict[str, Any], folder: Path) -> None:
                 plt.close(figure)
 
 
+def badges() -> dict[str, tuple[str, str]]:
+    """Label and text of each badge, as ``pyproject.toml`` has them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = dict(re.split(r"(?=[<>=])", need, maxsplit=1) for need in project["dependencies"])
+    return {
+        "python": ("python", project["requires-python"]),
+        "sentence-transformers": ("sentence-transformers", needs["sentence-transformers"].replace(",", ", ")),
+        "licence": ("licence", project["license"]),
+    }
+
+
+def badge(label: str, text: str) -> str:
+    """A badge as SVG; both words are fitted into boxes of about their width in any font."""
+    left, right = (10 + 6.3 * len(word) for word in (label, text))
+    words = "".join(
+        f'<text x="{middle:g}" y="14" textLength="{width - 10:g}" lengthAdjust="spacingAndGlyphs">{escape(word)}</text>'
+        for word, middle, width in ((label, left / 2, left), (text, left + right / 2, right))
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right:g}" height="20" role="img">'
+        f"<title>{escape(label)}: {escape(text)}</title>"
+        f'<rect width="{left:g}" height="20" fill="#555"/>'
+        f'<rect x="{left:g}" width="{right:g}" height="20" fill="#00796b"/>'
+        f'<g fill="#fff" text-anchor="middle" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">{words}</g>'
+        "</svg>\n"
+    )
+
+
 def main() -> None:
     args = parse_args()
     if args.measure:
         args.report.write_text(json.dumps(measure(args.pairs, args.layers), indent=1) + "\n", encoding="utf-8")
     draw(json.loads(args.report.read_text(encoding="utf-8")), args.output)
+    for name, words in badges().items():
+        (args.output / f"badge-{name}.svg").write_text(badge(*words), encoding="utf-8")
 
 
 if __name__ == "__main__":

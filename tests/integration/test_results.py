@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -79,9 +80,26 @@ def test_pictures_are_drawn_from_the_report(tmp_path):
 
     draw(json.loads((RESULTS / "pages.json").read_text(encoding="utf-8")), tmp_path)
     drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.svg")}
-    assert set(drawn) == {path.name for path in PICTURES.iterdir()}
+    assert set(drawn) == {path.name for path in PICTURES.iterdir() if not path.name.startswith("badge-")}
     assert set(drawn) == {f"{name}{ending}.svg" for name in PLOTS for ending in ("", "-dark")}
     assert all(drawn[f"{name}.svg"] != drawn[f"{name}-dark.svg"] for name in PLOTS)
+
+
+def test_badges_say_what_pyproject_says():
+    """The committed badges are those of the script, and the versions and the licence are those of the package."""
+    pytest.importorskip("matplotlib", reason="needs the eval extra")
+    from pages import PICTURES, badge, badges
+
+    shown = badges()
+    assert {path.name for path in PICTURES.glob("badge-*")} == {f"badge-{name}.svg" for name in shown}
+    pyproject = (PICTURES.parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    for name, (label, text) in shown.items():
+        drawn = (PICTURES / f"badge-{name}.svg").read_text(encoding="utf-8")
+        assert drawn == badge(label, text)
+        assert html.unescape(re.search("<title>(.*)</title>", drawn)[1]) == f"{label}: {text}"
+    assert f'requires-python = "{shown["python"][1]}"' in pyproject
+    assert f'"sentence-transformers{shown["sentence-transformers"][1].replace(" ", "")}"' in pyproject
+    assert f'license = "{shown["licence"][1]}"' in pyproject
 
 
 def test_the_comparison_is_over_seeds():
