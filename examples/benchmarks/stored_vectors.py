@@ -126,7 +126,7 @@ def main() -> None:
         print(f"{args.rows:,} x {args.width} float32, {size / 1e9:.2f} GB; {args.workers} workers", flush=True)
 
         def command(out: str) -> list[str]:
-            words = [sys.executable, "-m", "mipic_st", "vectors", f"{folder}/in.parquet", f"{folder}/{out}"]
+            words = [sys.executable, "-m", "mipic_st", "vectors", f"{folder}/in.parquet", "--output", f"{folder}/{out}"]
             words += ["--rotation", f"{folder}/r.safetensors", "--dim", str(args.dim), "--quiet"]
             return [*words, "--precision", args.precision, "--workers", str(args.workers)]
 

@@ -36,7 +36,7 @@ def test_vectors_of_files(files, capsys):
         said = capsys.readouterr()
         printed.append(said.out)
         made = f"--rotation {files / name[2:] / 'rotation.safetensors'} --dim 8 --precision int4"
-        assert f"next: mipic-st vectors {files / name} DIR {made}\n" in said.err
+        assert f"next: mipic-st vectors {files / name} {made} --output DIR\n" in said.err
     assert printed[0] == printed[1]
     assert "Store int4 x 8, rotated (4 bytes)" in printed[0]
     folder = files / "npy"

@@ -37,6 +37,16 @@ def test_every_command_has_help_and_an_example_that_parses(capsys, command, tmp_
         assert build_parser().parse_args(words).run
 
 
+def test_commands_share_their_words():
+    """An option has one kind of value in all commands, and a plural's singular is an option only where one is taken."""
+    kinds = {}
+    for command in next(action.choices for action in build_parser()._actions if action.choices).values():
+        for action in command._actions:
+            kinds.setdefault(action.option_strings[-1] if action.option_strings else "", set()).add(action.metavar)
+    assert {name: found for name, found in kinds.items() if name and len(found) > 1} == {}
+    assert {name for name in kinds if f"{name}s" in kinds} == {"--dim", "--precision"}
+
+
 @pytest.mark.parametrize("given", [["8,16,32"], ["8", "16", "32"], ["8, 16", "32"], ["8,16,", "32"]])
 def test_lists_take_commas_and_spaces(given):
     """For numbers and names; a comma in brackets is part of a name."""

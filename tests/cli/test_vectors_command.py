@@ -25,8 +25,8 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*words):
-    return main(["vectors", *words])
+def run(vectors, output, *words):
+    return main(["vectors", vectors, "--output", output, *words])
 
 
 def test_it_writes_what_the_function_writes(here, capsys):
@@ -61,7 +61,7 @@ def test_it_writes_what_the_function_writes(here, capsys):
 
 def test_a_fit_first(here, capsys):
     """On so many rows; the rotation lies with the codes."""
-    assert run("in", "out", "--fit", "200", "--column", "embedding", "--dim", "8", "--quiet") == 0
+    assert run("in", "out", "--fit", "200", "--columns", "embedding", "--dim", "8", "--quiet") == 0
     rotation = Rotation.load("out/_rotation.safetensors")
     assert rotation.dims == (8, 16)
     assert pq.read_table("out")["embedding"].to_pylist() == rotation.encode(VECTORS, dim=8).tolist()

@@ -189,7 +189,7 @@ def test_a_killed_process_is_resumed_by_the_command(tmp_path, rotation):
     words = ["vectors", str(source), "--rotation", str(tmp_path / "r.safetensors"), "--dim", "8", "--workers", "1"]
 
     def command(out, *more):
-        return [sys.executable, "-m", "mipic_st", words[0], words[1], str(tmp_path / out), *words[2:], *more]
+        return [sys.executable, "-m", "mipic_st", *words, "--output", str(tmp_path / out), *more]
 
     process = subprocess.Popen(command("out"), env={"PYTHONPATH": ":".join(sys.path)}, stderr=subprocess.PIPE)
     while not list((tmp_path / "out").glob("_unfinished/*")):

@@ -43,15 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_columns(parser, "the known names; embedding")
     options.add_list(
-        parser, "--bytes", options.whole_number, metavar="N", default=[8, 16, 32, 64, 128], help="budgets per vector"
+        parser,
+        "--bytes",
+        options.whole_number,
+        metavar="N",
+        default=[8, 16, 32, 64, 128],
+        help="budgets per vector (default: 8,16,32,64,128)",
     )
     options.add_dims(parser)
     options.add_list(
         parser, "--precisions", options.given, metavar="P", help="float32, float16, int8, int4, binary (default: all)"
     )
     parser.add_argument("--measure", metavar="M", help="nDCG@10 (needs --pairs), 3-recall@10 or recall@10")
-    for side in ("query", "document"):
-        parser.add_argument(f"--{side}-prompt", metavar="TEXT", help="default: the model's own")
+    options.add_prompt(parser, "query", "queries")
+    options.add_prompt(parser, "document", "documents")
     parser.add_argument(
         "--output", type=options.output_folder, metavar="DIR", help="new or empty folder (default: print only)"
     )
@@ -100,13 +105,12 @@ def _next(cell: Cell, args: argparse.Namespace) -> str:
     """The command that makes the vectors of a cell; none for truncated vectors, which need no map."""
     if cell.way == "truncated":
         return f"cut {args.model} --dim {cell.dim} --output DIR" if args.model else ""
+    columns = f" --columns {','.join(args.columns)}" if args.columns else ""
     if args.model:
         data = f"--texts {args.texts}" if args.texts else f"--pairs {args.pairs}"
-        columns = f" --columns {','.join(args.columns)}" if args.columns else ""
         return f"rotate {args.model} {data}{columns} --dims {cell.dim} --output DIR"
-    column = f" --column {args.columns[0]}" if args.columns else ""
     rotation = f"--rotation {args.output / 'rotation.safetensors'}" if args.output else "--fit"
-    return f"vectors {args.vectors} DIR {rotation}{column} --dim {cell.dim} --precision {cell.precision}"
+    return f"vectors {args.vectors} {rotation}{columns} --dim {cell.dim} --precision {cell.precision} --output DIR"
 
 
 def _advised(args: argparse.Namespace, **settings: Any) -> Advice:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="txt (one text per line) or a table: fit the cut to the full model's vectors",
     )
     options.add_columns(parser)
-    parser.add_argument("--document-prompt", metavar="TEXT", help="put before the texts (default: the model's own)")
+    options.add_prompt(parser, "document", "the texts")
     parser.add_argument(
         "--no-word-weights",
         action="store_true",

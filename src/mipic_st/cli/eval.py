@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,7 +152,7 @@ def _write(report: EvaluationReport, args: argparse.Namespace) -> None:
 
 def _model_names(places: Sequence[str]) -> list[str]:
     """Names that tell the models apart: local folders with one basename get their parent's name too."""
-    folders = {place: Path(place).resolve() for place in places}
+    folders = {place: Path(os.path.abspath(place)) for place in places}  # a link has its own name
     basenames = [folder.name for folder in folders.values()]
     names: list[str] = []
     for place in places:

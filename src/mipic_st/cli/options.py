@@ -91,6 +91,12 @@ def add_columns(parser: argparse.ArgumentParser, text: str = "the known names") 
     add_list(parser, "--columns", given, metavar="NAME", help=text)
 
 
+def add_prompt(parser: argparse.ArgumentParser, side: str, texts: str) -> None:
+    """What the model is told before queries or documents."""
+    text = f"put before {texts} (default: the model's own)"
+    parser.add_argument(f"--{side}-prompt", metavar="TEXT", help=text)
+
+
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """What is drawn."""
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the held-out part and the batches")

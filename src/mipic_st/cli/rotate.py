@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("check", "texts to judge the rotation on as well, e.g. of a different domain, as --texts"),
     ):
         parser.add_argument(f"--{name}", type=options.given, metavar="FILE", help=text)
-    parser.add_argument("--query-prompt", metavar="TEXT", help="put before queries and the first text of pairs")
-    parser.add_argument("--document-prompt", metavar="TEXT", help="put before documents and the second text of pairs")
+    options.add_prompt(parser, "query", "queries and the first text of pairs")
+    options.add_prompt(parser, "document", "documents and the second text of pairs")
     options.add_dims(parser)
     options.add_output(parser)
     options.add_batch_size(parser)

@@ -1,8 +1,8 @@
 """Rotate, truncate and code vectors that are stored in files.
 
-IN is a file (.parquet, .npy, .safetensors), a Lance data set (.lance) or a folder of files of one kind; OUT gets their
-codes, the rotation and a manifest. Memory stays constant, and --resume continues a run that was stopped. At the end, a
-sample of the rows shows how many of the full-width neighbours the codes still find.
+VECTORS is a file (.parquet, .npy, .safetensors), a Lance data set (.lance) or a folder of files of one kind. --output
+gets their codes, the rotation and a manifest. Memory stays constant, and --resume continues a run that was stopped. At
+the end, a sample of the rows shows how many of the full-width neighbours the codes still find.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from mipic_st.cli import options
 
 EXAMPLES = """examples:
-  mipic-st vectors vectors.parquet codes --rotation r.safetensors --column embedding --dim 64 --precision int8
-  mipic-st vectors vectors.parquet codes --rotation r.safetensors --dim 64 --resume
-  mipic-st vectors vectors.npy codes --fit --dim 64 --precision int4"""
+  mipic-st vectors vectors.parquet --rotation r.safetensors --columns embedding --dim 64 --output codes
+  mipic-st vectors vectors.parquet --rotation r.safetensors --dim 64 --output codes --resume
+  mipic-st vectors vectors.npy --fit --dim 64 --precision int4 --output codes"""
 
 FIT_ROWS = 20_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument("input", type=options.given, metavar="IN", help="file, Lance data set, or folder of files")
-    parser.add_argument("output", type=Path, metavar="OUT", help="new or empty folder")
+    parser.add_argument(
+        "vectors", type=options.given, metavar="VECTORS", help="file, Lance data set, or folder of files"
+    )
     rotation = parser.add_mutually_exclusive_group(required=True)
     rotation.add_argument(
         "--rotation", type=options.given, metavar="FILE", help="the rotation, as written by Rotation.save"
@@ -36,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.whole_number,
         const=FIT_ROWS,
         metavar="ROWS",
-        help=f"fit one first, on this many of the rows (default: {FIT_ROWS:,}), and save it in OUT",
+        help=f"fit one first, on this many of the rows (default: {FIT_ROWS:,}), and save it with the codes",
     )
     parser.add_argument(
-        "--column", default="embedding", metavar="NAME", help="column of the vectors (default: embedding)"
+        "--columns", default="embedding", metavar="NAME", help="the column of the vectors (default: embedding)"
     )
     options.add_dim(parser, "dims to keep", required=True)
     parser.add_argument(
@@ -48,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="float32, float16, int8 (default), uint8, int4, binary, ubinary",
     )
+    options.add_output(parser)
     parser.add_argument("--model", default="", metavar="NAME", help="the model that made the vectors, for the manifest")
-    parser.add_argument("--resume", action="store_true", help="keep what an earlier run has written into OUT")
+    parser.add_argument("--resume", action="store_true", help="keep what an earlier run has written into --output")
     parser.add_argument(
         "--workers",
         type=options.whole_number,
@@ -68,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     made = rotate_files(
-        args.input,
+        args.vectors,
         args.output,
         args.rotation,
-        column=args.column,
+        column=args.columns,
         dim=args.dim,
         precision=args.precision,
         model=args.model,
