@@ -1,6 +1,7 @@
 """Invariants of the evaluation: one encoding, no dim's score for another, equal to the native evaluators."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -24,9 +25,12 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 
 from conftest import sentences
 from evaluation_fixtures import CountingModel, tiny_model
+from mipic_st.deploy.truncated import export_truncated
+from mipic_st.encoder.fingerprint import fingerprint
 from mipic_st.evaluation.matryoshka import MatryoshkaEvaluator
 from mipic_st.evaluation.probe import ClassificationProbeEvaluator
 from mipic_st.evaluation.store import EmbeddingStore
+from mipic_st.transforms.layer_cut import LayerCuts
 
 DIMS = [4, 9, 32]
 A, B, C = sentences(24, 1), sentences(24, 2), sentences(24, 3)
@@ -139,6 +143,60 @@ def test_last_layer_of_the_grid_is_the_model(model):
         assert grid[f"sts-dev-L4-{key}"] == pytest.approx(plain[f"sts-dev-{key}"], abs=1e-6)
         assert abs(grid[f"sts-dev-L1-{key}"] - plain[f"sts-dev-{key}"]) > 1e-4
     assert model[0].auto_model.config.output_hidden_states is False
+
+
+def random_cuts(model, layers, words=True):
+    """Maps, and with ``words`` weights of the tokens, that no model would learn, so that none can be left out."""
+    generator = torch.Generator().manual_seed(1)
+    width = model[0].get_embedding_dimension()
+    maps = {layer: torch.randn(width, model.get_embedding_dimension(), generator=generator) for layer in layers}
+    weights = {layer: torch.rand(len(model.tokenizer), generator=generator) + 0.1 for layer in layers if words}
+    return LayerCuts(maps, (4, 8), [], weights, fingerprint(model))
+
+
+@pytest.mark.parametrize("tail", [None, "distiluse"])
+@pytest.mark.parametrize("words", [False, True])
+def test_fitted_cells_are_the_exported_models(tiny_model, tail, words):
+    """Layers with a map score as the models that were cut there; others as without cuts; the last one as the model."""
+    model = tiny_model("bert", normalize=True, tail=tail)
+    cuts, dims = random_cuts(model, [1], words), [8, model.get_embedding_dimension()]
+    evaluator = MatryoshkaEvaluator(sts(), dims, layers=[1, 2, 3], layer_cuts=cuts, precisions=["float32", "int8"])
+    scores = evaluator(model)
+    plain = MatryoshkaEvaluator(sts(), dims, layers=[1, 2, 3], precisions=["float32", "int8"])(model)
+    for dim in dims:
+        own = sts()(export_truncated(model, 1, dim, cuts=cuts))["sts-dev_spearman_cosine"]
+        assert scores[f"sts-dev-L1-fitted-{dim}_spearman_cosine"] == pytest.approx(own, abs=1e-6)
+        assert abs(own - plain[f"sts-dev-L1-{dim}_spearman_cosine"]) > 1e-4
+    same = {key: value for key, value in scores.items() if "-L1-" not in key}
+    assert same == {key: plain[key] for key in same}
+    assert {key.replace("-fitted", "") for key in scores} == set(plain)
+    assert evaluator.get_config_dict()["layer_cuts"] == [1]
+    figure = evaluator.report("m").plot_layer_dim()
+    shown = 100 * scores["sts-dev-L1-fitted-8_spearman_cosine"]
+    assert f"{shown:.1f}" in [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_fitted_cells_of_a_model_in_half_precision(tiny_model):
+    """The map takes the model's precision, as in the exported model."""
+    model = tiny_model("bert", normalize=True).to(torch.bfloat16)
+    for words in (False, True):
+        cuts = random_cuts(model, [2], words)
+        with EmbeddingStore(model, [2], cuts=cuts) as store:
+            vectors = store.view(8, layer=2).encode(A)
+        np.testing.assert_allclose(vectors, export_truncated(model, 2, 8, cuts=cuts).encode(A), atol=2e-2)
+
+
+def test_cuts_of_another_model_or_layer_are_refused(model):
+    """At construction what cannot be cuts or serves no layer; at a call those that were fitted on another model."""
+    cuts = random_cuts(model, [2])
+    for layers in (None, [1, 4]):
+        with pytest.raises(ValueError, match=r"layer_cuts have maps for layers \[2\], so name some in layers="):
+            MatryoshkaEvaluator(sts(), [8], layers=layers, layer_cuts=cuts)
+    with pytest.raises(TypeError, match="layer_cuts must be LayerCuts of fit_layer_cuts, got dict"):
+        MatryoshkaEvaluator(sts(), [8], layers=[2], layer_cuts={2: 0})
+    other = replace(cuts, fingerprint="another")
+    with pytest.raises(ValueError, match="cuts were fitted when the model gave other vectors"):
+        MatryoshkaEvaluator(sts(), [8], layers=[2], layer_cuts=other)(model)
 
 
 def test_flag_is_restored_after_an_error(model, monkeypatch):

@@ -41,12 +41,14 @@ def encode_layers(
     show_progress_bar: bool = False,
     tail: bool = True,
     before: Mapping[int, nn.Module] | None = None,
+    behind: Mapping[int, Sequence[nn.Module]] | None = None,
     **kwargs: Any,
 ) -> np.ndarray:
     """Sentence vectors of several layers from one forward pass per batch, (n, len(layers), D), float32.
 
     The token states of each layer go through what ``before`` has for it, the model's own final norm, Pooling and, with
-    ``tail``, all remaining modules. That the last layer then gives what ``model.encode`` gives is checked once per
+    ``tail``, all remaining modules; or, for a layer in ``behind``, the modules that this has in place of all these (but
+    for the norm). That the last layer then gives what ``model.encode`` gives is checked once per
     model. Without a prompt, the model's default one is used; "" is none.
     """
     from tqdm.auto import trange
@@ -68,7 +70,7 @@ def encode_layers(
         for start in trange(0, len(order), batch_size, desc="Batches", disable=not show_progress_bar):
             rows = order[start : start + batch_size]
             features = model.preprocess([texts[i] for i in rows], prompt=prompt, **kwargs)
-            for column, vectors in enumerate(walk(features, layers, tail, before)):
+            for column, vectors in enumerate(walk(features, layers, tail, before, behind)):
                 if result is None:
                     result = np.empty((len(texts), len(layers), vectors.shape[1]), dtype=np.float32)
                 result[rows, column] = vectors.float().cpu().numpy()
@@ -124,7 +126,7 @@ def encode_tokens(
                         mask = inputs["attention_mask"].bool()
                         tokens.append(inputs["input_ids"][mask].cpu())
                         lengths.append(mask.sum(dim=1).cpu())
-                        pooled.append(walk.pool(inputs, states, tail=False).float().cpu())
+                        pooled.append(walk.pool(inputs, states, walk.pooled).float().cpu())
                     else:
                         found[layer].append(states[inputs["attention_mask"].bool()].to("cpu", torch.bfloat16))
                         values += found[layer][-1].numel()
@@ -154,12 +156,15 @@ class _LayerWalk:
         layers: Sequence[int],
         tail: bool = True,
         before: Mapping[int, nn.Module] | None = None,
+        behind: Mapping[int, Sequence[nn.Module]] | None = None,
     ) -> list[Tensor]:
         """(R, D) of each layer."""
-        return [
-            self.pool(inputs, tokens, tail, (before or {}).get(layer))
-            for layer, inputs, tokens in self.tokens(features, layers)
-        ]
+        found = []
+        for layer, inputs, tokens in self.tokens(features, layers):
+            first = [before[layer]] if before and layer in before else []
+            modules = (behind or {}).get(layer) or [*first, *(self.behind if tail else self.pooled)]
+            found.append(self.pool(inputs, tokens, modules))
+        return found
 
     def tokens(self, features: dict[str, Any], layers: Sequence[int]) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
         """Each layer with what the encoder was given and its token states, (R, L, H), behind the final norm."""
@@ -180,8 +185,8 @@ class _LayerWalk:
                 tokens = self.norm(tokens)
             yield layer, inputs, tokens
 
-    def pool(self, inputs: dict[str, Any], tokens: Tensor, tail: bool, before: nn.Module | None = None) -> Tensor:
-        """(R, D), or (R, H) without the tail, of one layer's token states."""
+    def pool(self, inputs: dict[str, Any], tokens: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+        """What these modules make of one layer's token states, (R, D)."""
         # The inputs and this layer's states, nothing else of what the Transformer gives: a module that reads the
         # last state under another name, or mixes layers, would give every cell the same.
         cell: dict[str, Any] = {**inputs, "token_embeddings": tokens}
@@ -189,7 +194,7 @@ class _LayerWalk:
         if isinstance(inputs.get("attention_mask"), Tensor):
             cell["attention_mask"] = inputs["attention_mask"].clone()
         try:
-            for module in [*([] if before is None else [before]), *(self.behind if tail else self.pooled)]:
+            for module in modules:
                 cell = module(cell)
             return cell["sentence_embedding"]
         except KeyError as error:

@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor, nn
 
 from mipic_st.encoder.modules import pooling_like
-from mipic_st.encoder.structure import encoders_in, transformer_of
+from mipic_st.encoder.structure import encoders_in, tail_of, transformer_of
 from mipic_st.encoder.tail import features_of, is_linear
 
 Undo = Callable[[], None]
@@ -84,7 +84,7 @@ def put_in(model: nn.Sequential, modules: Sequence[nn.Module], *, at_the_end: bo
     where there is one. All modules get the model's device and, but for WordWeights, its precision.
     """
     children = list(model.named_children())
-    on_tokens = isinstance(modules[0], WordWeights) or features_of(modules[0])[1] == "token_embeddings"
+    on_tokens = _on_tokens(modules)
     poolings = [number for number, (_, module) in enumerate(children) if isinstance(module, Pooling)]
     if on_tokens and not poolings:
         raise TypeError(f"the map works on token states, but {[type(module).__name__ for module in model]} pool none.")
@@ -99,9 +99,7 @@ def put_in(model: nn.Sequential, modules: Sequence[nn.Module], *, at_the_end: bo
             kept[-1] = kept[-1][0], pooling_like(kept[-1][1], width=dense.out_features)
         _set_children(model, [*kept, *children[place:]])
     else:
-        *_, like = model.parameters()
-        for module in modules:
-            module.to(like.device, None if isinstance(module, WordWeights) else like.dtype)
+        _to_those_of(model, modules)
         undo = _make_room(kept[0][1], modules, rest) if on_tokens else lambda: None
         # names may have gaps, and none may be taken twice
         first = max(len(kept), *(int(name) + 1 for name, _ in kept if name.isdecimal()), 0)
@@ -114,6 +112,25 @@ def put_in(model: nn.Sequential, modules: Sequence[nn.Module], *, at_the_end: bo
         undo()
 
     return take_out
+
+
+def behind_encoder(model: SentenceTransformer, modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """What stands behind the encoder when a fitted map takes the place of the model's tail; the model stays as is."""
+    _to_those_of(model, modules)
+    pooling = list(model.children())[1 : len(model) - len(tail_of(model))]
+    return [*modules, *pooling] if _on_tokens(modules) else [*pooling, *modules]
+
+
+def _on_tokens(modules: Sequence[nn.Module]) -> bool:
+    """Whether the modules of a map work on token states."""
+    return isinstance(modules[0], WordWeights) or features_of(modules[0])[1] == "token_embeddings"
+
+
+def _to_those_of(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Give new modules the device and precision of a model's."""
+    *_, like = model.parameters()
+    for module in modules:
+        module.to(like.device, None if isinstance(module, WordWeights) else like.dtype)
 
 
 def with_map(modules: Sequence[nn.Module], new: Sequence[nn.Module]) -> list[nn.Module]:

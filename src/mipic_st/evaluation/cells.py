@@ -134,9 +134,9 @@ def main_keys(evaluator: BaseEvaluator, scores: dict[str, float], primary_key: s
     return keys & set(scores) or {primary_key}
 
 
-def cell_label(layer: int | None, dim: int, precision: str) -> str:
+def cell_label(layer: int | None, dim: int, precision: str, fitted: bool = False) -> str:
     """What names of scores and files say of a cell."""
-    label = str(dim) if layer is None else f"L{layer}-{dim}"
+    label = str(dim) if layer is None else f"L{layer}-{'fitted-' if fitted else ''}{dim}"
     return label if precision == "float32" else f"{label}-{precision}"
 
 

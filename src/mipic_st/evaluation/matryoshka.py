@@ -40,7 +40,7 @@ from mipic_st.evaluation.coded import (
     name_of_calibration,
     needs_ranges,
 )
-from mipic_st.evaluation.store import MEMORY_LIMIT, EmbeddingStore, check_place, checked_limit
+from mipic_st.evaluation.store import MEMORY_LIMIT, EmbeddingStore, FittedCuts, check_place, checked_limit
 from mipic_st.validation import checked_choice, checked_dims, checked_flag, checked_layers, is_whole, plain
 
 if TYPE_CHECKING:
@@ -75,6 +75,9 @@ class MatryoshkaEvaluator(BaseEvaluator):
             makes mean, worst and primary. Its ``truncate_dim`` is unset.
         dims: Distinct dims, 1 to the model's width.
         layers: Layers, 0 (embeddings) to L (last), for a (layer, dim) grid; None scores the final vector.
+        layer_cuts: What `fit_layer_cuts` has fitted on the model: those of ``layers`` that have a map are scored with
+            it, as ``export_truncated(model, layer, dim, cuts=...)`` gives them, and all others as they are. Scores are
+            called ``sts-dev-L3-fitted-64_...``.
         precisions: Columns, from ``"float32"`` (always there), ``"float16"``, ``"int8"``, ``"uint8"``, ``"int4"``,
             ``"binary"``, ``"ubinary"``, as `mipic_st.codes` makes them.
         scoring: ``"symmetric"`` compares code with code: int8 and uint8 as sentence-transformers' evaluators do,
@@ -114,6 +117,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
         dims: Sequence[int],
         *,
         layers: Sequence[int] | None = None,
+        layer_cuts: FittedCuts | None = None,
         precisions: Sequence[str] = ("float32",),
         scoring: str = SCORINGS[0],
         calibration: str | Sequence[str] | Mapping[int, Ranges] = SCORED_TEXTS,
@@ -147,6 +151,11 @@ class MatryoshkaEvaluator(BaseEvaluator):
         if layers is not None:
             fix = ", or None for the final vector"
             self.layers = checked_layers("layers", layers, None, least=0, otherwise=fix)
+        if layer_cuts is not None and not isinstance(layer_cuts, FittedCuts):
+            raise TypeError(f"layer_cuts must be LayerCuts of fit_layer_cuts, got {type(layer_cuts).__name__}.")
+        if layer_cuts is not None and not set(self.layers or ()) & set(layer_cuts.maps):
+            raise ValueError(f"layer_cuts have maps for layers {sorted(layer_cuts.maps)}, so name some in layers=.")
+        self.layer_cuts = layer_cuts
         self.primary = primary = plain(primary)
         if primary not in ("mean", "worst") and not (is_whole(primary) and primary in self.dims):
             raise ValueError(f"primary must be 'mean', 'worst' or one of dims {list(self.dims)}, got {primary!r}.")
@@ -186,7 +195,10 @@ class MatryoshkaEvaluator(BaseEvaluator):
         model = unwrap(model)
         checked_dims("dims", self.dims, full_width(model))
         layers: Sequence[int | None] = (None,) if self.layers is None else check_layers(self.layers, model)
-        with EmbeddingStore(model, self.layers, memory_limit=self.memory_limit, device=self.device) as store:
+        if self.layer_cuts is not None:
+            self.layer_cuts.require_fitted_on(model)
+        options: dict[str, Any] = {"memory_limit": self.memory_limit, "device": self.device}
+        with EmbeddingStore(model, self.layers, cuts=self.layer_cuts, **options) as store:
             cells = self._score_cells(store, layers, (output_path, epoch, steps))
             main = [cells[layers[-1], "float32", dim] for dim in self.dims]
             as_unit = self._score_uncut_as_unit(store, main[-1], layers[-1], (None, epoch, steps))
@@ -229,7 +241,8 @@ class MatryoshkaEvaluator(BaseEvaluator):
         layer, precision, dim = place
         as_unit, code = precision == UNIT, precision not in (UNIT, "float32")
         asymmetric = code and self.scoring == "asymmetric"
-        label = cell_label(layer, dim, f"{precision}-asymmetric" if asymmetric else precision)
+        fitted = self.layer_cuts is not None and layer in self.layer_cuts.maps
+        label = cell_label(layer, dim, f"{precision}-asymmetric" if asymmetric else precision, fitted)
         view = store.view(
             dim,
             layer=layer,
@@ -363,6 +376,8 @@ class MatryoshkaEvaluator(BaseEvaluator):
         config: dict[str, Any] = {"dims": list(self.dims), "primary": self.primary}
         if self.layers is not None:
             config["layers"] = list(self.layers)
+        if self.layer_cuts is not None:
+            config["layer_cuts"] = sorted(self.layer_cuts.maps)
         if self.precisions != ("float32",):
             config["precisions"] = list(self.precisions)
             config["scoring"] = self.scoring

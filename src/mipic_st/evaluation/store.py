@@ -10,15 +10,19 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import chain
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import nn
 
 from mipic_st.codes import Ranges, evenly
 from mipic_st.encoder.encoding import encode_layers
+from mipic_st.encoder.modules import with_normalize
 from mipic_st.encoder.structure import NO_CUT, check_layers, evaluation_mode, full_width, in_half_precision, model_depth
+from mipic_st.encoder.surgery import behind_encoder
 from mipic_st.evaluation.vectors import Vectors
 from mipic_st.evaluation.view import DimView
 from mipic_st.numerics import compare_vectors, unit_length
@@ -41,11 +45,27 @@ _ONE_PROCESS = (
 )
 
 
+@runtime_checkable
+class FittedCuts(Protocol):
+    """What an evaluation needs of `LayerCuts`, which it does not know."""
+
+    @property
+    def maps(self) -> Mapping[int, Any]:
+        """A map for each layer that has one."""
+
+    def to_modules(self, model: SentenceTransformer, layer: int) -> Sequence[nn.Module]:
+        """What takes the place of the model's tail behind that layer."""
+
+    def require_fitted_on(self, model: SentenceTransformer) -> None:
+        """Refuse another model."""
+
+
 class EmbeddingStore:
     """Full-width vectors of every distinct text, encoded once per method and prompt.
 
     A call with further arguments (a task, processing options) is encoded with exactly these each time. Several threads
-    may use a store, and several stores a model. ``layers`` keeps the vectors of these layers instead of the final one.
+    may use a store, and several stores a model. ``layers`` keeps the vectors of these layers instead of the final one,
+    those in ``cuts`` with their fitted maps, at unit length.
     Vectors above ``memory_limit`` bytes, and larger results of one ``encode`` call, go to temporary files (in
     ``TMPDIR``), which are gone afterwards, even if the process is killed. ``device`` is one device, or a list of
     devices for one process each, which run until :meth:`clear`.
@@ -56,11 +76,16 @@ class EmbeddingStore:
         model: SentenceTransformer,
         layers: Sequence[int] | None = None,
         *,
+        cuts: FittedCuts | None = None,
         memory_limit: int | None = MEMORY_LIMIT,
         device: Any = None,
     ) -> None:
         self.model = model
         self.layers = None if layers is None else check_layers(layers, model)
+        self._behind: dict[int, list[nn.Module]] = {}
+        if cuts is not None:
+            for layer in set(self.layers or ()) & set(cuts.maps):
+                self._behind[layer] = with_normalize(behind_encoder(model, cuts.to_modules(model, layer)))
         self.width = full_width(model)
         self.memory_limit = checked_limit(memory_limit)
         self._device = check_place(device, self.layers)
@@ -273,7 +298,8 @@ class EmbeddingStore:
         """The layers that the store keeps; their last must give what the method gives, or they are another model's."""
         model, layers = self.model, self.layers or ()
         if "device" in given:  # as encode does with one device
-            model.to(given["device"])
+            for module in (model, *chain.from_iterable(self._behind.values())):
+                module.to(given["device"])
         how = {name: given[name] for name in ("batch_size", "show_progress_bar") if name in given}
         asked = {name: value for name, value in given.items() if name not in _HOW}
         options = {name: value for name, value in asked.items() if name not in ("prompt", "prompt_name")}
@@ -298,7 +324,7 @@ class EmbeddingStore:
                     f"layers: the last layer's vector of {longest[0][:80]!r} is not what {method} gives for it, so the "
                     "layers would score another model; leave layers out for this one."
                 )
-        return encode_layers(model, texts, layers, prompt=prompt, **how, **options)
+        return encode_layers(model, texts, layers, prompt=prompt, behind=self._behind, **how, **options)
 
     def _own_pool(self, devices: Sequence[Any]) -> Any:
         """Processes for these devices: started once, since a start costs seconds."""
