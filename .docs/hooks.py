@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "mipic_st"
 PAGES = ROOT / ".docs" / "pages"
 NOTEBOOKS = ROOT / "examples" / "notebooks"
+# modules that are of no use to a reader of the API
+OWN_USE = {"__main__", "files", "plotting", "processes", "validation"}
 ROOMS = ("losses", "transforms", "evaluation", "advice", "stored", "deploy", "encoder")
 
 _FORMULA = re.compile(
@@ -24,6 +26,12 @@ _FORMULA = re.compile(
 # ![what it shows](path){ attributes }
 _PICTURE = re.compile(r"!\[([^]]*)\]\((?!https?:)([^)#]+)\)(\{[^}]*\})?")
 _NOTEBOOK = re.compile(r"\(\.\./\.\./examples/notebooks/(\w+)\.ipynb\)")
+# code in a cell of a table, and where a long name may break on a telephone
+_CELL = re.compile(r"<t[dh].*?</t[dh]>", re.DOTALL)
+_CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
+_BREAK = re.compile(r"(?<=[_/(=])(?=\w)|(?<=\.)(?=\w{6})|(?<=[a-z])(?=[A-Z])")
+# an option, which does not break behind its hyphens
+_OPTION = re.compile(r"<code>(?=--?[\w-]+</code>)")
 # what pandas says of the looks of its tables
 _PANDAS = re.compile(
     r'<style scoped>.*?</style>\s*| border="1" class="dataframe"', re.DOTALL
@@ -31,13 +39,17 @@ _PANDAS = re.compile(
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
-    """Browsers draw MathML by themselves: no script, no font from elsewhere."""
+    """Browsers draw MathML by themselves: no script, no font from elsewhere. Names break where a reader would."""
 
     def mathml(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         return convert(html.unescape(match[2]).strip(), display=display)
 
-    return _FORMULA.sub(mathml, content)
+    def breakable(cell: re.Match[str]) -> str:
+        return _CODE.sub(lambda code: _BREAK.sub("<wbr>", code[0]), cell[0])
+
+    content = _CELL.sub(breakable, _FORMULA.sub(mathml, content))
+    return _OPTION.sub('<code class="option">', content)
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
@@ -58,11 +70,15 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
 
 
 def api_page(room: str) -> str:
-    """All modules of a folder on one page; of the top level, the modules that are no folder."""
+    """All modules of a folder on one page, those with public names first; of the top level, all that is no folder."""
+    public = re.findall(
+        r"^from \.(\S+) import", (PACKAGE / "__init__.pyi").read_text(), re.MULTILINE
+    )
     folder = PACKAGE if room == "more" else PACKAGE / room
     dotted = "mipic_st" if room == "more" else f"mipic_st.{room}"
     names = sorted(
-        path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")
+        {path.stem for path in folder.glob("*.py")} - OWN_USE - {"__init__"},
+        key=lambda name: (f"{room}.{name}" not in public, name),
     )
     parts = [
         f"::: {dotted}.{name}\n    options:\n      heading_level: 2" for name in names

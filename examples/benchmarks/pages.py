@@ -26,6 +26,8 @@ import numpy as np
 from mipic_st import EvaluationReport, Rotation, advise
 from mipic_st.advice.cells import Cell
 from mipic_st.advice.plot import quality_by_bytes
+from mipic_st.losses.presets import default_chain
+from mipic_st.plotting import COLOURS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -135,14 +137,55 @@ def cuts_plot(report: dict[str, Any]) -> plt.Figure:
     return EvaluationReport(unique.values()).plot_layer_dim()
 
 
+def engines_plot(report: dict[str, Any]) -> plt.Figure:
+    """Recall of the codes that FAISS holds, from the table of engines: a bar for each way to make and to use them."""
+    rows = [row for row in report["engines"]["rows"] if row["engine"] == "FAISS"]
+    figure, axes = plt.subplots(layout="constrained")
+    ways = {"truncated": "truncated", "rotated": "rotated", "rescored": "rotated, rescored"}
+    for number, (way, label) in enumerate(ways.items()):
+        places = [place + 0.27 * (number - 1) for place in range(len(rows))]
+        axes.bar(places, [row[way] for row in rows], 0.25, color=COLOURS[(1, 0, 2)[number]], label=label)
+    axes.set_xticks(range(len(rows)), [f"{row['stored']}\n{row['bytes']} bytes" for row in rows])
+    axes.set(ylabel="recall of the nearest ten", ylim=(0, 1))
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(ncols=3, loc="outside upper left", frameon=False, fontsize=9)
+    return figure
+
+
+def chain_plot(report: dict[str, Any]) -> plt.Figure:
+    """Which layers and dims the terms of the loss look at, in a model of six layers."""
+    dims, depth, width = [*sorted(DIMS[:5]), 384], 6, 384
+    figure, axes = plt.subplots(layout="constrained")
+    axes.plot(range(len(dims)), [depth] * len(dims), "s", color=COLOURS[4], ms=17, label="SIA: every dim, last layer")
+    chain = default_chain(dims, depth=depth, width=width)
+    places = [dims.index(dim) for dim, _ in chain]
+    axes.plot(places, [layer for _, layer in chain], "-o", color=COLOURS[0], ms=8, lw=2, label="PIC: its chain")
+    axes.set_xticks(range(len(dims)), [str(dim) for dim in dims])
+    axes.set(xlabel="dims", ylabel="layer", xlim=(-0.5, len(dims) - 0.5), ylim=(0.5, depth + 0.6))
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    return figure
+
+
 PLOTS: dict[str, Callable[[dict[str, Any]], plt.Figure]] = {
     "rotation": rotation_plot,
     "advice": advice_plot,
     "score_by_dim": lambda report: scores_of(report, "float32").plot_score_by_dim(),
-    "retained": lambda report: scores_of(report, "float32").plot_retained(),
     "bytes": bytes_plot,
     "cuts": cuts_plot,
+    "engines": engines_plot,
+    "chain": chain_plot,
 }
+
+
+def reports(pages: Path = RESULTS / "pages.json") -> dict[str, Any]:
+    """What the pictures are drawn from."""
+    engines = json.loads((RESULTS / "engines.json").read_text(encoding="utf-8"))
+    return json.loads(pages.read_text(encoding="utf-8")) | {"engines": engines}
 
 
 def draw(report: dict[str, Any], folder: Path) -> None:
@@ -191,7 +234,7 @@ def main() -> None:
     args = parse_args()
     if args.measure:
         args.report.write_text(json.dumps(measure(args.pairs, args.layers), indent=1) + "\n", encoding="utf-8")
-    draw(json.loads(args.report.read_text(encoding="utf-8")), args.output)
+    draw(reports(args.report), args.output)
     for name, words in badges().items():
         (args.output / f"badge-{name}.svg").write_text(badge(*words), encoding="utf-8")
 

@@ -342,7 +342,7 @@ def test_pictures_exist_and_say_what_they_show(document, hooks):
 TASK_PAGES = ["index", "tasks", "how-many-dims", "rotate", "layer-cuts", "migrating", "evaluate", "results", "serving"]
 
 
-@pytest.mark.parametrize("name", [*TASK_PAGES, "databases"])
+@pytest.mark.parametrize("name", [*TASK_PAGES, "databases", "stored", "retrieval", "choosing"])
 def test_task_pages_show_a_picture(name, hooks):
     """Every page on which something is done shows what it is worth."""
     assert hooks._PICTURE.search((PAGES / f"{name}.md").read_text(encoding="utf-8"))
@@ -407,6 +407,22 @@ def test_formulas_become_mathml(hooks):
     assert "&#x0003C;" in inline or "&lt;" in inline
     block = hooks.on_page_content('<div class="arithmatex">\\[\nx\n\\]</div>')
     assert 'display="block"' in block
+
+
+def test_names_break_between_their_words(hooks):
+    """In cells of tables, for telephones; an option never does, and other code stays as it is."""
+    page = "<td><code>a_bc/DeF.py</code>, <code>&quot;x&quot;</code></td><code>a_b</code> <code>--max-steps</code>"
+    assert hooks.on_page_content(page) == (
+        "<td><code>a_<wbr>bc/<wbr>De<wbr>F.py</code>, <code>&quot;x&quot;</code></td>"
+        '<code>a_b</code> <code class="option">--max-steps</code>'
+    )
+
+
+def test_public_modules_come_first(hooks):
+    """On the API page of a folder; all others follow, and none is left out."""
+    names = re.findall(r"^::: mipic_st\.losses\.(\w+)$", hooks.api_page("losses"), re.MULTILINE)
+    assert names[:4] == ["callback", "distillation", "mipic", "cached"]
+    assert set(names) == {path.stem for path in (ROOT / "src/mipic_st/losses").glob("*.py")} - {"__init__"}
 
 
 @pytest.mark.slow

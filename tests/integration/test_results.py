@@ -76,9 +76,9 @@ def test_what_the_readme_says_of_faiss_and_training_is_true():
 def test_pictures_are_drawn_from_the_report(tmp_path):
     """The script draws the pictures that the pages have, each for light and for dark pages, and no other."""
     pytest.importorskip("matplotlib", reason="needs the eval extra")
-    from pages import PICTURES, PLOTS, draw
+    from pages import PICTURES, PLOTS, draw, reports
 
-    draw(json.loads((RESULTS / "pages.json").read_text(encoding="utf-8")), tmp_path)
+    draw(reports(), tmp_path)
     drawn = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.svg")}
     assert set(drawn) == {path.name for path in PICTURES.iterdir() if not path.name.startswith("badge-")}
     assert set(drawn) == {f"{name}{ending}.svg" for name in PLOTS for ending in ("", "-dark")}

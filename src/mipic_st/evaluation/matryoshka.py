@@ -119,7 +119,7 @@ class MatryoshkaEvaluator(BaseEvaluator):
         layers: Sequence[int] | None = None,
         layer_cuts: FittedCuts | None = None,
         precisions: Sequence[str] = ("float32",),
-        scoring: str = SCORINGS[0],
+        scoring: str = "symmetric",
         calibration: str | Sequence[str] | Mapping[int, Ranges] = SCORED_TEXTS,
         primary: int | str = "mean",
         normalize: bool = True,

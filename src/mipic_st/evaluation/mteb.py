@@ -68,7 +68,7 @@ def evaluate_mteb(
     model_name: str | None = None,
     data_dir: str | Path | None = None,
     precisions: Sequence[str] = ("float32",),
-    scoring: str = SCORINGS[0],
+    scoring: str = "symmetric",
     calibration: str | Sequence[str] | Mapping[int, Ranges] = SCORED_TEXTS,
     batch_size: int = 32,
     normalize: bool = True,
