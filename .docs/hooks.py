@@ -29,9 +29,9 @@ _NOTEBOOK = re.compile(r"\(\.\./\.\./examples/notebooks/(\w+)\.ipynb\)")
 # code in a cell of a table, and where a long name may break on a telephone
 _CELL = re.compile(r"<t[dh].*?</t[dh]>", re.DOTALL)
 _CODE = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
-_BREAK = re.compile(r"(?<=[_/(=])(?=\w)|(?<=\.)(?=\w{6})|(?<=[a-z])(?=[A-Z])")
+_BREAK = re.compile(r"(?<=\w[_/(=])(?=\w)|(?<=\w\.)(?=\w{6})|(?<=[a-z])(?=[A-Z])")
 # an option, which does not break behind its hyphens
-_OPTION = re.compile(r"<code>(?=--?[\w-]+</code>)")
+_OPTION = re.compile(r"<code>(?=--?[\w-]+(?: \w+)?</code>)")
 # what pandas says of the looks of its tables
 _PANDAS = re.compile(
     r'<style scoped>.*?</style>\s*| border="1" class="dataframe"', re.DOTALL

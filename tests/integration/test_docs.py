@@ -411,10 +411,10 @@ def test_formulas_become_mathml(hooks):
 
 def test_names_break_between_their_words(hooks):
     """In cells of tables, for telephones; an option never does, and other code stays as it is."""
-    page = "<td><code>a_bc/DeF.py</code>, <code>&quot;x&quot;</code></td><code>a_b</code> <code>--max-steps</code>"
+    page = "<td><code>a_bc/DeF.py</code>, <code>.safetensors</code></td><code>a_b</code> <code>--max-steps 3</code>"
     assert hooks.on_page_content(page) == (
-        "<td><code>a_<wbr>bc/<wbr>De<wbr>F.py</code>, <code>&quot;x&quot;</code></td>"
-        '<code>a_b</code> <code class="option">--max-steps</code>'
+        "<td><code>a_<wbr>bc/<wbr>De<wbr>F.py</code>, <code>.safetensors</code></td>"
+        '<code>a_b</code> <code class="option">--max-steps 3</code>'
     )
 
 
