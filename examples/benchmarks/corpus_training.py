@@ -270,6 +270,15 @@ def report(bench: Bench) -> dict[str, Any]:
         found[name]["settings"] = {
             "documents": len(bench.corpora[name].documents),
             **{part: len(rows) for part, rows in halves(bench.corpora[name])._asdict().items()},
+            "rates": {
+                row: {
+                    f"{line['rate']:g}": dev_score(line)
+                    for line in sorted(mine, key=lambda line: line["rate"])
+                    if line["row"] == row and line["seed"] == bench.args.seeds[0]
+                }
+                for row in sorted(rates)
+                if row.endswith("matryoshka")
+            },
         }
     return found
 

@@ -36,6 +36,7 @@ FILES = {
     "wide": "rotations_mpnet.json",
     "retrieval": "retrieval.json",
     "search static": "retrieval_static.json",
+    "search mpnet": "retrieval_mpnet.json",
     "trained on pairs": "corpus_training.json",
     "engines": "engines.json",
 }
@@ -382,6 +383,17 @@ def engines(rows):
     return table(["engine", "stored", "bytes", *recalls, "ms"], cells)
 
 
+def development(entry):
+    """How the rate was chosen: mean over dims on the development queries, seed 0."""
+    rows = []
+    for name, found in entry.items():
+        for row, by_rate in found["settings"]["rates"].items():
+            best = max(by_rate.values())
+            shown = [f"**{score:.1f}**" if score == best else f"{score:.1f}" for score in by_rate.values()]
+            rows.append([f"{SETS[name]}: {CORPUS_ROWS[row].replace('**', '')}", *shown])
+    return table(["", *(f"`{rate}`" for rate in by_rate)], rows)
+
+
 # name of the table: (file, part of it, what makes the table)
 TABLES = {
     "budgets": ("retrieval", "sets", budgets),
@@ -450,8 +462,12 @@ TABLES = {
     **{f"search {name}": ("retrieval", "sets", search_bytes(name)) for name in SETS},
     "search over OPQ": ("retrieval", "sets", over_opq),
     "search seconds": ("retrieval", "sets", fit_seconds),
+    "trained rates": ("trained on pairs", "corpora", development),
     "search static dims": ("search static", "sets", search_dims),
     "search static": ("search static", "sets", search_bytes("cranfield")),
+    "search static docstrings": ("search static", "sets", search_bytes("docstrings")),
+    "search mpnet dims": ("search mpnet", "sets", search_dims),
+    "search mpnet": ("search mpnet", "sets", search_bytes("cranfield")),
     **{f"trained {name}": ("trained on pairs", "corpora", corpus_scores(name)) for name in ("docstrings", "cranfield")},
     **{
         f"trained {name} {kind}": ("trained on pairs", "corpora", corpus_differences(name, over, head))

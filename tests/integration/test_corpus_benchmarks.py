@@ -235,9 +235,12 @@ def test_corpus_training_resumes_and_reports(run_here, tmp_path):
     found = report["corpora"]["synthetic"]
     again = [f"{row}, rotated again" for row in rows[1:]]
     assert set(found) == {"truncation", "rotation", *rows[1:], *again, "settings"}
+    rates = found["settings"].pop("rates")
     assert found["settings"] == {"documents": 280, "train": 15, "dev": 5, "test": 20}
     lines = [json.loads(line) for line in (tmp_path / "runs" / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
     by_row = {line["row"]: line for line in lines}
+    dev = by_row["matryoshka"]["dev"]
+    assert rates == {"matryoshka": {"0.01": pytest.approx(np.mean(dev["32"] + dev["8"]))}}
     assert by_row["rotation"]["test"]["32"] == pytest.approx(by_row["truncation"]["test"]["32"], abs=0.01)
     assert by_row["rotation"]["test"]["8"] != by_row["truncation"]["test"]["8"]
     for row in rows[1:]:

@@ -60,7 +60,7 @@ def test_what_the_readme_says_of_faiss_and_training_is_true():
     """Shares of full width by product quantization of rotated vectors, of OPQ, and what training adds at 16 dims."""
     text = " ".join(DOCUMENTS[0].read_text(encoding="utf-8").split())
     sets = load("retrieval")["sets"]
-    said = re.search(r"in FAISS, PQ of rotated .*?\)\.", text)[0]
+    said = re.search(r"In FAISS, PQ of rotated .*?\)\.", text)[0]
     expected = []
     for name in ("cranfield", "docstrings"):
         for row in ("rotation, PQ, interleaved", "OPQ + PQ (faiss)"):
