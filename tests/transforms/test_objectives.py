@@ -102,18 +102,3 @@ def test_cut_objective_against_numpy(dims, vector_weight):
     objective = CutObjective(dims, vector_weight, temperature=0.3)
     assert objective(*tensors).item() == pytest.approx(expected, rel=1e-6)
     assert torch.autograd.gradcheck(lambda w: objective(*tensors[:2], w), tensors[2].requires_grad_())
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "message"),
-    [
-        (RotationObjective, {"dims": [4], "similarity_temperature": 0}, "similarity_temperature must be > 0"),
-        (RotationObjective, {"dims": [4], "contrastive_dims": [8]}, r"contrastive_dims must be among dims \[4\], got"),
-        (CutObjective, {"dims": []}, "dims is empty"),
-        (CutObjective, {"dims": [4], "temperature": 0}, "temperature must be > 0"),
-    ],
-)
-def test_settings_are_checked_where_they_are_kept(kind, settings, message):
-    """An objective that makes no sense cannot be made."""
-    with pytest.raises(ValueError, match=message):
-        kind(**settings)

@@ -77,6 +77,7 @@ def refine_cut(
             )
     if not bool(weight.isfinite().all()):
         raise ValueError("weight holds NaN or infinite values: begin at fit_cut's map, or at zeros.")
+    vector_weight = checked_number("vector_weight", vector_weight, 0)
     objective = CutObjective(checked_dims("dims", dims, weight.shape[1]), vector_weight)
     max_steps = checked_count("max_steps", max_steps)
     batch_size = min(checked_count("batch_size", batch_size, least=2), len(z))

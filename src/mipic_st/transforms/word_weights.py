@@ -41,18 +41,12 @@ def weighted_means(states: Tensor, weights: Tensor, lengths: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WordWeights(Transform):
-    """How much each token counts in the mean of a text's token states.
-
-    Attributes:
-        weights: By token number, (V,), float32; their mean over the tokens of the fit is 1.
-        dims: The truncation dimensions that they were fitted for.
-        report: One row, the objective on held-out texts: ``plain`` for plain means, ``weighted`` for weighted ones.
-    """
+    """How much each token counts in the mean of a text's token states; the report has one row, the objective."""
 
     kind: ClassVar[str] = "word weights"
-    weights: Tensor
+    weights: Tensor  # by token number, (V,), float32; their mean over the tokens of the fit is 1
     dims: tuple[int, ...]
-    report: list[dict[str, float]] = field(default_factory=list)
+    report: list[dict[str, float]] = field(default_factory=list)  # on held-out texts, of plain and of weighted means
 
     def __call__(self, states: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Weighted means, (N, H), of token states, see :func:`weighted_means`; tokens are their numbers, (T,)."""
@@ -98,6 +92,7 @@ def fit_word_weights(
         The first factor: Arora et al., A Simple but Tough-to-Beat Baseline for Sentence Embeddings, ICLR 2017. Its a
         was chosen on STS13 and SICK validation with layer 3 of all-MiniLM-L6-v2.
     """
+    vector_weight = checked_number("vector_weight", vector_weight, 0)
     objective = CutObjective(checked_dims("dims", dims, targets.shape[1]), vector_weight)
     max_steps, batch_size = checked_count("max_steps", max_steps, least=0), checked_count("batch_size", batch_size)
     learning_rate = checked_number("learning_rate", learning_rate, 0, exclusive=True)
