@@ -19,26 +19,15 @@ KEY = b"mipic_st"
 
 
 class Rows(NamedTuple):
-    """Vectors of one Arrow array.
+    """Vectors of one Arrow array."""
 
-    Attributes:
-        vectors: (n, D), those that are usable; a view of Arrow's own memory where all are.
-        usable: (N,), which rows of the array these are.
-        faults: What is wrong with the others, by row; nulls have no fault.
-    """
-
-    vectors: np.ndarray
-    usable: np.ndarray
-    faults: dict[int, str]
+    vectors: np.ndarray  # (n, D), those that are usable; a view of Arrow's own memory where all are
+    usable: np.ndarray  # which rows of the array these are, (N,)
+    faults: dict[int, str]  # what is wrong with the others, by row; nulls have no fault
 
 
 def rows_of(name: str, array: pa.Array, width: int) -> Rows:
-    """The vectors of a list or fixed-size list of float16, float32 or float64, or of an extension type of these.
-
-    Raises:
-        TypeError: If the type is another.
-        ValueError: If no vector has the width.
-    """
+    """The vectors of a list or fixed-size list of floats, or an extension type of these; some must have the width."""
     import pyarrow as pa
 
     array = getattr(array, "storage", array)

@@ -40,14 +40,10 @@ class Writer(ABC):
 
 
 class Format(ABC):
-    """One file of vectors, or one data set.
+    """One file of vectors, or one data set."""
 
-    Attributes:
-        suffix: Of what is read, and ``written``, of what is written.
-    """
-
-    suffix: ClassVar[str]
-    written: ClassVar[str]
+    suffix: ClassVar[str]  # of what is read
+    written: ClassVar[str]  # of what is written
     writer: ClassVar[type[Writer]]
 
     def __init__(self, path: Path, column: str) -> None:

@@ -16,23 +16,14 @@ from mipic_st.validation import require
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of one file, which become one file.
-
-    Attributes:
-        data: What is read.
-        source: Its name, in the given folder.
-        start: The first row.
-        stop: The row behind the last.
-        state: What changes when the source does.
-        target: Name of what is written, in the new folder.
-    """
+    """Some rows of one file, which become one file."""
 
     data: Format
-    source: str
+    source: str  # the file's name, in the given folder
     start: int
     stop: int
-    state: int
-    target: str
+    state: int  # changes when the source does
+    target: str  # name of what is written, in the new folder
 
     def __len__(self) -> int:
         return self.stop - self.start

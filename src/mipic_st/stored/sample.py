@@ -13,16 +13,9 @@ ROWS, _QUERIES, _NEIGHBORS = 10_000, 500, 10
 
 
 def neighbors_kept(vectors: np.ndarray, rotation: Rotation, dim: int, precision: str) -> dict[str, Any] | None:
-    """Recall of the full width's neighbours: of codes of the first values as they are, and of the rotated ones.
+    """Recall of the full width's neighbours in a sample: of codes of the first values as they are, and of rotated ones.
 
-    Args:
-        vectors: (N, D), finite and not zero.
-        rotation: The rotation.
-        dim: Values to keep.
-        precision: Of the codes.
-
-    Returns:
-        Numbers of rows and queries, ``neighbors``, and the recall ``truncated`` and ``rotated``; None for one row.
+    ``vectors``, (N, D), are finite and not zero; None for one row, which has no neighbour.
     """
     if len(vectors) < 2:
         return None

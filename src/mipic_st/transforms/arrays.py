@@ -136,19 +136,12 @@ class WholeMatrix(NamedTuple):
 
 
 class Mapped(NamedTuple):
-    """Some rows times the matrix.
-
-    Attributes:
-        rows: Which rows.
-        values: (n, d), float64, exact; to be multiplied by ``scales``.
-        scales: (n, 1), powers of two.
-        lengths: (n, 1), of ``values``; not finite where a value is not.
-    """
+    """Some rows times the matrix."""
 
     rows: slice
-    values: np.ndarray
-    scales: np.ndarray
-    lengths: np.ndarray
+    values: np.ndarray  # (n, d), float64, exact; to be multiplied by the scales
+    scales: np.ndarray  # (n, 1), powers of two
+    lengths: np.ndarray  # of the values, (n, 1); not finite where a value is not
 
     def units(self) -> np.ndarray:
         """Scaled to unit length, float32; zeros stay zero."""

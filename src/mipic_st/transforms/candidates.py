@@ -36,23 +36,14 @@ def require_documents(count: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What a fit was given, or a part of it.
+    """What a fit was given, or a part of it."""
 
-    Attributes:
-        documents: (N, D), of unit length, each once.
-        rows: Those that are fitted on.
-        queries: (Q, D), of unit length: anchors of pairs and queries without answers.
-        pairs: Which belong together, if that is known; their numbers are the texts'.
-        row_of: The row of ``documents`` of each text, -1 for none.
-        query_ids: Numbers of the queries without answers.
-    """
-
-    documents: Tensor
-    rows: Tensor
-    queries: Tensor
-    pairs: Pairs | None
-    row_of: Tensor
-    query_ids: Tensor
+    documents: Tensor  # (N, D), of unit length, each once
+    rows: Tensor  # those that are fitted on
+    queries: Tensor  # without answers, (Q, D), of unit length
+    pairs: Pairs | None  # which belong together, if that is known; their numbers are the texts'
+    row_of: Tensor  # the row of the documents of each text, -1 for none
+    query_ids: Tensor  # numbers of the queries without answers
 
     @classmethod
     def of(
@@ -130,17 +121,11 @@ def _taken(columns: Sequence[Tensor], rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to a rotation.
-
-    Attributes:
-        name: For the report.
-        fit: From what is given to (D, D).
-        again: Whether it is fitted on everything, once it was chosen.
-    """
+    """One way to a rotation: its name in the report, and its fit, from what is given to (D, D)."""
 
     name: str
     fit: Callable[[Given], Tensor]
-    again: bool = True
+    again: bool = True  # fitted on everything, once it was chosen
 
 
 def candidates(given: Given, test: Pairs | None, dims: Sequence[int], seed: int, **options: Any) -> list[Candidate]:
@@ -186,24 +171,14 @@ def candidates(given: Given, test: Pairs | None, dims: Sequence[int], seed: int,
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """What the held-out part chose.
-
-    Attributes:
-        given: Everything.
-        part: What the candidates were fitted on.
-        search: What judged them.
-        best: The candidate that was chosen.
-        fitted: Its matrix from ``part``, (D, D): the one that was judged.
-        columns: Its columns that were fitted.
-        report: One row per dim.
-    """
+    """What the held-out part chose."""
 
     given: Given
-    part: Given
-    search: Search
+    part: Given  # what the candidates were fitted on
+    search: Search  # what judged them
     best: Candidate
-    fitted: Tensor
-    columns: int
+    fitted: Tensor  # its matrix from the part, (D, D): the one that was judged
+    columns: int  # of it, that were fitted
     report: list[dict[str, float]]
 
     def final(self) -> Tensor:

@@ -37,21 +37,13 @@ def first_rows(ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Which vectors belong together, and which of them are the same text. The vectors stay where they came in.
+    """Which vectors belong together, and which of them are the same text. The vectors stay where they came in."""
 
-    Attributes:
-        anchors: (A, D), queries.
-        positives: (P, D), what belongs to them.
-        rows: (N,), of anchors and positives.
-        ids: (N, 2), one number per distinct vector, of anchors and positives.
-        known: All pairs of ids that belong together, also those of other parts, (K, 2), sorted; None where no anchor
-            has several positives.
-    """
-
-    anchors: Tensor
-    positives: Tensor
-    rows: Tensor
-    ids: Tensor
+    anchors: Tensor  # queries, (A, D)
+    positives: Tensor  # what belongs to them, (P, D)
+    rows: Tensor  # of anchors and positives, (N,)
+    ids: Tensor  # one number per distinct vector, of anchors and positives, (N, 2)
+    # all pairs of ids that belong together, also of other parts, (K, 2), sorted; None if no anchor has several
     known: Tensor | None
 
     @classmethod

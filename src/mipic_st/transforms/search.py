@@ -25,19 +25,12 @@ def most_queries(documents: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """Queries and the corpus that they search, all of unit length.
+    """Queries and the corpus that they search, all of unit length."""
 
-    Attributes:
-        documents: (N, D), each once.
-        queries: (Q, D).
-        own: (Q,), the row of the documents that is the query itself, and no answer; -1 for none.
-        relevant: Rows that answer each query, where that is known.
-    """
-
-    documents: Tensor
-    queries: Tensor
-    own: Tensor
-    relevant: Sequence[Tensor] | None = None
+    documents: Tensor  # (N, D), each once
+    queries: Tensor  # (Q, D)
+    own: Tensor  # the row of the documents that is the query itself, and no answer, (Q,); -1 for none
+    relevant: Sequence[Tensor] | None = None  # rows that answer each query, where that is known
 
     @property
     def measure(self) -> str:
