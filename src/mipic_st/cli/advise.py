@@ -9,7 +9,6 @@ helps) and a plot.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("pairs", "a table of queries and the documents that answer them"),
         ("vectors", "the documents' vectors, without MODEL: npy, or parquet with a list of numbers per row"),
     ):
-        data.add_argument(f"--{name}", type=options.given, metavar="FILE", help=text)
-    parser.add_argument(
-        "--documents", type=options.given, metavar="FILE", help="with --pairs: more documents, as --texts"
-    )
-    parser.add_argument(
-        "--queries", type=options.given, metavar="FILE", help="queries without answers, as --texts or --vectors"
-    )
+        options.add_file(data, f"--{name}", text)
+    options.add_file(parser, "--documents", "with --pairs: more documents, as --texts")
+    options.add_file(parser, "--queries", "queries without answers, as --texts or --vectors")
     options.add_columns(parser, "the known names; embedding")
     options.add_list(
         parser,
@@ -95,22 +90,20 @@ def run(args: argparse.Namespace) -> None:
             _write(advice, folder)
     if not args.quiet:
         print(advice)
-        if args.output:
-            print(f"written to {args.output}", file=sys.stderr)
-        if following := _next(advice.cell, args):
-            print(f"next: mipic-st {following}", file=sys.stderr)
+    options.finish(args, _next(advice.cell, args))
 
 
 def _next(cell: Cell, args: argparse.Namespace) -> str:
     """The command that makes the vectors of a cell; none for truncated vectors, which need no map."""
     if cell.way == "truncated":
-        return f"cut {args.model} --dim {cell.dim} --output DIR" if args.model else ""
+        return f"next: mipic-st cut {args.model} --dim {cell.dim} --output DIR" if args.model else ""
     columns = f" --columns {','.join(args.columns)}" if args.columns else ""
     if args.model:
         data = f"--texts {args.texts}" if args.texts else f"--pairs {args.pairs}"
-        return f"rotate {args.model} {data}{columns} --dims {cell.dim} --output DIR"
+        return f"next: mipic-st rotate {args.model} {data}{columns} --dims {cell.dim} --output DIR"
     rotation = f"--rotation {args.output / 'rotation.safetensors'}" if args.output else "--fit"
-    return f"vectors {args.vectors} {rotation}{columns} --dim {cell.dim} --precision {cell.precision} --output DIR"
+    how = f"{rotation}{columns} --dim {cell.dim} --precision {cell.precision}"
+    return f"next: mipic-st vectors {args.vectors} {how} --output DIR"
 
 
 def _advised(args: argparse.Namespace, **settings: Any) -> Advice:
@@ -157,14 +150,8 @@ def _vectors(path: str, column: str) -> Any:
 
 def _write(advice: Advice, folder: Path) -> None:
     """The advice, the map and, with matplotlib, the plot."""
-    from mipic_st.validation import require
-
     advice.save(folder / "advice.json")
     if advice.gained:
         advice.rotation.save(folder / "rotation.safetensors")
-    try:
-        require("matplotlib", "no plot, it needs matplotlib", "eval").use("Agg")
-    except ImportError as error:
-        print(error, file=sys.stderr)
-    else:
+    if options.can_plot():
         advice.plot(folder / "quality_by_bytes")

@@ -7,7 +7,6 @@ model's vectors, which saves many points, and the loss of quality is measured on
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from mipic_st.cli import options
@@ -20,20 +19,14 @@ if TYPE_CHECKING:
 EXAMPLES = """example:
   mipic-st cut ./run-a --layer 3 --dim 64 --texts corpus.txt --output ./run-a-small"""
 
-_WAYS = {"plain": "cut as it is", "fitted": "fitted", "mixed": "fitted with full depth", "full": "full depth"}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     options.add_model(parser)
     parser.add_argument("--layer", type=options.whole_number, metavar="L", help="last layer to keep (default: all)")
     options.add_dim(parser, "dims to keep (default: all)")
-    parser.add_argument(
-        "--texts",
-        type=options.given,
-        metavar="FILE",
-        help="txt (one text per line) or a table: fit the cut to the full model's vectors",
-    )
+    text = "txt (one text per line) or a table: fit the cut to the full model's vectors"
+    options.add_file(parser, "--texts", text)
     options.add_columns(parser)
     options.add_prompt(parser, "document", "the texts")
     parser.add_argument(
@@ -106,10 +99,12 @@ def _without_word_weights(cuts: LayerCuts, args: argparse.Namespace, model: Sent
 
 
 def _print(args: argparse.Namespace, statement: dict, note: str) -> None:
+    from mipic_st.transforms.layer_cut import LayerCuts
+
     if args.texts:
         print("correlation of cosines with those of the full model, on held-out texts")
-        for way, what in _WAYS.items():
-            print(f"  {what:22} {100 * statement[f'similarity_{way}']:6.1f}")
+        for key in [key for key in LayerCuts.headings if key.startswith("similarity")]:
+            print(f"  {LayerCuts.headings[key]:22} {100 * statement[key]:6.1f}")
     if note:
         print(note)
     if args.layer:
@@ -123,5 +118,4 @@ def _print(args: argparse.Namespace, statement: dict, note: str) -> None:
                 "Nothing was fitted, and the loss of quality was not measured: --texts FILE does both. At half depth, "
                 "the fit saves many points."
             )
-    print(f"written to {args.output}", file=sys.stderr)
-    print(f"next: mipic-st eval {args.model} {args.output} --tasks sts --output results", file=sys.stderr)
+    options.finish(args, f"next: mipic-st eval {args.model} {args.output} --tasks sts --output results")

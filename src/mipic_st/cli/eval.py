@@ -62,12 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="symmetric",
         help="compare code with code (default), or float queries with decoded documents, as search engines do",
     )
-    parser.add_argument(
-        "--calibration",
-        type=options.given,
-        metavar="FILE",
-        help="texts for the ranges of codes: txt (one text per line), or a table (default: the scored texts)",
-    )
+    text = "texts for the ranges of codes: txt (one text per line), or a table (default: the scored texts)"
+    options.add_file(parser, "--calibration", text)
     options.add_batch_size(parser)
     parser.add_argument("--no-normalize", action="store_true", help="do not normalise after truncation")
     parser.add_argument("--overwrite", action="store_true", help="run again what --output already has")
@@ -103,10 +99,8 @@ def run(args: argparse.Namespace) -> None:
         raise
     if not len(report):
         raise ValueError("no task had data, nothing was evaluated.")
-    _write(report, args)
-    if not args.quiet:
-        model = args.models[0] if len(args.models) == 1 else "MODEL"
-        print(f"next, at a dim that is good enough: mipic-st cut {model} --dim D --output DIR", file=sys.stderr)
+    model = args.models[0] if len(args.models) == 1 else "MODEL"
+    _write(report, args, f"next, at a dim that is good enough: mipic-st cut {model} --dim D --output DIR")
 
 
 def _evaluated(place: str, name: str, tasks: str | list[str], args: argparse.Namespace) -> EvaluationReport:
@@ -136,18 +130,18 @@ def _evaluated(place: str, name: str, tasks: str | list[str], args: argparse.Nam
     )
 
 
-def _write(report: EvaluationReport, args: argparse.Namespace) -> None:
+def _write(report: EvaluationReport, args: argparse.Namespace, following: str = "") -> None:
     """Tables and plots into the folder, and the table on the terminal."""
     output: Path = args.output
     report.to_csv(output / "report.csv")
     report.to_json(output / "report.json")
     report.to_latex(output / "report.tex")
     table = report.to_markdown(output / "report.md")
-    if not args.no_plots:
+    if not args.no_plots and options.can_plot():
         _plots(report, output)
     if not args.quiet:
         print(table)
-        print(f"written to {output}", file=sys.stderr)
+    options.finish(args, following)
 
 
 def _model_names(places: Sequence[str]) -> list[str]:
@@ -165,14 +159,7 @@ def _model_names(places: Sequence[str]) -> list[str]:
 
 
 def _plots(report: EvaluationReport, output: Path) -> None:
-    """What can be drawn; without matplotlib, how to get it."""
-    from mipic_st.validation import require
-
-    try:
-        require("matplotlib", "no plots, they need matplotlib", "eval").use("Agg")
-    except ImportError as error:
-        print(error, file=sys.stderr)
-        return
+    """What can be drawn."""
     plots = {"score_by_dim": report.plot_score_by_dim, "retained": report.plot_retained}
     if len({record["precision"] for record in report.records}) > 1:
         plots["quality_by_bytes"] = report.plot_quality_by_bytes

@@ -7,7 +7,6 @@ onnx: one file that already applies the rotation to the token states, for runtim
 from __future__ import annotations
 
 import argparse
-import sys
 
 from mipic_st.cli import options
 
@@ -32,6 +31,4 @@ def run(args: argparse.Namespace) -> None:
     with new_folder(args.output) as new:
         model = options.load_model(args.model, args)
         (save_for_tei if args.format == "tei" else export_onnx)(model, new)
-    if not args.quiet:
-        print(f"written to {args.output}", file=sys.stderr)
-        print(f"next, once a server runs: mipic-st check {args.model} --url http://HOST:PORT", file=sys.stderr)
+    options.finish(args, f"next, once a server runs: mipic-st check {args.model} --url http://HOST:PORT")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,6 +71,11 @@ def add_model(parser: argparse.ArgumentParser, *, many: bool = False, required: 
     parser.add_argument("--device", help="cpu, cuda, mps (default: the best available)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the model")
     parser.add_argument("--quiet", action="store_true", help="errors only: no progress bars, tables or hints")
+
+
+def add_file(parser: Any, name: str, text: str) -> None:
+    """A file that is read; the parser may be a group of options."""
+    parser.add_argument(name, type=given, metavar="FILE", help=text)
 
 
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +156,25 @@ def load_model(place: str, args: argparse.Namespace) -> SentenceTransformer:
         kind = "folder" if Path(place).exists() else "folder or reachable hub model"
         fault = textwrap.shorten(one_line(error), 300, placeholder=" ...")
         raise ValueError(f"model {place!r} cannot be loaded as a {kind}: {fault}") from error
+
+
+def can_plot() -> bool:
+    """Whether there is matplotlib, which then draws without a screen; if not, how to get it is said."""
+    from mipic_st.validation import require
+
+    try:
+        require("matplotlib", "no plots, they need matplotlib", "eval").use("Agg")
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        return False
+    return True
+
+
+def finish(args: argparse.Namespace, following: str = "") -> None:
+    """Say where results are and what comes next."""
+    if not args.quiet:
+        for line in filter(None, (args.output and f"written to {args.output}", following)):
+            print(line, file=sys.stderr)
 
 
 def is_expected(error: BaseException) -> bool:

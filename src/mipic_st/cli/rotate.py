@@ -7,7 +7,6 @@ package.
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from mipic_st.cli import options
@@ -23,18 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     options.add_model(parser)
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument(
-        "--pairs",
-        type=options.given,
-        metavar="FILE",
-        help="csv, tsv, jsonl or parquet: anchor, positive, or STS columns",
-    )
-    data.add_argument(
-        "--texts",
-        type=options.given,
-        metavar="FILE",
-        help="the documents: txt (one text per line), or a table with texts",
-    )
+    options.add_file(data, "--pairs", "csv, tsv, jsonl or parquet: anchor, positive, or STS columns")
+    options.add_file(data, "--texts", "the documents: txt (one text per line), or a table with texts")
     data.add_argument("--dataset", type=options.given, metavar="NAME", help="pairs from the hub: NAME or NAME:CONFIG")
     options.add_columns(parser)
     for name, text in (
@@ -42,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("queries", "queries without answers, as --texts"),
         ("check", "texts to judge the rotation on as well, e.g. of a different domain, as --texts"),
     ):
-        parser.add_argument(f"--{name}", type=options.given, metavar="FILE", help=text)
+        options.add_file(parser, f"--{name}", text)
     options.add_prompt(parser, "query", "queries and the first text of pairs")
     options.add_prompt(parser, "document", "documents and the second text of pairs")
     options.add_dims(parser)
@@ -99,8 +88,7 @@ def run(args: argparse.Namespace) -> None:
         print(rotation)
         if judged is not None:
             print(f"\n{args.check}: {judged}")
-        print(f"written to {args.output}", file=sys.stderr)
-        print(f"next: mipic-st eval {args.model} {args.output} --tasks sts --output results", file=sys.stderr)
+    options.finish(args, f"next: mipic-st eval {args.model} {args.output} --tasks sts --output results")
 
 
 def _prompts(data: Any, args: argparse.Namespace) -> dict[str, str] | str | None:

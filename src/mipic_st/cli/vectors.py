@@ -84,9 +84,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if not args.quiet:
         _print(made, time.perf_counter() - start)
-        print(f"written to {args.output}", file=sys.stderr)
-        rotation = str(args.output / "_rotation.safetensors")
-        print(f"next, for queries: mipic_st.Rotation.load({rotation!r})(vectors, dim={args.dim})", file=sys.stderr)
+    rotation = str(args.output / "_rotation.safetensors")
+    options.finish(args, f"next, for queries: mipic_st.Rotation.load({rotation!r})(vectors, dim={args.dim})")
     for part in made["failed"]:
         rows = f" rows {part['first_row']:,} to {part['first_row'] + part['rows'] - 1:,}" if part.get("rows") else ""
         print(f"mipic-st: {part['source']}{rows}: {part['error']}", file=sys.stderr)
