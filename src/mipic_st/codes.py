@@ -98,15 +98,9 @@ class Ranges:
 
 
 def encode(vectors: np.ndarray, precision: str, ranges: Ranges | None = None) -> np.ndarray:
-    """Vectors as codes.
+    """Vectors, (N, d) and finite, as codes of one of :data:`PRECISIONS`; float32 and float16 need no ranges.
 
-    Args:
-        vectors: (N, d), finite.
-        precision: One of :data:`PRECISIONS`.
-        ranges: Of width d; float32 and float16 need none.
-
-    Returns:
-        (N, d) for float32, float16, int8 and uint8; (N, ceil(d / 2)) for int4; (N, ceil(d / 8)) for the binary ones.
+    (N, d) for float32, float16, int8 and uint8; (N, ceil(d / 2)) for int4; (N, ceil(d / 8)) for the binary ones.
 
     Example:
         >>> ranges = Ranges.of(np.array([[0.0, 0.0, 0.0], [15.0, 15.0, 15.0]]), quantiles=(0.0, 1.0))

@@ -109,14 +109,7 @@ class Advice:
         return "\n".join([*lines, head, *(f"# {line}" for line in engine_lines(cell.dim, cell.precision))])
 
     def to_frame(self) -> pd.DataFrame:
-        """All cells as a table, the fewest bytes first.
-
-        Returns:
-            One row per cell with the fields of `Cell`, and one column per measure.
-
-        Raises:
-            ImportError: If pandas is missing.
-        """
+        """All cells as a table of pandas, the fewest bytes first: the fields of `Cell`, and one column per measure."""
         pandas = require("pandas", "the table needs pandas", "eval")
         rows = [{**(row := asdict(cell)).pop("scores"), **row} for cell in sorted(self.cells, key=_order)]
         measures = [name for name in MEASURES if name in rows[0]]
@@ -127,9 +120,6 @@ class Advice:
 
         The keys are those of this class; cells are objects with the fields of `Cell`, keys of ``budgets`` and
         ``within`` texts, and ``format`` is 1. ``cell``, ``verdict`` and ``snippet`` are there as well.
-
-        Args:
-            path: The file.
         """
         content: dict[str, Any] = {"format": _FORMAT, "measure": self.measure, "full": self.full}
         content |= {"gained": self.gained, "gain": self.gain, "chance": self.chance, "settings": self.settings}
@@ -142,11 +132,7 @@ class Advice:
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
         """Quality over bytes: every cell with its interval, the Pareto front, the full width as a line.
 
-        Args:
-            path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
-
-        Returns:
-            The figure.
+        ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
         """
         from mipic_st.advice.plot import quality_by_bytes
 

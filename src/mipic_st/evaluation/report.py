@@ -209,14 +209,9 @@ class EvaluationReport:
     def table(self, average: bool = True) -> pd.DataFrame:
         """Main metrics x 100: one row per (model, layer, precision, dim), one column per task; seeds are averaged.
 
-        Args:
-            average: Add the mean over tasks as the last column, if there are several tasks.
-
-        Returns:
-            The wide frame; a precision or layer that all rows share is left out of its index.
-
-        Raises:
-            ValueError: If the report holds no main scores, or two different ones of one model, revision and seed.
+        ``average`` adds the mean over several tasks as the last column. A precision or layer that all rows share is
+        left out of the index. A ValueError is raised for no main scores, or two different ones of one model, revision
+        and seed.
         """
         pandas = require("pandas", "tables need pandas", "eval")
         keys, columns, rows, values, _ = self._wide(average)
@@ -310,12 +305,8 @@ class EvaluationReport:
     def plot_score_by_dim(self, path: str | Path | None = None, task: str | None = None) -> Figure:
         """Score against dim, one line per model, a band from the lowest to the highest seed.
 
-        Args:
-            path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
-            task: One task; None draws the mean over tasks.
-
-        Returns:
-            The figure. A report of layers only is drawn at the deepest one.
+        ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+        ``task`` is one task; None draws the mean over tasks. A report of layers only is drawn at the deepest one.
         """
         return plots.score_by_dim(self, path, task)
 

@@ -101,17 +101,9 @@ class MIPICCallback(TrainerCallback):
         }
 
     def save(self, folder: str | os.PathLike[str], optimizer: Optimizer | None = None) -> Path:
-        """Write the projections into a folder; the file is there whole or not at all.
+        """Write the projections into an existing folder, whole or not at all; the file's path is returned.
 
-        Args:
-            folder: An existing folder.
-            optimizer: The optimizer saved with it, so that the two can be recognised as belonging together.
-
-        Returns:
-            Path of the file.
-
-        Raises:
-            FileNotFoundError: If there is no such folder.
+        ``optimizer`` is the one saved with it, so that the two can be recognised as belonging together.
         """
         path = Path(folder) / PROJECTIONS_FILE
         if not path.parent.is_dir():
@@ -125,10 +117,10 @@ class MIPICCallback(TrainerCallback):
         return path
 
     def load(self, folder: str | os.PathLike[str], optimizer: Optimizer | None = None) -> None:
-        """Read projections from a folder, in place. Nothing is changed unless all of it fits.
+        """Read projections from a checkpoint folder, in place. Nothing is changed unless all of it fits.
 
         Args:
-            folder: A checkpoint folder.
+            folder: The folder.
             optimizer: The optimizer that was loaded from it; its moments must be those of the file's projections.
 
         Raises:

@@ -207,9 +207,6 @@ class MIPICLoss(nn.Module):
             matryoshka_dims: Embedding dimensions. Default: the paper's, 16 to 512 and the full width.
             **overrides: Any keyword argument of :class:`MIPICLoss`, which then wins over the preset.
 
-        Returns:
-            The loss.
-
         Raises:
             ValueError: If the preset is unknown or the backbone has not the shape it was published for.
             TypeError: If an override is no argument.
@@ -233,12 +230,8 @@ class MIPICLoss(nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
         """The weighted terms of Eq. 18, whose sum is the loss.
 
-        Args:
-            sentence_features: One dict of model inputs per column.
-            labels: Whatever the base loss takes; with ``distill_weight`` vectors of a larger model, (B, columns, T).
-
-        Returns:
-            Dict of scalars.
+        ``sentence_features`` has one dict of model inputs per column; ``labels`` are whatever the base loss takes, or
+        with ``distill_weight`` vectors of a larger model, (B, columns, T).
         """
         features, settings = checked_features(sentence_features), self.settings
         self._batches += self.model.training

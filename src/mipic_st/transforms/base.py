@@ -59,25 +59,14 @@ class Transform(ABC):
     def to_modules(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Sequence[nn.Module]:
         """The map as modules of sentence-transformers' own, so that a saved model loads without this package.
 
-        Args:
-            model: The model that they are for; it stays as it is.
-            *args: Which part of the map, where it has several.
-            **kwargs: The same by name.
-
-        Returns:
-            The modules, in order, in full precision.
+        ``model`` is what they are for; it stays as it is. Further arguments say which part of the map, where it has
+        several. The modules come in order and in full precision.
         """
 
     def put_in(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Callable[[], None]:
-        """Put the map into a model, in place.
+        """Put the map into a model, in place; what is returned is a function that takes it out again.
 
-        Args:
-            model: The model, or one that is wrapped for training.
-            *args: Which part of the map, as in :meth:`to_modules`.
-            **kwargs: The same by name.
-
-        Returns:
-            A function that takes it out again: the model is then what it was.
+        The model may be wrapped for training; further arguments are those of :meth:`to_modules`.
         """
         from mipic_st.encoder.structure import unwrap
         from mipic_st.encoder.surgery import put_in
@@ -86,23 +75,14 @@ class Transform(ABC):
         return put_in(inner, self.to_modules(inner, *args, **kwargs))
 
     def check(self) -> None:
-        """Look at what was read from a file; subclasses look at more.
-
-        Raises:
-            TypeError: If a field is of the wrong kind.
-            ValueError: If a value makes no sense.
-        """
+        """Refuse what was read from a file and makes no sense: TypeError or ValueError; subclasses look at more."""
         checked_dims("dims", self.dims)
         for name, array in _arrays_of(self).items():
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} holds values that are not finite")
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the map into one safetensors file, whole or not at all; equal maps give equal bytes.
-
-        Args:
-            path: The file.
-        """
+        """Write the map into one safetensors file, whole or not at all; equal maps give equal bytes."""
         from safetensors.numpy import save_file
 
         arrays = _arrays_of(self)
@@ -115,12 +95,6 @@ class Transform(ABC):
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
         """Read what :meth:`save` wrote.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The map.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -170,14 +144,7 @@ class Transform(ABC):
         return torch.from_numpy(array)
 
     def to_frame(self) -> pd.DataFrame:
-        """The report as a table.
-
-        Returns:
-            One row per entry.
-
-        Raises:
-            ImportError: If pandas is missing.
-        """
+        """The report as a table of pandas, one row per entry."""
         return require("pandas", "the table needs pandas", "eval").DataFrame(self.report)
 
     def _rows(self) -> list[list[str]]:

@@ -97,12 +97,12 @@ class LayerCuts(Transform):
 
         Raises:
             TypeError: If the states are no array of floating numbers.
-            ValueError: If there is no map for the layer, states are not of width H, or ``dim`` is out of range.
+            ValueError: If there is no map for the layer, or width or ``dim`` do not fit.
         """
         return apply_matrix("states", states, self._map(layer), dim, f"the map of layer {layer}")
 
     def to_modules(self, model: SentenceTransformer, layer: int, dim: int | None = None) -> Sequence[nn.Module]:
-        """The tail of a cell: a bias-free identity ``Dense``, and ``WordWeights`` where the layer has them.
+        """The tail of a cell: a bias-free identity ``Dense``, or Dense and ``WordWeights`` where the layer has these.
 
         Args:
             model: A model that ends after the layer and its pooling, or that is yet to be cut there.
@@ -110,7 +110,7 @@ class LayerCuts(Transform):
             dim: Values to keep, 1 to D. None keeps all.
 
         Returns:
-            The Dense for the pooled states, or Dense and WordWeights for the token states in front of the pooling.
+            The Dense for the pooled states, or both for the token states in front of the pooling.
 
         Raises:
             ValueError: If there is no map for the layer, or tokens cannot be weighed in the model's pooling.
@@ -131,15 +131,8 @@ class LayerCuts(Transform):
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
         """The report as heatmaps by layer and dim: cut as it is, fitted, and fitted with the full depth.
 
-        Args:
-            path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
-
-        Returns:
-            The figure.
-
-        Raises:
-            ImportError: If matplotlib is missing.
-            ValueError: If the cuts have no report.
+        ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+        Needs matplotlib, and a report.
         """
         from mipic_st.transforms.report_plots import by_layer_and_dim
 

@@ -62,11 +62,7 @@ class Judged(Transform):
     measure: str
 
     def warn(self, data: str) -> None:
-        """Say in the log at which dims truncation is better.
-
-        Args:
-            data: On what.
-        """
+        """Name in the log the dims at which truncation is better on this data."""
         if self.worse_dims:
             logger.warning(
                 "On %s the rotation is worse than plain truncation at dims %s: fit it on the documents that will be "
@@ -118,15 +114,8 @@ class Judged(Transform):
     def plot(self, path: str | PathLike[str] | None = None) -> Figure:
         """The report as curves by dim: truncated, after the PCA of the searched documents, rotated.
 
-        Args:
-            path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
-
-        Returns:
-            The figure.
-
-        Raises:
-            ImportError: If matplotlib is missing.
-            ValueError: If there is no report.
+        ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+        Needs matplotlib, and a report.
         """
         from mipic_st.transforms.report_plots import by_dim
 
