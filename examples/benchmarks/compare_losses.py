@@ -132,8 +132,8 @@ from mipic_st import MIPICLoss, add_teacher_vectors, fit_rotation, rotate_model
 from mipic_st.data import is_scored, load_sts_file, load_training_file, load_training_hub
 from mipic_st.demo import synthetic_pairs, synthetic_sts, synthetic_topics
 from mipic_st.encoder.encoding import encode_layers, prompt_of
+from mipic_st.encoder.modules import push_vectors
 from mipic_st.encoder.structure import tail_of
-from mipic_st.encoder.tail import push_vectors
 from mipic_st.losses.presets import PAPER_SETTINGS, RELEASED_SETTINGS
 from mipic_st.transforms.cut_fits import fit_cut
 

@@ -25,8 +25,8 @@ from conftest import (
 from further_encoders import POST_NORM, PRE_NORM, config_of
 from mipic_st.encoder.encoding import encode_layers
 from mipic_st.encoder.final_norm import final_norm
+from mipic_st.encoder.modules import push_vectors
 from mipic_st.encoder.structure import tail_of
-from mipic_st.encoder.tail import push_vectors
 
 TEXTS = sentences(6, shortest=2)
 

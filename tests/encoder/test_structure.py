@@ -26,8 +26,8 @@ from torch import nn
 from conftest import DEPTH, TAILS, WIDTH, sentences
 from mipic_st.encoder import final_norm as final_norm_module
 from mipic_st.encoder.final_norm import final_norm
+from mipic_st.encoder.modules import is_linear, push_vectors
 from mipic_st.encoder.structure import backbone_of, describe, embedding_width, tail_of
-from mipic_st.encoder.tail import is_linear, push_vectors
 
 
 def identity_dense(*sizes: int, **options) -> Dense:

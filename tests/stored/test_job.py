@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from mipic_st import Rotation, rotate_files  # noqa: E402
 from mipic_st.stored import formats, job  # noqa: E402
-from mipic_st.stored.sample import neighbors_kept  # noqa: E402
+from mipic_st.stored.job import neighbors_kept  # noqa: E402
 from stored_fixtures import WIDTH, random_rotation, random_vectors, reads_nulls, table_of  # noqa: E402
 
 VECTORS = random_vectors(450)

@@ -16,9 +16,8 @@ from transformers import AutoTokenizer
 
 from mipic_st.deploy.written import OLDER_NAMES, PROMPTS_LEFT_OUT, WITHOUT_PROMPTS, difference, without_adapters
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts, prompt_of
-from mipic_st.encoder.modules import kind_of, leaves_prompts_out, load_pooling, pooling_like, pooling_place
+from mipic_st.encoder.modules import is_linear, kind_of, leaves_prompts_out, load_pooling, pooling_like, pooling_place
 from mipic_st.encoder.structure import describe, evaluation_mode, full_width, in_half_precision, unwrap
-from mipic_st.encoder.tail import is_linear
 from mipic_st.files import new_folder, write_json
 from mipic_st.numerics import unit_length
 from mipic_st.validation import require

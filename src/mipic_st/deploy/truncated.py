@@ -14,7 +14,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from mipic_st.deploy.written import difference, require_same_when_loaded
-from mipic_st.encoder.adapters import merged_encoders
 from mipic_st.encoder.card import restate_config
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_layers
 from mipic_st.encoder.modules import with_normalize, without_normalize
@@ -27,7 +26,7 @@ from mipic_st.encoder.structure import (
     transformer_of,
     unwrap,
 )
-from mipic_st.encoder.surgery import cut_layers, identity_dense, with_map, word_weights_module
+from mipic_st.encoder.surgery import cut_layers, identity_dense, merged_encoders, with_map, word_weights_module
 from mipic_st.evaluation.store import EmbeddingStore
 from mipic_st.numerics import unit_length
 from mipic_st.transforms.layer_cut import LayerCuts, fit_layer_cuts

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from mipic_st.encoder.adapters import merged_encoders
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts
 from mipic_st.encoder.structure import evaluation_mode, in_half_precision
+from mipic_st.encoder.surgery import merged_encoders
 from mipic_st.numerics import compare_vectors
 
 # The older names of modules, which servers read.

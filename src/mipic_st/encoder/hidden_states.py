@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from mipic_st.encoder.capturing import no_hooks_left
 from mipic_st.encoder.final_norm import first_shown, states_by_layer
+from mipic_st.encoder.modules import push_vectors
 from mipic_st.encoder.structure import Backbone, backbone_of, encoders_in, evaluation_mode, require_same_vectors, unwrap
-from mipic_st.encoder.tail import push_vectors
 
 logger = logging.getLogger(__name__)
 

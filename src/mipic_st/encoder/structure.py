@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dropout, Normalize, Pooling, Router, Transformer
 from torch import Tensor, nn
 
-from mipic_st.encoder.tail import TAIL_NAMES, not_a_step
+from mipic_st.encoder.modules import TAIL_NAMES, not_a_step, without_normalize
 from mipic_st.numerics import compare_vectors
 from mipic_st.validation import checked_layers
 
@@ -46,10 +46,7 @@ class Description:
     @property
     def steps(self) -> tuple[nn.Module, ...]:
         """What of the tail the loss pushes states through: no Dropout and no Normalize at the end."""
-        steps = [module for module in self.tail if not isinstance(module, Dropout)]
-        while steps and isinstance(steps[-1], Normalize):
-            steps.pop()
-        return tuple(steps)
+        return tuple(without_normalize([module for module in self.tail if not isinstance(module, Dropout)]))
 
 
 class Backbone(NamedTuple):

@@ -17,20 +17,20 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from mipic_st import codes
 from mipic_st.files import require_writable, write_json, write_whole
 from mipic_st.stored.arrow import rows_of, width_of
 from mipic_st.stored.formats import FORMATS
 from mipic_st.stored.plan import Piece, Plan, plan
 from mipic_st.stored.rotate import RotateVectors
-from mipic_st.stored.sample import ROWS, neighbors_kept
 from mipic_st.transforms.rotation import Rotation
 from mipic_st.validation import checked_count, checked_dims, default_dims
 
 MANIFEST, ROTATION, _STATE = "_manifest.json", "_rotation.safetensors", "_unfinished"
 """Next to the codes; readers of Parquet folders pass over names that begin with _."""
 
-_NAMED = 100
-"""So many faulty rows of a piece are named in the manifest."""
+# Faulty rows of a piece that the manifest names; rows of the check, queries among them, neighbours of each.
+_NAMED, _CHECKED, _QUERIES, _NEIGHBORS = 100, 10_000, 500, 10
 
 
 def rotate_files(
@@ -214,7 +214,7 @@ def _convert(
 ) -> Any:
     """All pieces that are not there yet, the check, and the manifest."""
     _remove_strangers(work, folder)
-    chosen = dict(zip((piece.target for piece in work.pieces), work.choose(ROWS, settings["seed"]), strict=True))
+    chosen = dict(zip((piece.target for piece in work.pieces), work.choose(_CHECKED, settings["seed"]), strict=True))
     todo = [(piece, chosen[piece.target]) for piece in work.pieces if _finished(piece, folder) is None]
     code = partial(_code, folder, rotate)
     errors = zip((piece for piece, _ in todo), _each(code, todo, workers, "Codes" if show else None), strict=True)
@@ -298,3 +298,40 @@ def _remove_strangers(work: Plan, folder: Path) -> None:
             path.unlink()
         elif path not in targets:
             raise ValueError(f"{path} is of another source than this: name a new folder.")
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+def neighbors_kept(vectors: np.ndarray, rotation: Rotation, dim: int, precision: str) -> dict[str, Any] | None:
+    """Recall of the full width's neighbours in a sample: of codes of the first values as they are, and of rotated ones.
+
+    ``vectors``, (N, D), are finite and not zero; None for one row, which has no neighbour.
+    """
+    if len(vectors) < 2:
+        return None
+    queries, neighbors = vectors[:_QUERIES], min(_NEIGHBORS, len(vectors) - 1)
+    full = _unit(vectors)
+    wanted = _nearest(full[: len(queries)] @ full.T, neighbors)
+    prefixes = _unit(vectors[:, :dim])
+    ranges = codes.Ranges.of(prefixes)
+    coded = codes.encode(prefixes, precision, ranges)
+    before = codes.scores(prefixes[: len(queries)], coded, precision, ranges)
+    coded = rotation.encode(vectors, dim=dim, precision=precision)
+    after = rotation.scores(queries, coded, dim=dim, precision=precision)
+    found = {"truncated": before, "rotated": after}
+    return {"rows": len(vectors), "queries": len(queries), "neighbors": neighbors} | {
+        name: float((_nearest(scores, neighbors)[:, :, None] == wanted[:, None, :]).any(axis=1).mean())
+        for name, scores in found.items()
+    }
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors = vectors.astype(np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+
+
+def _nearest(scores: np.ndarray, count: int) -> np.ndarray:
+    """The best rows for each query, in any order; the queries are the first rows and do not find themselves."""
+    scores[np.arange(len(scores)), np.arange(len(scores))] = -np.inf
+    return np.argpartition(-scores, count - 1, axis=1)[:, :count]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mipic_st.encoder.encoding import TokenStates, encode_layers, encode_tokens, prompt_of
 from mipic_st.encoder.fingerprint import fingerprint
+from mipic_st.encoder.modules import push_vectors
 from mipic_st.encoder.structure import (
     check_layers,
     evaluation_mode,
@@ -30,7 +31,6 @@ from mipic_st.encoder.structure import (
     unwrap,
 )
 from mipic_st.encoder.surgery import identity_dense, input_embeddings, no_word_weights, word_weights_module
-from mipic_st.encoder.tail import push_vectors
 from mipic_st.numerics import spearman, unit_length
 from mipic_st.transforms.base import Transform
 from mipic_st.transforms.columns import scored_pairs
