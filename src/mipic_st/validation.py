@@ -4,8 +4,6 @@ NumPy and tensor values count as what they hold. An error names the argument, wh
 a TypeError for what is no number, flag, text or sequence at all, else, and for any wrong count or choice, a ValueError.
 """
 
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence

@@ -4,8 +4,6 @@ It asks an OpenAI-compatible endpoint for a few vectors and compares them with t
 they differ.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 

@@ -1,7 +1,5 @@
 """The older folder form that text-embeddings-inference and other servers read."""
 
-from __future__ import annotations
-
 import json
 import logging
 from os import PathLike

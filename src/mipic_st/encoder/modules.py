@@ -1,7 +1,5 @@
 """Kinds of modules: what others ask and build, and which of those behind a pooling are linear or pass vectors on."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

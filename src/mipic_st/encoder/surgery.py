@@ -1,7 +1,5 @@
 """Changes of a model: the modules of a fitted map put in (and taken out again), layers cut off, adapters merged."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Vectors in memory up to a limit, in a temporary file above it."""
 
-from __future__ import annotations
-
 import logging
 import tempfile
 from typing import Any

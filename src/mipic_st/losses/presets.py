@@ -1,7 +1,5 @@
 """The paper's settings as data, and the rules that extend them to any depth and any dims."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Code the vectors of files: piece by piece, each whole or not there, so that a run that was ended can go on."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """A rotation in front of faiss's own codes: the parts of :meth:`mipic_st.transforms.rotation.Rotation.faiss_index`."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
