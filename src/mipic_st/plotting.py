@@ -39,6 +39,17 @@ def heatmap(axes: Any, values: np.ndarray, layers: Sequence[Any], dims: Sequence
     return image
 
 
+def by_size(axes: Any, sizes: Sequence[int], legend: dict[str, Any] | None = None, **labels: Any) -> None:
+    """Lay out curves over sizes: these in powers of two, a light grid, labels, and the legend at the right."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45 if len(sizes) > 10 else 0)
+    axes.set_xticks([], minor=True)
+    axes.set(**labels)
+    axes.grid(axis="y", color="0.9", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, **legend or {"fontsize": 9, "loc": "center left", "bbox_to_anchor": (1, 0.5)})
+
+
 def saved(figure: Figure, path: str | PathLike[str] | None) -> Figure:
     """Write PNG (200 dpi) and SVG, or the one that the path's ending names."""
     if path is None:

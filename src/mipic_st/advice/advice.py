@@ -10,6 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from mipic_st.advice.cells import MEASURES, Cell
+from mipic_st.advice.plot import quality_by_bytes
 from mipic_st.files import write_json, write_whole
 from mipic_st.transforms.rotation import Rotation
 from mipic_st.transforms.verdict import NDCG
@@ -17,7 +18,6 @@ from mipic_st.validation import require
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 LOSSES = (0.01, 0.02, 0.05)
 _FORMAT = 1
@@ -128,14 +128,7 @@ class Advice:
         content["cells"] = [asdict(cell) for cell in self.cells]
         write_whole(path, partial(write_json, content=content))
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """Quality over bytes: every cell with its interval, the Pareto front, the full width as a line.
-
-        ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
-        """
-        from mipic_st.advice.plot import quality_by_bytes
-
-        return quality_by_bytes(self, path)
+    plot = quality_by_bytes
 
     def __repr__(self) -> str:
         return f"Advice({self.measure} of {self.settings['queries']} queries, {len(self.cells)} cells: {self.cell})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from mipic_st.plotting import COLOURS, MARKERS, pyplot, saved
+from mipic_st.plotting import COLOURS, MARKERS, by_size, pyplot, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from mipic_st.advice.advice import Advice
 
 
-def quality_by_bytes(advice: Advice, path: str | PathLike[str] | None) -> Figure:
-    """A colour for each precision, filled for rotated, hollow for truncated."""
+def quality_by_bytes(advice: Advice, path: str | PathLike[str] | None = None) -> Figure:
+    """Quality over bytes: every cell with its interval, the Pareto front, the full width as a line.
+
+    ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+    """
     figure, axes = pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")
     precisions = list(dict.fromkeys(cell.precision for cell in advice.cells))
     for way, face in (("rotated", None), ("truncated", "white")):
@@ -46,11 +49,6 @@ def quality_by_bytes(advice: Advice, path: str | PathLike[str] | None) -> Figure
         label="Pareto front",
     )
     axes.axhline(100 * advice.full, color="0.6", linewidth=0.8, linestyle=":", zorder=0)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({size for size in (cell.bytes for cell in advice.cells) if size & (size - 1) == 0})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45 if len(ticks) > 10 else 0)
-    axes.set(xlabel="bytes per vector", ylabel=f"{advice.measure} (x 100)")
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    sizes = sorted({cell.bytes for cell in advice.cells if cell.bytes & (cell.bytes - 1) == 0})
+    by_size(axes, sizes, xlabel="bytes per vector", ylabel=f"{advice.measure} (x 100)")
     return saved(figure, path)

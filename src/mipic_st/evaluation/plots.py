@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mipic_st.plotting import COLOURS, MARKERS, heatmap, pyplot, saved
+from mipic_st.plotting import COLOURS, MARKERS, by_size, heatmap, pyplot, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,14 +32,18 @@ class _Point(NamedTuple):
     score: float
 
 
-def score_by_dim(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
-    """Score against dim, one line per model."""
+def score_by_dim(report: EvaluationReport, path: str | Path | None = None, task: str | None = None) -> Figure:
+    """Score against dim, one line per model, a band from the lowest to the highest seed.
+
+    ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+    ``task`` is one task; None draws the mean over tasks. A report of layers only is drawn at the deepest one.
+    """
     points = [(point.row, (point.dim,), point.score) for point in _curves(report, task)]
     return saved(_line_plot(points, _SCORE, _title(report, task)), path)
 
 
-def retained(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
-    """Share of the largest dim's score that each dim keeps."""
+def retained(report: EvaluationReport, path: str | Path | None = None, task: str | None = None) -> Figure:
+    """Percent of its model's largest dim's score that each dim keeps; arguments as for `score_by_dim`."""
     curves, title = _curves(report, task), _title(report, task)
     largest = {point.row: point.dim for point in sorted(curves, key=lambda point: point.dim)}
     widest = {(point.row, point.run): point for point in curves if point.dim == largest[point.row]}
@@ -62,8 +66,8 @@ def retained(report: EvaluationReport, path: str | Path | None, task: str | None
     return saved(figure, path)
 
 
-def quality_by_bytes(report: EvaluationReport, path: str | Path | None, task: str | None) -> Figure:
-    """Score against bytes per vector, one line per model and precision."""
+def quality_by_bytes(report: EvaluationReport, path: str | Path | None = None, task: str | None = None) -> Figure:
+    """Score against bytes per vector, one line per model and precision; arguments as for `score_by_dim`."""
     curves = _curves(report, task, codes=True)
     if any(point.bytes is None for point in curves):
         raise ValueError("bytes are missing from some records; give each its bytes per vector.")
@@ -76,8 +80,13 @@ def quality_by_bytes(report: EvaluationReport, path: str | Path | None, task: st
     return saved(_line_plot(points, _SCORE, _title(report, task), x="bytes per vector"), path)
 
 
-def layer_dim(report: EvaluationReport, path: str | Path | None, task: str | None, model: str | None) -> Figure:
-    """Heatmap of the score by layer and dim."""
+def layer_dim(
+    report: EvaluationReport, path: str | Path | None = None, task: str | None = None, model: str | None = None
+) -> Figure:
+    """Heatmap of the score by layer (rows, deepest on top) and dim; arguments as for `score_by_dim`.
+
+    ``model`` says which, if the report holds several: the name that the table has.
+    """
     cells = {key: cell for key, cell in report.cells().items() if key[1] is not None and key[2] == "float32"}
     if not cells:
         raise ValueError("the report holds no layers; evaluate with layers=[...].")
@@ -179,15 +188,9 @@ def _line_plot(
         axes.plot(across, means, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label)
         if lows != highs:
             axes.fill_between(across, lows, highs, color=colour, alpha=0.18, linewidth=0)
-    axes.set_xscale("log", base=2)
     ticks = sorted({place[0] for line in lines.values() for place in line})
     if len(ticks) > 10:  # no room for the labels of 1024 and 1536
         ticks = [tick for tick in ticks if not any(tick < other < 2 * tick for other in ticks)]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45 if len(ticks) > 10 else 0)
-    axes.set_xticks([], minor=True)
-    axes.set(xlabel=x, ylabel=y_label)
+    by_size(axes, ticks, xlabel=x, ylabel=y_label)
     axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

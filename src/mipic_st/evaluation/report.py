@@ -21,7 +21,6 @@ from mipic_st.validation import is_number, is_whole, plain, require
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -300,32 +299,10 @@ class EvaluationReport:
                 f"{path} is no report, that is, JSON with info and records as to_json writes it: {error!r}."
             ) from error
 
-    # Plots ------------------------------------------------------------------------------------------------------------
-
-    def plot_score_by_dim(self, path: str | Path | None = None, task: str | None = None) -> Figure:
-        """Score against dim, one line per model, a band from the lowest to the highest seed.
-
-        ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
-        ``task`` is one task; None draws the mean over tasks. A report of layers only is drawn at the deepest one.
-        """
-        return plots.score_by_dim(self, path, task)
-
-    def plot_retained(self, path: str | Path | None = None, task: str | None = None) -> Figure:
-        """Percent of its model's largest dim's score that each dim keeps; arguments as for `plot_score_by_dim`."""
-        return plots.retained(self, path, task)
-
-    def plot_quality_by_bytes(self, path: str | Path | None = None, task: str | None = None) -> Figure:
-        """Score against bytes per vector, one line per model and precision; arguments as for `plot_score_by_dim`."""
-        return plots.quality_by_bytes(self, path, task)
-
-    def plot_layer_dim(
-        self, path: str | Path | None = None, task: str | None = None, model: str | None = None
-    ) -> Figure:
-        """Heatmap of the score by layer (rows, deepest on top) and dim; arguments as for `plot_score_by_dim`.
-
-        ``model`` says which, if the report holds several: the name that the table has.
-        """
-        return plots.layer_dim(self, path, task, model)
+    plot_score_by_dim = plots.score_by_dim
+    plot_retained = plots.retained
+    plot_quality_by_bytes = plots.quality_by_bytes
+    plot_layer_dim = plots.layer_dim
 
 
 def _written(text: str, path: str | Path | None) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -36,12 +35,12 @@ from mipic_st.transforms.base import Transform
 from mipic_st.transforms.columns import scored_pairs
 from mipic_st.transforms.cut_fits import fit_cut, refine_cut
 from mipic_st.transforms.fitting import Vectors, apply_matrix, split_rows, wants_bar
+from mipic_st.transforms.report_plots import by_layer_and_dim
 from mipic_st.transforms.word_weights import fit_word_weights
 from mipic_st.validation import checked_count, checked_dims, checked_flag, checked_number, checked_texts, default_dims
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -128,15 +127,7 @@ class LayerCuts(Transform):
         dense = identity_dense(matrix, features="token_embeddings")
         return [dense, word_weights_module(model, self.word_weights[layer])]
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """The report as heatmaps by layer and dim: cut as it is, fitted, and fitted with the full depth.
-
-        ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
-        Needs matplotlib, and a report.
-        """
-        from mipic_st.transforms.report_plots import by_layer_and_dim
-
-        return by_layer_and_dim(self, path)
+    plot = by_layer_and_dim
 
     def _map(self, layer: int) -> Tensor:
         if layer not in self.maps:

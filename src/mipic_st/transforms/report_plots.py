@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mipic_st.plotting import COLOURS, heatmap, pyplot, saved
+from mipic_st.plotting import COLOURS, by_size, heatmap, pyplot, saved
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,8 +20,11 @@ _FULL = "similarity_full"
 _WAYS = ("similarity_plain", "similarity_fitted", "similarity_mixed")
 
 
-def by_dim(judged: Judged, path: str | PathLike[str] | None) -> Figure:
-    """A curve for each way that the report has."""
+def by_dim(judged: Judged, path: str | PathLike[str] | None = None) -> Figure:
+    """The report as curves by dim: truncated, after the PCA of the searched documents, rotated.
+
+    ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+    """
     if not judged.report:
         raise ValueError("the rotation has no report, so there is nothing to draw: evaluate(vectors) makes one.")
     rows = sorted(judged.report, key=lambda row: row["dim"])
@@ -31,18 +34,15 @@ def by_dim(judged: Judged, path: str | PathLike[str] | None) -> Figure:
         if way in rows[0]:
             values = [100 * row[way] for row in rows]
             axes.plot(dims, values, line, color=colour, linewidth=1.8, label=judged.headings[way])
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(dims, [str(dim) for dim in dims])
-    axes.set_xticks([], minor=True)
-    axes.set(xlabel="dims", ylabel=f"{judged.measure} (x 100)", ylim=(0, 100))
-    axes.grid(axis="y", color="0.9", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    by_size(axes, dims, {"loc": "best"}, xlabel="dims", ylabel=f"{judged.measure} (x 100)", ylim=(0, 100))
     return saved(figure, path)
 
 
-def by_layer_and_dim(cuts: LayerCuts, path: str | PathLike[str] | None) -> Figure:
-    """A heatmap for each way, under a row of the full depth, all in the same colours."""
+def by_layer_and_dim(cuts: LayerCuts, path: str | PathLike[str] | None = None) -> Figure:
+    """The report as heatmaps by layer and dim under a row of the full depth: cut as it is, fitted, fitted with that.
+
+    ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+    """
     if not cuts.report:
         raise ValueError("the cuts have no report, so there is nothing to draw: fit_layer_cuts makes one.")
     found = {(row["layer"], row["dim"]): row for row in cuts.report}

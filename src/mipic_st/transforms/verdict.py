@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from html import escape
-from os import PathLike
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from mipic_st.codes import Ranges
 from mipic_st.transforms.base import Transform
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from mipic_st.transforms.report_plots import by_dim
 
 logger = logging.getLogger(__name__)
 
@@ -111,15 +108,7 @@ class Judged(Transform):
             if row.get("pca_change", 0) < min(-0.1 * row.get("pca", 0), -2 * row.get("pca_error", 0))
         )
 
-    def plot(self, path: str | PathLike[str] | None = None) -> Figure:
-        """The report as curves by dim: truncated, after the PCA of the searched documents, rotated.
-
-        ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
-        Needs matplotlib, and a report.
-        """
-        from mipic_st.transforms.report_plots import by_dim
-
-        return by_dim(self, path)
+    plot = by_dim
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{self.verdict}"
