@@ -83,14 +83,13 @@ def test_score_name_wins_over_label(tmp_path):
 def test_classes_are_not_scores(tmp_path, name):
     """Three classes under a label's name are refused, since the highest may say that the texts contradict each other.
 
-    Yes or no, fractions, a name that says similarity, and a given range are scores; texts alone need none.
+    Yes or no, fractions, and a name that says similarity are scores; texts alone need none.
     """
     texts = {"sentence1": ["a", "b", "c"], "sentence2": ["d", "e", "f"]}
     classes = write(tmp_path / "nli.csv", {**texts, name: [0, 1, 2]})
     for load in (load_training_file, load_sts_file):
         with pytest.raises(ValueError, match="classes"):
             load(classes)
-    assert load_sts_file(classes, score_range=(0, 2))["score"][:] == [0, 0.5, 1]
     assert load_texts_file(classes) == list("abcdef")
     for column, scores in ((name, [0, 1, 1]), (name, [0.0, 1.5, 2.0]), ("score", [0, 1, 2])):
         assert load_sts_file(write(tmp_path / "sts.csv", {**texts, column: scores}))["score"][:] == scores
@@ -197,13 +196,12 @@ def test_the_names_of_classes_say_what_1_means(monkeypatch, tmp_path, names, cle
     rows = {"sentence1": list("abc"), "sentence2": list("def"), "label": [0, 1, 1]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(rows, features=features))
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set.parquet")
-    for score_range in (None, (0, 1)):
-        for load, place in ((load_training_hub, "some/set"), (load_sts_file, tmp_path / "set.parquet")):
-            if clear:
-                assert load(place, score_range=score_range)["score"][:] == [0, 1, 1]
-            else:
-                with pytest.raises(ValueError, match=re.escape(f"holds the classes {names}, which do not say")):
-                    load(place, score_range=score_range)
+    for load, place in ((load_training_hub, "some/set"), (load_sts_file, tmp_path / "set.parquet")):
+        if clear:
+            assert load(place)["score"][:] == [0, 1, 1]
+        else:
+            with pytest.raises(ValueError, match=re.escape(f"holds the classes {names}, which do not say")):
+                load(place)
 
 
 @pytest.mark.parametrize("header", ["text,text", "text,Text"])
@@ -214,14 +212,13 @@ def test_two_columns_of_texts_of_one_name_are_refused(tmp_path, header):
         load_texts_file(tmp_path / "texts.csv")
 
 
-def test_scores_stay_as_they_are_unless_a_range_is_given(tmp_path):
-    """score_range maps to [0, 1]; without it nothing changes."""
+def test_scores_stay_as_they_are(tmp_path):
+    """Whatever their range is."""
     path = write(tmp_path / "data.csv", SCORED)
     (tmp_path / "hub").mkdir()
     write(tmp_path / "hub" / "train.parquet", SCORED)
-    for load in (load_sts_file, load_training_file, lambda _, **how: load_training_hub(str(tmp_path / "hub"), **how)):
+    for load in (load_sts_file, load_training_file, lambda _: load_training_hub(str(tmp_path / "hub"))):
         assert load(path)["score"][:] == SCORED["score"]
-        assert load(path, score_range=(0, 5))["score"][:] == [score / 5 for score in SCORED["score"]]
 
 
 @pytest.mark.parametrize(
@@ -295,26 +292,6 @@ def test_evaluation_needs_scores(tmp_path):
     """Pairs cannot be evaluated: the expected columns are named."""
     with pytest.raises(ValueError, match=re.escape("expected (sentence1, sentence2, score)")):
         load_sts_file(write(tmp_path / "data.csv", PAIRS))
-
-
-@pytest.mark.parametrize(
-    ("score_range", "message"),
-    [
-        ((0, 4), "Row 6 in column 'score'"),
-        ((5, 0), "score_range must be (lowest, highest), two finite numbers, got (5, 0)"),
-        ((0, float("inf")), "two finite numbers, got (0, inf)"),
-        ((float("-inf"), 5), "two finite numbers, got (-inf, 5)"),
-        ((0, float("nan")), "two finite numbers, got (0, nan)"),
-        (5, "two finite numbers, got 5"),
-        (("0", "5"), "two finite numbers, got ('0', '5')"),
-    ],
-)
-def test_score_range_is_checked(tmp_path, score_range, message):
-    """A score outside the range, or a range upside down, is refused."""
-    path = write(tmp_path / "data.csv", SCORED)
-    for load in (load_sts_file, load_training_file):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            load(path, score_range=score_range)
 
 
 def test_hub_loader_takes_a_folder_and_a_split(tmp_path, monkeypatch):

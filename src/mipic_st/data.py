@@ -1,13 +1,9 @@
 """Read training and evaluation pairs from a file or from the Hugging Face hub, under one set of column names.
 
-Two shapes are understood, by the names of their columns (case does not matter):
-
-- pairs: ``anchor, positive`` and perhaps ``negative``, for contrastive losses;
-- scored pairs (STS): ``sentence1, sentence2, score``, for ``CoSENTLoss`` and for evaluation.
-
-Other columns are left out, and named where they look like labels. Pairs that a column of labels tells apart are
-refused: those that do not belong together would be learned as if they did. Scores keep their range, of which
-``CoSENTLoss`` and Spearman's correlation use the order only; ``score_range`` maps them to [0, 1].
+Two shapes are understood, by the names of their columns (case does not matter): pairs, ``anchor, positive`` and perhaps
+``negative``, for contrastive losses; and scored pairs (STS), ``sentence1, sentence2, score``. Other columns are left
+out, and named where they look like labels. Pairs that a column of labels tells apart are refused: those that do not
+belong together would be learned as if they did. Scores keep their range.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mipic_st.validation import as_list, is_number, plain, require
+from mipic_st.validation import as_list, require
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,13 +49,10 @@ _PAIRED = set().union(*PAIR_COLUMNS.values())
 TRUTHS: dict[str, float] = {"true": 1, "false": 0, "yes": 1, "no": 0, "t": 1, "f": 0, "y": 1, "n": 0}
 MISSING: tuple[str, ...] = ("", "none", "nan", "null")
 _MOST_CLASSES = 10
-_FILL = " Fill it or leave the row out."
 SUFFIXES: tuple[str, ...] = (".csv", ".tsv", ".jsonl", ".parquet")
 
 
-def load_training_file(
-    path: str | PathLike[str], *, columns: Sequence[str] | None = None, score_range: tuple[float, float] | None = None
-) -> Dataset:
+def load_training_file(path: str | PathLike[str], *, columns: Sequence[str] | None = None) -> Dataset:
     """Read training data from a file, in either shape; one with both is read as pairs.
 
     Args:
@@ -67,7 +60,6 @@ def load_training_file(
             columns.
         columns: Names of the two columns that are the pairs, first and second text; others are left out. Default: the
             known names, e.g. anchor and positive, query and document, question and answer.
-        score_range: Lowest and highest possible score, e.g. ``(0, 5)``, to map scores to [0, 1]. None keeps them.
 
     Returns:
         Data set with the columns ``anchor, positive[, negative]`` or ``sentence1, sentence2, score``.
@@ -81,7 +73,7 @@ def load_training_file(
         >>> load_training_file("pairs.csv").column_names  # doctest: +SKIP
         ['anchor', 'positive']
     """
-    return _select(_read(path, columns), (PAIR_COLUMNS, SCORED_COLUMNS), str(path), score_range)
+    return _select(_read(path, columns), (PAIR_COLUMNS, SCORED_COLUMNS), str(path))
 
 
 def load_texts_file(path: str | PathLike[str], *, columns: Sequence[str] | None = None) -> list[str]:
@@ -106,23 +98,17 @@ def load_texts_file(path: str | PathLike[str], *, columns: Sequence[str] | None 
             raise ValueError(f"{path} holds no text.")
     else:
         shapes = (TEXT_COLUMN, PAIR_COLUMNS, _SENTENCES, _SIDE_COLUMN)
-        selected = _select(_read(path, columns), shapes, str(path), None)
+        selected = _select(_read(path, columns), shapes, str(path))
         texts = [text for name in selected.column_names for text in selected[name]]
     return list(dict.fromkeys(texts))
 
 
-def load_sts_file(path: str | PathLike[str], *, score_range: tuple[float, float] | None = None) -> Dataset:
+def load_sts_file(path: str | PathLike[str]) -> Dataset:
     """Read scored pairs, ``sentence1, sentence2, score``, from a file; the rest is as in :func:`load_training_file`."""
-    return _select(_read(path), (SCORED_COLUMNS,), str(path), score_range)
+    return _select(_read(path), (SCORED_COLUMNS,), str(path))
 
 
-def load_training_hub(
-    name: str,
-    *,
-    split: str = "train",
-    columns: Sequence[str] | None = None,
-    score_range: tuple[float, float] | None = None,
-) -> Dataset:
+def load_training_hub(name: str, *, split: str = "train", columns: Sequence[str] | None = None) -> Dataset:
     """Load training data from the hub, or a folder of data files, in either shape.
 
     ``name`` has its configuration after a colon if there are several; ``split`` may be ``"train[:10000]"``. The rest is
@@ -148,7 +134,7 @@ def load_training_hub(
     if columns is not None:
         names = _named(columns, loaded.column_names, f"{name} ({split})")
         loaded = loaded.select_columns(list(names)).rename_columns(names)
-    return _select(loaded, (PAIR_COLUMNS, SCORED_COLUMNS), f"{name} ({split})", score_range)
+    return _select(loaded, (PAIR_COLUMNS, SCORED_COLUMNS), f"{name} ({split})")
 
 
 def is_scored(dataset: Dataset) -> bool:
@@ -214,15 +200,8 @@ def _named(columns: Sequence[str], present: Sequence[str], source: str) -> dict[
     return dict(zip(wanted, ["text"] if len(wanted) == 1 else PAIR_COLUMNS, strict=True))
 
 
-def _select(
-    dataset: Dataset, shapes: Sequence[dict[str, tuple[str, ...]]], source: str, score_range: tuple[float, float] | None
-) -> Dataset:
+def _select(dataset: Dataset, shapes: Sequence[dict[str, tuple[str, ...]]], source: str) -> Dataset:
     """Keep the columns of the first shape that fits, under their standard names, and check their values."""
-    score_range = plain(score_range)
-    if score_range is not None:
-        numbers = isinstance(score_range, (list, tuple)) and len(score_range) == 2 and all(map(is_number, score_range))
-        if not numbers or not -math.inf < score_range[0] < score_range[1] < math.inf:
-            raise ValueError(f"score_range must be (lowest, highest), two finite numbers, got {score_range!r}.")
     try:
         _require_single(dataset.column_names)
     except ValueError as error:
@@ -251,14 +230,15 @@ def _select(
         where = f"column {original!r} of {source}"
         if name != "score":
             texts = [isinstance(text, str) and bool(text.strip()) for text in column]
-            _require_all(texts, column, where, "be a text that is not empty", _FILL)
+            _require_all(texts, column, where, "be a text that is not empty")
             continue
-        values[name] = _checked_scores(column, where, score_range)
-        if score_range is None and (classes := found_classes(original, values[name])):
+        values[name] = scores = list(map(as_number, column))
+        _require_all(list(map(math.isfinite, scores)), column, where, "be a finite number")
+        if classes := found_classes(original, scores):
             raise ValueError(
                 f"Column {original!r} of {source} holds {classes}, which look like classes (in natural language "
-                "inference, the highest is the contradiction). For degrees of similarity, name the column 'score' or "
-                "give score_range; otherwise keep the pairs that belong together, as anchor and positive."
+                "inference, the highest is the contradiction). For degrees of similarity, name the column 'score'; "
+                "otherwise keep the pairs that belong together, as anchor and positive."
             )
     return _datasets().Dataset.from_dict(values)
 
@@ -348,18 +328,8 @@ def _match(shape: dict[str, tuple[str, ...]], present: dict[str, str]) -> dict[s
     return found if len(found) == len(shape) else None
 
 
-def _require_all(good: list[bool], column: list[Any], where: str, wanted: str, fix: str = "") -> None:
+def _require_all(good: list[bool], column: list[Any], where: str, wanted: str) -> None:
     """Refuse a column with a value that is not good, and name the first one."""
     if not all(good):
         row = good.index(False)
-        raise ValueError(f"Row {row + 1} in {where} must {wanted}, got {column[row]!r}.{fix}")
-
-
-def _checked_scores(column: list[Any], where: str, score_range: tuple[float, float] | None) -> list[float]:
-    scores = list(map(as_number, column))
-    _require_all(list(map(math.isfinite, scores)), column, where, "be a finite number", _FILL)
-    if score_range is None:
-        return scores
-    low, high = score_range
-    _require_all([low <= score <= high for score in scores], column, where, f"lie in score_range={score_range}")
-    return [(score - low) / (high - low) for score in scores]
+        raise ValueError(f"Row {row + 1} in {where} must {wanted}, got {column[row]!r}. Fill it or leave the row out.")
