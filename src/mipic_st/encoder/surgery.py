@@ -15,13 +15,10 @@ from mipic_st.encoder.structure import encoders_in, tail_of, transformer_of
 Undo = Callable[[], None]
 
 
-def identity_dense(weight: Tensor, like: nn.Module | None = None, features: str = "sentence_embedding") -> Dense:
-    """A bias-free Dense without activation for a map of rows, (in, out); in a model's precision, on its device."""
+def identity_dense(weight: Tensor, features: str = "sentence_embedding") -> Dense:
+    """A bias-free Dense without activation for a map of rows, (in, out)."""
     # a clone: files hold whole storages only, and a slice has a larger one
     weight = weight.T.clone(memory_format=torch.contiguous_format)
-    if like is not None:
-        *_, reference = like.parameters()
-        weight = weight.to(reference.device, reference.dtype)
     with torch.random.fork_rng(devices=[]):  # a Dense draws random values first
         return Dense(
             weight.shape[1],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mipic_st.numerics import no_autocast
-from mipic_st.transforms.fitting import BLOCK, checked_vectors, minimise, powers_of_rows, row_orders
+from mipic_st.transforms.fitting import BATCH, BLOCK, checked_vectors, minimise, powers_of_rows, row_orders
 from mipic_st.transforms.objectives import CutObjective
 from mipic_st.validation import checked_count, checked_dims, checked_number
 
@@ -54,7 +54,6 @@ def refine_cut(
     held_out: tuple[np.ndarray | Tensor, np.ndarray | Tensor],
     vector_weight: float = 1.0,
     max_steps: int = 400,
-    batch_size: int = 256,
     learning_rate: float = 1e-3,
     seed: int = 0,
     show_progress_bar: bool | None = None,
@@ -78,7 +77,7 @@ def refine_cut(
     vector_weight = checked_number("vector_weight", vector_weight, 0)
     objective = CutObjective(checked_dims("dims", dims, weight.shape[1]), vector_weight)
     max_steps = checked_count("max_steps", max_steps)
-    batch_size = min(checked_count("batch_size", batch_size, least=2), len(z))
+    batch_size = min(BATCH, len(z))
     learning_rate = checked_number("learning_rate", learning_rate, 0, exclusive=True)
     generator = torch.Generator().manual_seed(checked_count("seed", seed, least=0))
     with no_autocast(z), torch.inference_mode(False), torch.enable_grad():

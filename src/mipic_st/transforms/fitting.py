@@ -20,8 +20,8 @@ from mipic_st.validation import checked_dims
 Vectors = TypeVar("Vectors", np.ndarray, Tensor)
 Rows = TypeVar("Rows", np.ndarray, Tensor)
 
-# Rows that are held out at most, and rows per block of long sums.
-BLOCK = 2048
+# Rows that are held out at most, and rows per block of long sums; rows of a step of :func:`minimise`.
+BLOCK, BATCH = 2048, 256
 # Steps between two looks at the held-out part.
 _CHECK_EVERY = 10
 

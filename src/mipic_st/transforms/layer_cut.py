@@ -1,8 +1,7 @@
 """Layer cuts: what a model needs behind an early layer to give the vectors of its full depth.
 
-Weights for the tokens in the mean of the layer's states (:mod:`mipic_st.transforms.word_weights`), and a linear W, (H,
-D), from these means to the full-depth vectors (:mod:`mipic_st.transforms.cut_fits`). :func:`fit_layer_cuts` fits both
-for a whole (layer, dim) grid, out of one set of texts.
+Weights for the tokens in the mean of the layer's states, and a linear W, (H, D), from these means to the full-depth
+vectors. :func:`fit_layer_cuts` fits both for a whole (layer, dim) grid, out of one set of texts.
 """
 
 from __future__ import annotations

@@ -16,18 +16,15 @@ from mipic_st.transforms.fitting import split_rows
 logger = logging.getLogger(__name__)
 
 
-def _digest(row: np.ndarray) -> bytes:
-    """A short name for a vector; the rows' own bytes would hold all vectors once more."""
-    return hashlib.blake2b(row.tobytes(), digest_size=16).digest()
-
-
 def numbered(*columns: Tensor) -> list[Tensor]:
     """One number per distinct vector, over all columns, in the order in which they come first."""
     known: dict[bytes, int] = {}
-    return [
-        torch.tensor([known.setdefault(_digest(row), len(known)) for row in column.cpu().numpy()], dtype=torch.long)
-        for column in columns
-    ]
+    ids = []
+    for column in columns:
+        # short names: the rows' own bytes would hold all vectors once more
+        names = (hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in column.cpu().numpy())
+        ids.append(torch.tensor([known.setdefault(name, len(known)) for name in names], dtype=torch.long))
+    return ids
 
 
 def first_rows(ids: Tensor) -> Tensor:

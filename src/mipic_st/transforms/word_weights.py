@@ -16,7 +16,7 @@ from mipic_st.encoder.surgery import word_weights_module
 from mipic_st.numerics import no_autocast
 from mipic_st.transforms.base import Transform
 from mipic_st.transforms.cut_fits import ridge_map
-from mipic_st.transforms.fitting import BLOCK, minimise, row_orders, split_rows
+from mipic_st.transforms.fitting import BATCH, BLOCK, minimise, row_orders, split_rows
 from mipic_st.transforms.objectives import CutObjective
 from mipic_st.validation import checked_count, checked_dims, checked_number
 
@@ -70,7 +70,6 @@ def fit_word_weights(
     *,
     vector_weight: float = 1.0,
     max_steps: int = 400,
-    batch_size: int = 256,
     learning_rate: float = 1e-3,
     seed: int = 0,
     show_progress_bar: bool | None = None,
@@ -92,7 +91,7 @@ def fit_word_weights(
     """
     vector_weight = checked_number("vector_weight", vector_weight, 0)
     objective = CutObjective(checked_dims("dims", dims, targets.shape[1]), vector_weight)
-    max_steps, batch_size = checked_count("max_steps", max_steps, least=0), checked_count("batch_size", batch_size)
+    max_steps = checked_count("max_steps", max_steps, least=0)
     learning_rate = checked_number("learning_rate", learning_rate, 0, exclusive=True)
     if not int(lengths.sum()) == len(tokens) == len(states) or len(lengths) != len(targets):
         raise ValueError(
@@ -112,7 +111,7 @@ def fit_word_weights(
     if not all(bool(part.isfinite().all()) for whole in (states, targets) for part in whole.split(BLOCK)):
         raise ValueError("states and targets must be finite, they hold nan or inf.")
     generator = torch.Generator().manual_seed(seed)
-    test, seen = split_rows(torch.randperm(len(lengths), generator=generator), 0.1, most=batch_size)
+    test, seen = split_rows(torch.randperm(len(lengths), generator=generator), 0.1, most=BATCH)
     starts = lengths.cumsum(0) - lengths
     known, places, counts = tokens.unique(return_inverse=True, return_counts=True)
     rare = (_RARE / (_RARE + counts / counts.sum())).log()
@@ -137,7 +136,7 @@ def fit_word_weights(
 
     def seen_means(logs: Tensor) -> Tensor:
         # few texts at once: their token states are copied, in float32
-        return torch.cat([means(rows, logs) for rows in seen.split(batch_size)])
+        return torch.cat([means(rows, logs) for rows in seen.split(BATCH)])
 
     def loss(rows: Tensor, logs: Tensor, weight: Tensor) -> Tensor:
         return objective(means(rows, logs), targets[rows], weight)
@@ -149,10 +148,10 @@ def fit_word_weights(
         direction = torch.zeros(features.shape[1], requires_grad=True)
         best = minimise(
             [free, direction],
-            lambda rows: loss(seen[rows[:batch_size]], rare + embeddings @ direction, free / scale),
+            lambda rows: loss(seen[rows[:BATCH]], rare + embeddings @ direction, free / scale),
             lambda: loss(test, rare + embeddings @ direction, free / scale),
             lambda: direction,
-            row_orders(len(seen), min(batch_size, len(seen)), generator),
+            row_orders(len(seen), min(BATCH, len(seen)), generator),
             max_steps=max_steps,
             learning_rate=learning_rate,
             description="Word weights",
