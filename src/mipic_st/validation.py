@@ -13,17 +13,13 @@ from types import ModuleType
 from typing import Any
 
 
-def missing_extra(what: str, extra: str) -> str:
-    """What to install, from an index or in a checkout: for the ImportError where an optional package is missing."""
-    return f'{what}: pip install "mipic-st[{extra}]", or in a checkout pip install -e ".[{extra}]"'
-
-
 def require(module: str, what: str, extra: str) -> ModuleType:
     """Import an optional package where it is used; the ImportError begins with ``what``: ``"MTEB tasks need mteb"``."""
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(missing_extra(what, extra)) from error
+        install = f'pip install "mipic-st[{extra}]", or in a checkout pip install -e ".[{extra}]"'
+        raise ImportError(f"{what}: {install}") from error
 
 
 def plain(value: Any) -> Any:

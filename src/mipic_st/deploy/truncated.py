@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from mipic_st.deploy.written import difference, require_same_when_loaded
 from mipic_st.encoder.card import restate_config
-from mipic_st.encoder.encoding import PROBE_TEXTS, encode_layers
+from mipic_st.encoder.encoding import PROBE_TEXTS, encode_layers, encode_texts
 from mipic_st.encoder.modules import with_normalize, without_normalize
 from mipic_st.encoder.structure import (
     evaluation_mode,
@@ -25,7 +25,6 @@ from mipic_st.encoder.structure import (
     unwrap,
 )
 from mipic_st.encoder.surgery import cut_layers, identity_dense, merged_encoders, with_map, word_weights_module
-from mipic_st.evaluation.store import EmbeddingStore
 from mipic_st.numerics import unit_length
 from mipic_st.transforms.layer_cut import LayerCuts, fit_layer_cuts
 from mipic_st.validation import checked_count, checked_dims, checked_flag, checked_layers, checked_texts
@@ -183,9 +182,8 @@ def _check(
         # what rounding in the states can become in the vectors
         amplified = float((np.abs(states) @ np.abs(columns)).max() / np.linalg.norm(expected, axis=1).min()) / 100
     else:
-        store = EmbeddingStore(model, None if layer is None else [layer])
-        width = dim or full_width(model)
-        expected = store.view(width, layer=layer, normalize=normalize).encode(texts, show_progress_bar=False)
+        full = encode_texts(model, texts, prompt=None) if layer is None else encode_layers(model, texts, [layer])[:, 0]
+        expected = full[:, :dim]
     got = np.asarray(exported.encode(texts, show_progress_bar=False), dtype=np.float32)
     if normalize and (dim is not None or cuts is not None):
         expected = unit_length(expected)

@@ -38,19 +38,18 @@ def set_matryoshka_config(
     Example:
         >>> set_matryoshka_config(model, [384, 128, 32])  # doctest: +SKIP
     """
-    inner = unwrap(model)
-    extend_model_card(inner, _write_config(inner, matryoshka_dims, pic_chain))
-
-
-def _write_config(
-    inner: SentenceTransformer, matryoshka_dims: Sequence[int], pic_chain: Iterable[tuple[int, int]]
-) -> list[int]:
-    """The keys of :func:`set_matryoshka_config`; the dims, checked and ascending."""
-    width = embedding_width(inner)
-    dims = sorted(checked_dims("matryoshka_dims", matryoshka_dims, width))
-    encoders = encoders_in(inner)
-    if not encoders:
+    if not encoders_in(unwrap(model)):
         raise ValueError("The model has no Transformer module, so there is no config.json for the keys.")
+    describe_dims(model, matryoshka_dims, pic_chain)
+
+
+def describe_dims(
+    model: nn.Module, dims: Iterable[int], pic_chain: Iterable[tuple[int, int]] = (), introduction: str = ""
+) -> None:
+    """Say at which dims the model can be used: in its config, where it has one, and in its card."""
+    inner = unwrap(model)
+    width, encoders = embedding_width(inner), encoders_in(inner)
+    dims = sorted(checked_dims("matryoshka_dims", dims, width))
     depths = [depth for encoder in encoders if (depth := depth_of(encoder)) is not None]
     pairs = checked_pairs("pic_chain", pic_chain, min(depths, default=None), width)
     for config in (encoder.config for encoder in encoders):
@@ -59,24 +58,14 @@ def _write_config(
             config.mipic_chain = [list(pair) for pair in pairs]
         elif hasattr(config, "mipic_chain"):  # of a training before
             del config.mipic_chain
-    return dims
-
-
-def describe_dims(
-    model: nn.Module, dims: Iterable[int], pic_chain: Iterable[tuple[int, int]] = (), introduction: str = ""
-) -> None:
-    """Say at which dims the model can be used: in its config, where it has one, and in its card."""
-    inner = unwrap(model)
-    if encoders_in(inner):
-        _write_config(inner, sorted(dims), sorted(pic_chain))
     extend_model_card(inner, dims, introduction)
 
 
 def extend_model_card(model: SentenceTransformer, dims: Iterable[int], introduction: str = "") -> None:
     """Say in the model card how to load the model at other dims, replacing what it said about dims before.
 
-    A card that sentence-transformers writes again has the line behind what the model can be used for, one that came
-    with the model is saved as it is, so it gets a section.
+    A card that sentence-transformers writes again has the line behind what the model is for; one that came with the
+    model is saved as it is, so it gets a section.
     """
     smaller = sorted(dim for dim in set(dims) if dim < full_width(model))
     data: Any = model.model_card_data

@@ -200,7 +200,7 @@ class MIPICCallback(TrainerCallback):
         for loss in self.losses.values():
             loss.managed, loss.skips_nonfinite = True, bool(args.fp16)
         dims = {dim for loss in self.losses.values() for dim in loss.matryoshka_dims}
-        describe_dims(kwargs["model"], dims, {pair for loss in self.losses.values() for pair in loss.pic_chain})
+        describe_dims(kwargs["model"], dims, sorted({pair for loss in self.losses.values() for pair in loss.pic_chain}))
 
     def _resume(self, args: TrainingArguments, state: TrainerState, optimizer: Optimizer) -> None:
         given = args.resume_from_checkpoint
@@ -264,8 +264,7 @@ class MIPICCallback(TrainerCallback):
 def _average_gradients(parameters: list[nn.Parameter]) -> None:
     """Average gradients over all ranks, in one collective that is the same on all.
 
-    Missing gradients (another data set's loss was used) count as zero, as they do in DistributedDataParallel. A
-    parameter that no rank has a gradient for keeps none.
+    Missing ones count as zero, as in DistributedDataParallel; a parameter that no rank has a gradient for keeps none.
     """
     with torch.no_grad():
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
