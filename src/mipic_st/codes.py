@@ -1,11 +1,8 @@
 """Codes of vectors: float16, int8, uint8, int4, binary and ubinary, with the ranges they need. NumPy only.
 
-int8, uint8, binary and ubinary are those of ``sentence_transformers.util.quantize_embeddings``, given the same ranges;
-binary subtracts the mean first. int4 has 16 levels from the low to the high end of each value's range, two values to a
-byte: value 2i in the low four bits of byte i, value 2i + 1 in the high four; of an odd dim the last four bits are 0.
-
-Queries stay floats (:func:`scores`): comparing a float query with coded documents, as search engines do, keeps 2 to 10
-points of recall that comparing codes with codes loses.
+All but int4 are those of ``sentence_transformers.util.quantize_embeddings``, given the same ranges; binary subtracts
+the mean first. int4 has 16 levels from the low to the high end of each value's range, two values to a byte: value 2i in
+the low four bits of byte i, value 2i + 1 in the high four; of an odd dim the last four bits are 0.
 """
 
 from __future__ import annotations

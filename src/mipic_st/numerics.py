@@ -70,8 +70,8 @@ class Difference(NamedTuple):
 def compare_vectors(own: Any, other: Any, *, half: bool = False, allowed: float = 1e-3) -> Difference:
     """Whether two ways to the same vectors, (..., D), agree up to rounding: the one rule wherever vectors are compared.
 
-    ``allowed`` is the largest difference, as a share of the largest value; 0.03 at least with ``half``, for vectors of
-    which one was computed in half precision. Rows that are not finite in one of the two are left out.
+    ``allowed`` is a share of the largest value; 0.03 at least with ``half``, for vectors of which one was computed in
+    half precision. Rows that are not finite in one of the two are left out.
 
     Example:
         >>> compare_vectors([[1.0, 2.0]], [[1.0, 2.001]]).same

@@ -41,8 +41,6 @@ class Cell:
         scores: Means over the held-out queries by measure, 0 to 1.
         kept: The measure that decides, as a share of the full width's in float32.
         change: The measure minus the full width's; ``low`` and ``high`` are the ends of its 95% interval.
-        low: See ``change``.
-        high: See ``change``.
         front: Whether no other cell that can be recommended is as good in as few bytes.
 
     Example:
@@ -164,9 +162,8 @@ def gain_on_unseen(
 ) -> tuple[bool, float, float]:
     """Whether rotated vectors find more than truncated ones among documents that the fit has not seen.
 
-    On the whole corpus even random vectors gain, since the map knows the documents that are searched. What is compared
-    are the neighbours of the full width, as a mean over dims and documents. Also given are the difference, and how far
-    random rotations of these documents are from each other: what is no more than that may be chance.
+    On the whole corpus even random vectors gain, since the map knows the documents. What is compared are neighbours of
+    the full width. Also given: the difference, and how far random rotations are from each other, which may be chance.
     """
     unseen = torch.ones(len(search.documents), dtype=torch.bool)
     unseen[rows] = False

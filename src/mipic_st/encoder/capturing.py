@@ -14,8 +14,7 @@ _SOURCE = "transformers.utils.output_capturing"
 def no_hooks_left(model: nn.Module) -> Iterator[None]:
     """Take out, when the block ends, what transformers put into the model to capture hidden states.
 
-    What was there before stays. A compiled model keeps its hooks, since it would be compiled again without them. Where
-    transformers has no such hooks, nothing happens.
+    What was there before stays; a compiled model, which would be compiled again without them, keeps its hooks.
     """
     modules = list(model.modules())
     if any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) for module in modules):

@@ -41,8 +41,8 @@ def _ending(auto_model: nn.Module) -> _Ending:
 def final_norm(auto_model: nn.Module) -> nn.Module | None:
     """What a pre-norm encoder does between its last layer and ``last_hidden_state``, or None for the others.
 
-    A model cut after layer l still runs it. There is no list of names: some tokens run through the encoder once, and
-    the modules that turn the last layer's own output into the last hidden state are those that were seen to do it.
+    A model cut after layer l still runs it: the modules that were seen to do it when some tokens ran through the
+    encoder.
     """
     modules = [auto_model.get_submodule(name) for name in _ending(auto_model).modules]
     if len(modules) > 1:

@@ -120,8 +120,7 @@ def replaced_forward(model: nn.Module, replacement: Callable[..., Features]) -> 
 class _AttentionProbe(TorchFunctionMode):
     """Sees what eager attention hands to dropout: the (B, heads, L, L) probabilities, still whole.
 
-    The attentions that a model returns in training mode are taken after dropout, so their rows do not sum to one.
-    Every eager implementation in transformers calls ``dropout`` on them, with p = 0 outside training.
+    Those that a model returns in training mode are taken after dropout, which all of transformers calls, if with p = 0.
     """
 
     def __init__(self, detach: bool) -> None:
@@ -161,8 +160,7 @@ def record_states(
 ) -> Iterator[list[RecordedPass]]:
     """Record every forward pass of the model inside the block, with its hidden states if there is a backbone.
 
-    ``attentions`` is "no", "detached" or "with_gradient"; ``first`` is the layer after which the first hidden state is,
-    see :func:`mipic_st.encoder.final_norm.first_shown`.
+    ``attentions`` is "no", "detached" or "with_gradient"; ``first`` is the layer after which the first hidden state is.
     """
     passes: list[RecordedPass] = []
 
@@ -217,13 +215,12 @@ def record_states(
 class LayerRecorder:
     """Records a model's layers in many batches, and finds out in time if they are not what is served.
 
-    ``backbone`` is described again when modules come or go behind the encoder, as ``rotate_model`` puts one in;
-    ``checked`` says whether recorded states were found to be those that the embedding is made of.
+    ``backbone`` is described again when modules come or go behind the encoder, as ``rotate_model`` puts one in.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.backbone = backbone_of(model)
-        self.checked = False
+        self.checked = False  # whether recorded states were found to be those that the embedding is made of
         self._first = 0
 
     @contextmanager

@@ -29,19 +29,16 @@ HINT = f"Use a model of Transformer + Pooling (+ any of {TAIL_NAMES}), or alpha=
 
 @dataclass(frozen=True)
 class Description:
-    """What a model, or one route of a Router, is made of, as far as that can be said.
-
-    Without a pooling, the tail are the modules behind the first one; a route's tail ends with those behind the Router.
-    ``obstacle`` says why the loss cannot align the layers with the embedding; it is empty if it can.
-    """
+    """What a model, or one route of a Router, is made of, as far as that can be said."""
 
     depth: int | None = None
     hidden_width: int | None = None
     width: int | None = None
     pooling: Pooling | None = None
+    # behind the first module, if there is no pooling; a route's ends with what is behind the Router
     tail: tuple[nn.Module, ...] = ()
     routes: dict[str, Description] = field(default_factory=dict)
-    obstacle: str = ""
+    obstacle: str = ""  # why the loss cannot align the layers with the embedding
 
     @property
     def steps(self) -> tuple[nn.Module, ...]:

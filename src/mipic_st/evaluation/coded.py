@@ -86,8 +86,8 @@ def label_of_codes(record: Mapping[str, Any]) -> str:
 def coded(vectors: np.ndarray, precision: str, ranges: Ranges | None, scoring: str) -> np.ndarray:
     """Float32 vectors that stand for the codes of these when an evaluator compares them.
 
-    Under asymmetric scoring they are the decoded ones. Code against code, int8 and uint8 are compared as the integers
-    that they are, as sentence-transformers' evaluators do, float16 and int4 decoded, bits by their Hamming distance.
+    Under asymmetric scoring they are the decoded ones. Code against code, int8 and uint8 are compared as integers, as
+    sentence-transformers' evaluators do, float16 and int4 decoded, bits by their Hamming distance.
     """
     codes = encode(vectors, precision, ranges)
     if scoring == "asymmetric" or precision in ("float32", "float16", "int4"):
@@ -100,10 +100,9 @@ def coded(vectors: np.ndarray, precision: str, ranges: Ranges | None, scoring: s
 def _signs(bits: np.ndarray) -> np.ndarray:
     """Bits as vectors whose cosines, dot products and distances order pairs exactly as Hamming distances do.
 
-    Plain signs would not: each is divided by the root of dim, which is rounded, and sums of rounded values break ties
-    between equal Hamming distances at random. So up to four equal columns are added that make the squared length a
-    power of four: then every value, product and sum of an evaluator is exact. The cosine of h different bits is
-    1 - 2h / squared length.
+    Of plain signs rounding would break ties at random. So up to four equal columns are added that make the squared
+    length a power of four, and every product and sum of an evaluator exact. The cosine of h different bits is 1 - 2h /
+    that length.
     """
     dim = bits.shape[1]
     filling = _filling(dim)

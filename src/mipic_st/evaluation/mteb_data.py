@@ -98,7 +98,7 @@ def short_hash(value: Any) -> str:
 def set_digest(kind: str, columns: Mapping[str, Sequence[Any]]) -> str:
     """Digest of a whole set as MTEB scores it, 32 hex digits.
 
-    Copies of one set differ in white space and quotes, so texts count by their letters and digits, gold scores by three
+    Copies of one set differ in white space and quotes: texts count by letters and digits, gold scores by three
     decimals, labels by which rows share one; pairs in any order. Classification draws training texts by row.
     """
     texts = [columns[name] for name in ("text", "sentence1", "sentence2") if name in columns]

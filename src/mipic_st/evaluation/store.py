@@ -245,8 +245,8 @@ class EmbeddingStore:
     def ranges(self, dim: int, layer: int | None, normalize: bool, precision: str) -> Ranges:
         """Ranges of this precision's codes.
 
-        Of the scored texts, int8 and uint8 take the extremes, as sentence-transformers' evaluators do; else the ends
-        are the quantiles of `Ranges.of`, as for vectors that are stored.
+        int8 and uint8 of the scored texts take the extremes, as in sentence-transformers; else the quantiles of
+        `Ranges.of`.
         """
         if self._calibration is None or (isinstance(self._calibration, np.ndarray) and not len(self._calibration)):
             raise ValueError(

@@ -19,10 +19,9 @@ _HUB_TIMEOUT_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class TaskGroup:
-    """A named set of MTEB tasks, how many texts it encodes, and how long that takes.
+    """A named set of MTEB tasks, how many texts it encodes, and about how long that takes.
 
-    The minutes are for all dims, with 22 million parameters in 6 layers on two CPU cores: an estimate from 300
-    sentences or 50 documents a second, not a timing.
+    The minutes are for 22 million parameters on two CPU cores: an estimate of 300 sentences or 50 documents a second.
     """
 
     tasks: tuple[str, ...]
@@ -50,16 +49,12 @@ class NotLoadedError(FileNotFoundError):
 
 @dataclass
 class Job:
-    """A task to run (mteb's, the caller's or a copy with local data), with what its scores are called.
-
-    ``by_name``: a result file of this name is this task's, for the name tells its data; an object of the caller's may
-    be anything. ``parts`` are the jobs of an aggregate task, which has no data of its own.
-    """
+    """A task to run (mteb's, the caller's or a copy with local data), with what its scores are called."""
 
     task: Any
     name: str
-    by_name: bool
-    parts: list[Job] = field(default_factory=list)
+    by_name: bool  # a result file of this name is this task's; an object of the caller's may be anything
+    parts: list[Job] = field(default_factory=list)  # of an aggregate task, which has no data of its own
 
     @property
     def subsets(self) -> list[str]:

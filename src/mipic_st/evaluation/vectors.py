@@ -13,10 +13,7 @@ _BLOCK_BYTES = 2**24
 
 
 class Vectors:
-    """Rows in the order in which they came. The file has no name, so the system frees it however the process ends.
-
-    Its blocks are mapped for as long as they are read: resident memory does not grow with the file.
-    """
+    """Rows in the order in which they came. The file has no name, so the system frees it however the process ends."""
 
     def __init__(self, states: int, width: int, limit: int | None) -> None:
         self._states, self._width, self._limit = states, width, limit
@@ -70,6 +67,7 @@ class Vectors:
         rows = min(self.block_rows, self._count - first)
         if self._file is None:
             return self._blocks[index][:rows]
+        # mapped for as long as it is read: resident memory does not grow with the file
         shape = (rows, self._states, self._width)
         return np.memmap(self._file, dtype=np.float32, mode="r", offset=first * self._row_bytes, shape=shape)
 

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 class DimView:
     """What an evaluator gets in place of the model: vectors of one dim, layer and precision, read from the store.
 
-    Attributes that are not about encoding are the model's; none can be set. What would give vectors of another width is
-    refused.
+    Attributes that are not about encoding are the model's; none can be set, and what gives another width is refused.
     """
 
     def __init__(

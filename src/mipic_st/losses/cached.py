@@ -2,11 +2,7 @@
 
 Such a loss embeds every mini-batch without gradients (1), computes the loss and its gradients at the embeddings (2),
 and embeds again with gradients, in a hook of the backward pass, to carry them on (3). Hidden states exist in 1 and 3
-only, so whatever the terms need of a sentence travels as further columns of its "embedding":
-
-    packed = [ sentence embedding | what each term observes ]
-
-Stage 2 splits them again; in stage 3 the gradient at the packed vector runs through the model and the projections.
+only, so what the terms observe of a sentence travels as further columns of its "embedding", which stage 2 splits off.
 Projections are used in stages 1 and 3 only: a parameter used in stage 2 would miss the scale that the outer backward
 pass applies (gradient accumulation, fp16). All this happens on a stand-in for the base loss, which is not touched.
 """
@@ -64,8 +60,7 @@ def run_cached(
 ) -> Outcome:
     """``scale`` times a cached base loss at every dim, and the terms, without the gradient that their total has.
 
-    ``guard`` gets, before any gradient is computed, the embeddings of all mini-batches and the tensors that their
-    gradients will arrive at.
+    ``guard`` gets, before any gradient is computed, all embeddings and the tensors that their gradients will arrive at.
     """
     calls = _Calls(base, [(dim, scale * weight) for dim, weight in dims], observers, guard)
     methods: dict[str, Callable[..., Any]] = {"calculate_loss": calls.calculate_loss}

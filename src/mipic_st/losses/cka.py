@@ -66,14 +66,11 @@ def centred_gram(gram: Tensor, selected: Tensor, sizes: Tensor) -> Tensor:
 
 
 class _Plan(NamedTuple):
-    """What is known before any value is: the n prefixes, and the most tokens that the set of each can have.
-
-    ``segments`` is empty where token Gram matrices are used: the sets are then leading rows. Otherwise it has the rows
-    that each set may add to the one before, for products of features.
-    """
+    """What is known before any value is: the n prefixes, and the most tokens that the set of each can have."""
 
     dims: tuple[int, ...]
     bounds: tuple[int, ...]
+    # rows that each set may add to the one before, for products of features; empty for token Gram matrices
     segments: tuple[int, ...]
     detach_full_width: bool
 
@@ -81,10 +78,9 @@ class _Plan(NamedTuple):
 def _shifted(hidden: Tensor, order: Tensor, member: Tensor, sizes: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
     """The tokens of the sets, (B, k, D), less the mean of the smallest; and the sum of their squares before that, (B,).
 
-    ``order``, (B, k), says which token each row takes, and ``member`` whether it is in any set; if not, it is zero.
-    CKA ignores a common shift: taking it out first keeps float32 sums of squares accurate. The mean of the smallest
-    set lies among the tokens of every set, so no entry grows beyond the spread of its set, also where a larger set
-    has a token of massive norm.
+    ``order``, (B, k), says which token each row takes, and ``member`` whether it is in any set; if not, it is zero. CKA
+    ignores a common shift: taking it out first keeps float32 sums of squares accurate. That mean lies among the tokens
+    of every set, so no entry grows beyond its spread, also where a larger set has a token of massive norm.
     """
     tokens = hidden.gather(1, order[:, :, None].expand(-1, -1, hidden.shape[-1]))
     energy = tokens.masked_fill_(~member[:, :, None], 0.0).square().sum(dim=(1, 2))
@@ -184,8 +180,7 @@ def _feature_gradient(tokens: Tensor, member: Tensor, sizes: Tensor, plan: _Plan
 class _CKASquares(torch.autograd.Function):
     """The squared norms in CKA of every prefix, computed again in the backward pass instead of kept.
 
-    What is computed again is k x k where the sets are smaller than the width, and D x D where they are larger: memory
-    grows with the length of the sentences, not with its square.
+    That is k x k where the sets are smaller than the width, else D x D: memory grows with the length of the sentences.
     """
 
     @staticmethod

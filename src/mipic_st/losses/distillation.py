@@ -1,14 +1,10 @@
 r"""Distillation: at every dim, the similarities within a batch follow those that a larger model, the teacher, sees.
 
-The teacher encodes each text once, before the training, and its vectors travel with the data
-(:func:`add_teacher_vectors`), so no step runs it.
-
 .. math:: \sum_d KL(\text{softmax}(\cos(A^t, P^t) / \tau) \,\|\, \text{softmax}(\cos(A_d, P_d) / \tau))
 
-with the anchors A, the sentences of all other columns P, t for the teacher's vectors and d for the student's first d
-values. An anchor's own text among P is left out: it says nothing, and takes most of the softmax. Nothing counts as a
-negative, so a query may have several positives in a batch. No part of MIPIC; in-batch similarities are also what
-``DistillKLDivLoss`` distills.
+with the anchors A, the sentences of all other columns P, t for the teacher's vectors, which travel with the data, and d
+for the student's first d values. An anchor's own text among P is left out: it takes most of the softmax. Nothing counts
+as a negative, so a query may have several positives in a batch. No part of MIPIC.
 """
 
 from __future__ import annotations

@@ -76,16 +76,12 @@ def labels_are_taken(base: nn.Module, taken: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Watch:
-    """Looks after one batch.
-
-    ``place`` says where in the training it is, for messages; ``pooling`` is the model's own, if it is known; with
-    ``skips_nonfinite`` a gradient scaler leaves out steps whose gradients are not finite.
-    """
+    """Looks after one batch; ``place`` says where in the training it is, ``pooling`` is the model's own, if known."""
 
     features: list[dict[str, Tensor]]
     place: str
     pooling: Any
-    skips_nonfinite: bool
+    skips_nonfinite: bool  # a gradient scaler leaves out steps whose gradients are not finite
 
     def check_lengths(self) -> None:
         """Refuse a column of length 0, on which encoders fail, each in its own words."""
@@ -96,8 +92,8 @@ class Watch:
     def check_finite(self, terms: dict[str, Tensor], embeddings: Sequence[Tensor] = ()) -> None:
         """Stop at a term that is nan or inf, before it reaches the parameters; where a scaler skips it, log it.
 
-        Only where gradients are computed, and waiting for the device once per batch. A zero vector among the embeddings
-        has no direction, so the gradient of its normalisation can overflow while all values are finite: it is watched.
+        The device is waited for once per batch. A zero vector has no direction, so the gradient of its normalisation
+        can overflow while all values are finite: it is watched.
         """
         if not torch.is_grad_enabled():
             return

@@ -16,15 +16,11 @@ Dims = Sequence[tuple[int, float]]
 
 
 class Outcome(NamedTuple):
-    """What a base loss and the terms that watched it gave: weighted scalars by name.
-
-    With it the embeddings of each forward pass, where they are at hand, and the sum of the terms, if it has the
-    gradient in their place.
-    """
+    """What a base loss and the terms that watched it gave: weighted scalars by name."""
 
     terms: dict[str, Tensor]
-    embeddings: Sequence[Tensor] = ()
-    total: Tensor | None = None
+    embeddings: Sequence[Tensor] = ()  # of each forward pass, where they are at hand
+    total: Tensor | None = None  # the sum of the terms, if it has the gradient in their place
 
     def with_gradient(self) -> dict[str, Tensor]:
         """The terms, whose sum has the gradient: one of them carries that of all, and the difference is zero."""
@@ -37,8 +33,7 @@ class Outcome(NamedTuple):
 class TruncatedPasses:
     """Runs the model once per call of the first dim, and hands later dims the same output, cut.
 
-    Each output is cut and normalised from the one before, as ``MatryoshkaLoss`` does, so that values and gradients
-    are the same to the last bit. ``embeddings`` are what the model gave, uncut, one tensor per forward pass.
+    Each output is cut and normalised from the one before, as ``MatryoshkaLoss`` does, to the last bit.
     """
 
     def __init__(self) -> None:
@@ -80,10 +75,7 @@ def run_plain(
     scale: float,
     observers: Observers,
 ) -> Outcome:
-    """``scale`` times the base loss at every dim, and the terms on the forward passes that it made.
-
-    For base losses that embed in their forward pass; :func:`mipic_st.losses.cached.run_cached` is for the others.
-    """
+    """``scale`` times a base loss without gradient caching, at every dim, and the terms on its forward passes."""
     with observers.recording() as passes:
         terms, embeddings = _at_every_dim(base, model, features, labels, dims)
     if not embeddings:

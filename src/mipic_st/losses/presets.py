@@ -112,10 +112,10 @@ def default_gammas(count: int) -> tuple[float, ...]:
 def default_chain(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[int, int], ...]:
     """PIC's chain for any dims, depth and full width: ordered (dim, layer) pairs, fewer than two if there are none.
 
-    The published pairs where the backbone has a published shape, all dims are the paper's, the full width is one of
-    them and at least two have a pair (TinyBERT's table has none for 128). Otherwise one layer per dim, evenly spaced
-    up to the last one; with more dims than layers, the dims are thinned evenly and the smallest and the largest stay
-    (the rule that gives the published TinyBERT table, which leaves out 128).
+    The published pairs, where the backbone has a published shape and all dims are the paper's, with the full width.
+    Otherwise one layer per dim, evenly spaced up to the last one; with more dims than layers, the dims are thinned
+    evenly and the smallest and the largest stay (the rule that gives the published TinyBERT table, which leaves out
+    128).
 
     Example:
         >>> default_chain([384, 64, 16], depth=6, width=384)
@@ -133,10 +133,10 @@ def default_chain(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[in
 
 
 def released_chain(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[int, int], ...]:
-    """PIC's chain in the authors' own BERT run, (16, 3) (128, 7) (768, 11), for any dims and depth.
+    """PIC's chain in the authors' own BERT run, (16, 3) (128, 7) (768, 11) counted from zero, for any dims and depth.
 
-    Its layers count from zero: they are thirds of the depth. Its dims are the smallest, the middle and the full one.
-    There are no pairs for fewer than two dims or layers.
+    Its layers are thirds of the depth, its dims the smallest, the middle and the full one; none below two dims or
+    layers.
 
     Example:
         >>> released_chain([16, 32, 64, 128, 256, 512, 768], depth=12, width=768)
@@ -176,7 +176,7 @@ def paper_alpha(depth: int, width: int) -> float:
 
 
 def preset_settings(preset: str, dims: Sequence[int], shape: tuple[int, int] | None) -> dict[str, Any]:
-    """The arguments of MIPICLoss that a preset stands for, as far as they differ from the defaults.
+    """The arguments of MIPICLoss that a preset stands for, if they differ from the defaults.
 
     ``shape`` is depth and width of the model, or None if its layers cannot be aligned.
 

@@ -226,10 +226,7 @@ class DistillationTerm:
 
 
 class Observers:
-    """The terms of one batch together: side by side in one tensor per forward pass, and apart again.
-
-    Each is multiplied by the weight; ``record`` makes the context in which forward passes are recorded.
-    """
+    """The terms of one batch, side by side in one tensor per forward pass, and apart again; each times the weight."""
 
     def __init__(
         self, terms: Sequence[Term], weight: float, record: Callable[[], AbstractContextManager[list[RecordedPass]]]
