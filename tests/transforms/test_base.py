@@ -147,7 +147,7 @@ def test_other_files_are_refused(tmp_path):
         ):
             Rotation.load(tmp_path / name)
     notes = {"kind": "rotation", "format": "2", "fields": "{}", "checksum": ""}
-    save_file(load_file(tmp_path / "rotation"), tmp_path / "later", metadata={"transform": json.dumps(notes)})
+    save_file(load_file(tmp_path / "rotation"), tmp_path / "later", metadata=notes)
     with pytest.raises(ValueError, match="its format is 2, this version of mipic-st reads 1; update it"):
         Rotation.load(tmp_path / "later")
 

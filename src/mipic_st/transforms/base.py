@@ -1,8 +1,9 @@
 """What every fitted map has: dims, a report, a call on arrays, modules for a model, a file.
 
-A new map is one frozen dataclass in one file, with a function that fits it. Its fields are what is saved: tensors,
-dicts of numbers to tensors, and what JSON knows. ``tests/transforms/test_base.py`` has one. Files are read by NumPy: a
-map whose fields are arrays, such as the rotation, loads without torch.
+A new map is one frozen dataclass in one file, with a function that fits it. Its fields are what is saved, so it adds
+``__call__`` and ``to_modules`` and nothing else; ``tests/transforms/test_base.py`` has one. Fields are tensors, dicts
+of numbers to tensors, and what JSON knows. Files are written and read by NumPy: a map whose fields are arrays, such as
+the rotation, loads without torch.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ class Transform(ABC):
             raise FileNotFoundError(f"There is no file {path}.")
         try:
             with safe_open(path, framework="np") as file:
-                notes = json.loads((file.metadata() or {}).get(_NOTES, "{}"))
+                notes = file.metadata() or {}
+                notes = json.loads(notes[_NOTES]) if _NOTES in notes else notes  # an earlier version had four keys
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             found = cls(**cls._read(arrays, notes))
             found.check()
@@ -204,6 +206,7 @@ def _arrays_of(transform: Transform) -> dict[str, np.ndarray]:
 def _checksum(arrays: dict[str, np.ndarray], text: str) -> str:
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name, array in sorted(arrays.items()):
+        # the name that torch has for the type: files were written by it once
         digest.update(f"{name} torch.{array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

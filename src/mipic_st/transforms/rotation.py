@@ -1,5 +1,9 @@
 """The rotation: an orthogonal map of embeddings after which their first values are worth keeping.
 
+Rotated vectors have the same full-width cosines; what changes is what is left when they are truncated.
+:func:`mipic_st.transforms.rotation_fit.fit_rotation` finds it for vectors,
+:func:`mipic_st.transforms.model_rotation.rotate_model` puts it into a model.
+
 To load and apply one takes NumPy and safetensors alone: workers that code stored vectors need no torch.
 
 Related work: AdaWidth (arXiv 2608.23862) learns a product of Householder reflections, Matryoshka-Adaptor (arXiv
@@ -8,6 +12,7 @@ Related work: AdaWidth (arXiv 2608.23862) learns a product of Householder reflec
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -321,6 +326,12 @@ class Rotation(OnHub):
 
     @classmethod
     def _read(cls, arrays: dict[str, np.ndarray], notes: dict[str, str]) -> dict[str, Any]:
+        if "kind" not in notes and set(arrays) == {"rotation"}:  # a file of an earlier version
+            dims, rows = (json.loads(notes[name]) for name in ("dims", "report"))
+            names = {"accuracy_before": "truncated", "accuracy_after": "rotated"}
+            names |= {"similarity_before": "similarity_truncated", "similarity_after": "similarity_rotated"}
+            rows = [{names.get(name, name): value for name, value in row.items()} for row in rows]
+            return {"matrix": arrays["rotation"], "dims": tuple(dims), "report": rows, "measure": "pairs found"}
         found = super()._read(arrays, notes)
         if found.get("ranges"):
             found["ranges"] = {dim: Ranges(*parts) for dim, parts in sorted(found["ranges"].items())}
