@@ -119,6 +119,9 @@ class Advice:
 
         The keys are those of this class; cells are objects with the fields of `Cell`, keys of ``budgets`` and
         ``within`` texts, and ``format`` is 1. ``cell``, ``verdict`` and ``snippet`` are there as well.
+
+        Args:
+            path: The file.
         """
         content: dict[str, Any] = {"format": _FORMAT, "measure": self.measure, "full": self.full}
         content |= {"gained": self.gained, "gain": self.gain, "chance": self.chance, "settings": self.settings}

@@ -72,10 +72,8 @@ def advise(
     the pairs; without pairs, of the documents and ``queries``). They search the whole corpus, coded in every cell, that
     is, at every dim in every precision, truncated and rotated. They stay floats, as in search engines, and are used
     neither for the fit nor for the ranges of the codes. Intervals are bootstrapped over queries, for the difference to
-    full width in float32. They do not account for choosing the best of many cells.
-
-    Whether the rotation helps at all is judged on documents that its fit has not seen: among those that it has seen,
-    even random vectors seem to gain. If it does not help, truncated cells are recommended.
+    full width in float32. They do not account for choosing the best of many cells. Whether the rotation helps at all is
+    judged on documents that its fit has not seen: among those that it has seen, even random vectors seem to gain.
 
     Without pairs there are no known answers. Then the measure is how many of the three nearest neighbours at full width
     are among the ten that are found. For int4 x 64 it kept 97.9% on Cranfield, where nDCG@10 kept 97.1%, but 91.5% on
@@ -87,9 +85,9 @@ def advise(
             tensor, of any origin.
         corpus: Texts of the documents that are searched. Optional with pairs; leave it out with vectors.
         queries: Queries without answers: texts, or vectors where documents are vectors.
-        pairs: Queries and the documents that answer them: a table with two columns of texts, as for
-            :func:`~mipic_st.transforms.model_rotation.rotate_model`, or ``(queries, documents)``, two lists of texts,
-            or of vectors. Give a query with several answers in several rows. The documents are searched too.
+        pairs: Queries and the documents that answer them, which are searched too: a table with two columns of texts, as
+            for :func:`~mipic_st.transforms.model_rotation.rotate_model`, or ``(queries, documents)``, two lists of
+            texts, or of vectors. Give a query with several answers in several rows.
         bytes: Budgets, in bytes per vector.
         dims: Default: powers of two from 8, and the full width.
         precisions: Those that your search engine supports, of float32, float16, int8, int4 and binary.

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 def quality_by_bytes(advice: Advice, path: str | PathLike[str] | None = None) -> Figure:
     """Quality over bytes: every cell with its interval, the Pareto front, the full width as a line.
 
-    ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+    Args:
+        advice: What has the cells.
+        path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+
+    Returns:
+        The figure.
     """
     figure, axes = pyplot().subplots(figsize=(7.2, 4.2), layout="constrained")
     precisions = list(dict.fromkeys(cell.precision for cell in advice.cells))

@@ -181,10 +181,16 @@ class MatryoshkaEvaluator(BaseEvaluator):
     def __call__(  # type: ignore[override]
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Evaluate all cells: all metrics of all cells, plus mean and worst of the primary metric.
+        """Evaluate all cells.
 
-        ``output_path`` is a folder for the evaluators' CSV files, one per cell; epoch and step are -1 outside of a
-        training.
+        Args:
+            model: The model to evaluate.
+            output_path: Folder for the evaluators' CSV files, one per cell; None writes nothing.
+            epoch: Current epoch, -1 outside training.
+            steps: Current step, -1 outside training.
+
+        Returns:
+            All metrics of all cells, plus mean and worst of the primary metric.
         """
         model = unwrap(model)
         checked_dims("dims", self.dims, full_width(model))
@@ -341,11 +347,17 @@ class MatryoshkaEvaluator(BaseEvaluator):
         return records
 
     def report(self, model: str = "model", seed: int | None = None) -> EvaluationReport:
-        """The last call's scores as a report; RuntimeError if there was none.
+        """The last call's scores as a report.
 
         Args:
             model: Name of the model in tables.
             seed: Training seed, if several runs of one model are to be averaged in tables and drawn as a band.
+
+        Returns:
+            The report (table, Markdown, plots).
+
+        Raises:
+            RuntimeError: If nothing was evaluated yet.
         """
         from mipic_st.evaluation.report import EvaluationReport
 

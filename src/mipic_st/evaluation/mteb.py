@@ -86,16 +86,15 @@ def evaluate_mteb(
     the full width, ``load_results(experiment_kwargs={"embed_dim": 64})`` one dim. Codes that mteb would not make in the
     same way (asymmetric, calibrated on other texts, int4, bits) have ``scoring`` and ``calibration`` as further keys. A
     task given by name is not run again where its file is there; a task object is run each time, and its scores are in
-    the report only. Files are written whole or not at all, so several runs may share a folder. The caller's random
-    state is left as it was.
+    the report only. Several runs may share a folder. The caller's random state is left as it was.
 
     A score is the mean over the task's own splits and subsets. A task that was narrowed to some of them says so in its
     name: ``STS22 (en, fr)``.
 
     Args:
         model: The model.
-        tasks: A group (see `TASK_GROUPS`), the name of a task or of an mteb benchmark, or a list of task names and
-            mteb task objects. An object that holds data already is scored on that data, under its own name.
+        tasks: A group (see `TASK_GROUPS`), the name of a task or of an mteb benchmark, or a list of task names and mteb
+            task objects. An object that holds data already is scored on that data, under its own name.
         dims: Distinct dims, 1 to the model's width.
         output: Folder of the results.
         model_name: Name in results and tables; None takes the hub name or ``local/<folder>``.
@@ -105,19 +104,17 @@ def evaluate_mteb(
             ``sentence1, sentence2, labels``. A file must hold as many rows as MTEB's set. Data that is not known to be
             MTEB's own (STS13, STS14, STS15, Banking77Classification) is reported as local, ``STS16-local-`` and a
             digest.
-        precisions: ``"float32"`` and, if wanted, others of `MatryoshkaEvaluator`.
-        scoring: ``"symmetric"`` compares code with code; ``"asymmetric"`` keeps queries floats and decodes documents,
-            as search engines do: tasks of retrieval and reranking tell which is which, all others have all their texts
-            coded and decoded.
-        calibration: Where ranges of codes come from, as in `MatryoshkaEvaluator`: the scored texts of the task by
-            default, since mteb has no others; a list of texts, or a dict of Ranges by dim. The report says which.
+        precisions: As in `MatryoshkaEvaluator`, like ``scoring`` and ``calibration``. Tasks of retrieval and reranking
+            tell queries from documents; of all others, all texts are coded.
+        scoring: ``"symmetric"`` or ``"asymmetric"``.
+        calibration: By default the scored texts of the task, since mteb has no others.
         batch_size: Texts per forward pass.
         normalize: Renormalise after the cut; the full width stays as the model gives it.
         overwrite: Run again what is there; a damaged result file is replaced.
         skip_missing: Leave out tasks whose data is missing, with a warning, instead of raising.
         show_progress_bar: Show a bar over cells.
-        memory_limit: Bytes of a task's vectors that stay in memory, 512 MiB by default; above it they go to a
-            temporary file. None sets no limit.
+        memory_limit: Bytes of a task's vectors that stay in memory, 512 MiB by default; above it they go to a temporary
+            file. None sets no limit.
         device: One device, or a list of devices for one process each; None takes the model's.
 
     Returns:

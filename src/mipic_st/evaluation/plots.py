@@ -35,8 +35,13 @@ class _Point(NamedTuple):
 def score_by_dim(report: EvaluationReport, path: str | Path | None = None, task: str | None = None) -> Figure:
     """Score against dim, one line per model, a band from the lowest to the highest seed.
 
-    ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
-    ``task`` is one task; None draws the mean over tasks. A report of layers only is drawn at the deepest one.
+    Args:
+        report: Of which the scores are. Layers only are drawn at the deepest one.
+        path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+        task: One task; None draws the mean over tasks.
+
+    Returns:
+        The figure.
     """
     points = [(point.row, (point.dim,), point.score) for point in _curves(report, task)]
     return saved(_line_plot(points, _SCORE, _title(report, task)), path)

@@ -94,9 +94,19 @@ class ClassificationProbeEvaluator(BaseEvaluator):
     def __call__(  # type: ignore[override]
         self, model: SentenceTransformer, output_path: str | None = None, epoch: int = -1, steps: int = -1
     ) -> dict[str, float]:
-        """Encode, fit, score: ``accuracy`` and ``macro_f1``, 0 to 1, under the evaluator's name.
+        """Encode, fit, score.
 
-        The CSV file goes into the folder ``output_path``, if there is one; epoch and step are -1 outside of a training.
+        Args:
+            model: The model to evaluate; it stays as it is.
+            output_path: Folder of the CSV file; None writes nothing.
+            epoch: Current epoch, -1 outside training.
+            steps: Current step, -1 outside training.
+
+        Returns:
+            ``accuracy`` and ``macro_f1``, 0 to 1, under the evaluator's name.
+
+        Raises:
+            ImportError: If scikit-learn is missing.
         """
         needs = "the classification probe needs scikit-learn", "eval"
         linear_model, scores = require("sklearn.linear_model", *needs), require("sklearn.metrics", *needs)

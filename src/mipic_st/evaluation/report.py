@@ -208,9 +208,14 @@ class EvaluationReport:
     def table(self, average: bool = True) -> pd.DataFrame:
         """Main metrics x 100: one row per (model, layer, precision, dim), one column per task; seeds are averaged.
 
-        ``average`` adds the mean over several tasks as the last column. A precision or layer that all rows share is
-        left out of the index. A ValueError is raised for no main scores, or two different ones of one model, revision
-        and seed.
+        Args:
+            average: Add the mean over tasks as the last column, if there are several tasks.
+
+        Returns:
+            The wide frame; a precision or layer that all rows share is left out of its index.
+
+        Raises:
+            ValueError: If the report holds no main scores, or two different ones of one model, revision and seed.
         """
         pandas = require("pandas", "tables need pandas", "eval")
         keys, columns, rows, values, _ = self._wide(average)

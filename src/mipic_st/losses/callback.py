@@ -99,9 +99,17 @@ class MIPICCallback(TrainerCallback):
         }
 
     def save(self, folder: str | os.PathLike[str], optimizer: Optimizer | None = None) -> Path:
-        """Write the projections into an existing folder, whole or not at all; the file's path is returned.
+        """Write the projections into a folder; the file is there whole or not at all.
 
-        ``optimizer`` is the one saved with it, so that the two can be recognised as belonging together.
+        Args:
+            folder: An existing folder.
+            optimizer: The optimizer saved with it, so that the two can be recognised as belonging together.
+
+        Returns:
+            Path of the file.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
         """
         path = Path(folder) / PROJECTIONS_FILE
         if not path.parent.is_dir():
@@ -115,10 +123,10 @@ class MIPICCallback(TrainerCallback):
         return path
 
     def load(self, folder: str | os.PathLike[str], optimizer: Optimizer | None = None) -> None:
-        """Read projections from a checkpoint folder, in place. Nothing is changed unless all of it fits.
+        """Read projections from a folder, in place. Nothing is changed unless all of it fits.
 
         Args:
-            folder: The folder.
+            folder: A checkpoint folder.
             optimizer: The optimizer that was loaded from it; its moments must be those of the file's projections.
 
         Raises:

@@ -64,13 +64,12 @@ def add_teacher_vectors(
 
     The vectors become the column ``label``, which the trainer hands to the loss. They belong to the columns by their
     order and to the texts as they are now: rows may be shuffled, selected and joined afterwards, columns and texts not
-    be changed. The column's type holds the names of the columns, so ``datasets`` refuses to join data sets that have
-    them in another order ("features can't be aligned"), and
-    :class:`~mipic_st.losses.callback.MIPICCallback` refuses to train on columns that were put into another order.
+    be changed. The column's type holds the names of the columns: ``datasets`` refuses to join data sets that have them
+    in another order ("features can't be aligned"), and :class:`~mipic_st.losses.callback.MIPICCallback` to train on
+    them.
 
     Args:
-        dataset: Two or more columns of texts, as the trainer takes them, without labels or scores: the trainer reads
-            one such column, and this one takes its place.
+        dataset: Two or more columns of texts, as the trainer takes them, without labels or scores.
         teacher: Any SentenceTransformer; it teaches at its full width, whatever its ``truncate_dim``.
         prompts: The teacher's prompts: one for all columns, or one per column name. Default: what its ``encode`` does
             by default. Models with prompts for queries and documents need them here.
@@ -79,16 +78,16 @@ def add_teacher_vectors(
         show_progress_bar: Show bars while encoding. Default: as the log level says, like ``encode``.
 
     Returns:
-        The dataset with the column ``label``, C vectors of T values in each row, in torch format. They are 4 * C * T
-        bytes a row, 6 kB for pairs and 768 values, and lie in memory, also of each process of a distributed run;
-        ``save_to_disk`` and ``datasets.load_from_disk`` give a dataset that lies in a file.
+        The dataset with the column ``label``, C vectors of T values in each row, in torch format: 4 * C * T bytes a row
+        in
+        memory, also of each process of a distributed run. ``save_to_disk`` and ``datasets.load_from_disk`` give a
+        dataset
+        that lies in a file.
 
     Raises:
-        TypeError: If ``dataset``, ``teacher``, ``prompts`` or ``router_mapping`` is of another kind, or a column holds
-            something other than texts.
-        ValueError: If there are fewer than two columns or no rows, if there are labels or scores already, if
-            ``prompts`` or ``router_mapping`` names another column, if the dataset has a transform or hides columns, or
-            if the teacher's vector of a text is zero or not finite.
+        TypeError: If an argument is of another kind, or a column holds something other than texts.
+        ValueError: If there are fewer than two columns or no rows, labels or scores already, a transform or hidden
+            columns, if an argument names another column, or the teacher's vector of a text is zero or not finite.
 
     Example:
         >>> teacher = SentenceTransformer("sentence-transformers/all-mpnet-base-v2")  # doctest: +SKIP

@@ -77,12 +77,6 @@ class MIPICLoss(nn.Module):
         seed: Seeds the lifts, the heads and the draw of dims; the global generators are left alone.
 
     Inputs:
-        +-------+--------+
-        | Texts | Labels |
-        +=======+========+
-        | any   | any    |
-        +-------+--------+
-
         Whatever the base loss takes. With ``distill_weight`` two columns of texts or more, whose labels are the larger
         model's vectors, (B, columns, T), as :func:`mipic_st.losses.distillation.add_teacher_vectors` puts them into a
         dataset; the base loss gets none.
@@ -205,6 +199,9 @@ class MIPICLoss(nn.Module):
             matryoshka_dims: Embedding dimensions. Default: the paper's, 16 to 512 and the full width.
             **overrides: Any keyword argument of :class:`MIPICLoss`, which then wins over the preset.
 
+        Returns:
+            The loss.
+
         Raises:
             ValueError: If the preset is unknown or the backbone has not the shape it was published for.
             TypeError: If an override is no argument.
@@ -228,8 +225,12 @@ class MIPICLoss(nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None) -> dict[str, Tensor]:
         """The weighted terms of Eq. 18, whose sum is the loss.
 
-        ``sentence_features`` has one dict of model inputs per column; ``labels`` are whatever the base loss takes, or
-        with ``distill_weight`` vectors of a larger model, (B, columns, T).
+        Args:
+            sentence_features: One dict of model inputs per column.
+            labels: Whatever the base loss takes; with ``distill_weight`` vectors of a larger model, (B, columns, T).
+
+        Returns:
+            Dict of scalars.
         """
         features, settings = checked_features(sentence_features), self.settings
         self._batches += self.model.training

@@ -59,14 +59,25 @@ class Transform(ABC):
     def to_modules(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Sequence[nn.Module]:
         """The map as modules of sentence-transformers' own, so that a saved model loads without this package.
 
-        ``model`` is what they are for; it stays as it is. Further arguments say which part of the map, where it has
-        several. The modules come in order and in full precision.
+        Args:
+            model: The model that they are for; it stays as it is.
+            *args: Which part of the map, where it has several.
+            **kwargs: The same by name.
+
+        Returns:
+            The modules, in order, in full precision.
         """
 
     def put_in(self, model: SentenceTransformer, *args: Any, **kwargs: Any) -> Callable[[], None]:
-        """Put the map into a model, in place; what is returned is a function that takes it out again.
+        """Put the map into a model, in place.
 
-        The model may be wrapped for training; further arguments are those of :meth:`to_modules`.
+        Args:
+            model: The model, or one that is wrapped for training.
+            *args: Which part of the map, as in :meth:`to_modules`.
+            **kwargs: The same by name.
+
+        Returns:
+            A function that takes it out again: the model is then what it was.
         """
         from mipic_st.encoder.structure import unwrap
         from mipic_st.encoder.surgery import put_in
@@ -82,7 +93,11 @@ class Transform(ABC):
                 raise ValueError(f"{name} holds values that are not finite")
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the map into one safetensors file, whole or not at all; equal maps give equal bytes."""
+        """Write the map into one safetensors file, whole or not at all; equal maps give equal bytes.
+
+        Args:
+            path: The file.
+        """
         from safetensors.numpy import save_file
 
         arrays = _arrays_of(self)
@@ -95,6 +110,12 @@ class Transform(ABC):
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
         """Read what :meth:`save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The map.
 
         Raises:
             FileNotFoundError: If there is no such file.

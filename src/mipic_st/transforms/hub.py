@@ -46,13 +46,16 @@ class OnHub(Judged):
     def describe(
         self, *, model_name: str | None = None, revision: str | None = None, corpus: str | None = None
     ) -> Self:
-        """The same map, which says what it is for and what it was fitted on, for its file and its card.
+        """Say what it is for and what it was fitted on, for its file and its card.
 
         Args:
             model_name: Whose vectors it is for, e.g. ``sentence-transformers/all-MiniLM-L6-v2``. None keeps what is
-                known.
+                known, here and below.
             revision: Which state of that model.
             corpus: What it was fitted on, e.g. ``20,000 help pages of 2026``.
+
+        Returns:
+            The same map with these texts.
 
         Raises:
             TypeError: If one is no text.
@@ -63,7 +66,14 @@ class OnHub(Judged):
         return found
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write ``rotation.safetensors`` and a card, ``README.md``, into a new or empty folder; others are refused."""
+        """Write the map and its card into a new folder.
+
+        Args:
+            folder: A new or empty folder, which gets ``rotation.safetensors`` and ``README.md``.
+
+        Raises:
+            ValueError: If the folder is not empty, or cannot be written.
+        """
         self._write(Path(folder), Path(folder).resolve().name)
 
     @classmethod
@@ -84,6 +94,9 @@ class OnHub(Judged):
             token: For private repositories; None takes that of ``hf auth login``.
             cache_folder: Where files of the hub are kept.
             local_files_only: Do not ask the hub, take what is kept.
+
+        Returns:
+            The map.
 
         Raises:
             FileNotFoundError: If the file is neither in the folder nor on the hub, or the hub cannot be reached.
@@ -120,14 +133,17 @@ class OnHub(Judged):
         commit_message: str | None = None,
         revision: str | None = None,
     ) -> str:
-        """Put the map and its card on the hub; the address of the commit is returned.
+        """Put the map and its card on the hub; the repository is made, if it is not there.
 
         Args:
-            repo_id: Name of the repository, with the user or organisation in front; it is made, if it is not there.
+            repo_id: Name of the repository, with the user or organisation in front.
             token: Of the hub; None takes that of ``hf auth login``.
             private: Whether a new repository is private. None leaves it to the organisation.
             commit_message: Default: that a rotation was added.
             revision: Branch, made if it is not there. Default: the main one.
+
+        Returns:
+            Address of the commit.
         """
         from huggingface_hub import HfApi
 

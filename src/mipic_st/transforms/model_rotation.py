@@ -56,18 +56,14 @@ def rotate_model(
 
     Every distinct text is encoded once, at full width. The rotation becomes a bias-free identity ``Dense`` before
     Normalize; a model that already ends in a linear Dense (a rotation put in earlier, for one) gets it multiplied into
-    that layer's weight. Full-width cosines stay as they are, which is checked before the function returns. The model is
-    changed in place, because a loss, a trainer and an evaluator hold this very object; :meth:`Rotation.save` keeps the
-    matrix. If no dim gained on the held-out part, the model is left as it was, and a warning says so.
-
-    Dot products and Euclidean distances of the full width stay as they are, too. Manhattan distances do not, for no
-    rotation keeps them; if they are the model's ``similarity_fn_name``, a warning says so.
+    that layer's weight. Full-width cosines stay as they are, which is checked (in half precision they move by its
+    rounding, 1e-2 in bfloat16), and so do dot products and Euclidean distances. Manhattan distances do not; if they are
+    the model's ``similarity_fn_name``, a warning says so. If no dim gained on the held-out part, the model is left as
+    it was, and a warning says so. It is changed in place, because a loss, a trainer and an evaluator hold this very
+    object.
 
     Under ``torch.distributed`` every process must call it: the first one fits, on its own texts, and all end with its
     rotation in their models, or with the same error. Simpler: rotate once, save, and train that in several processes.
-
-    In a model of half precision the Dense has that precision too, so cosines move by its rounding (about 1e-2 in
-    bfloat16); ``Rotation.matrix`` is float32.
 
     Args:
         model: Any SentenceTransformer, also one of StaticEmbedding or with a Router.

@@ -23,7 +23,16 @@ _WAYS = ("similarity_plain", "similarity_fitted", "similarity_mixed")
 def by_dim(judged: Judged, path: str | PathLike[str] | None = None) -> Figure:
     """The report as curves by dim: truncated, after the PCA of the searched documents, rotated.
 
-    ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+    Args:
+        judged: What has the report.
+        path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there is no report.
     """
     if not judged.report:
         raise ValueError("the rotation has no report, so there is nothing to draw: evaluate(vectors) makes one.")
@@ -41,7 +50,16 @@ def by_dim(judged: Judged, path: str | PathLike[str] | None = None) -> Figure:
 def by_layer_and_dim(cuts: LayerCuts, path: str | PathLike[str] | None = None) -> Figure:
     """The report as heatmaps by layer and dim under a row of the full depth: cut as it is, fitted, fitted with that.
 
-    ``path`` is a file without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+    Args:
+        cuts: What has the report.
+        path: File without ending (PNG and SVG are written), or with ``.png`` or ``.svg``; None writes nothing.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there is no report.
     """
     if not cuts.report:
         raise ValueError("the cuts have no report, so there is nothing to draw: fit_layer_cuts makes one.")

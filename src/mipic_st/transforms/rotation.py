@@ -86,8 +86,8 @@ class Rotation(OnHub):
             (N, D) or (N, dim): a tensor for a tensor, else an array; of the same type. Zeros stay zeros.
 
         Raises:
-            TypeError: Here and in the other methods: if the vectors are no floating numbers.
-            ValueError: Here and in the other methods: if they are not of width D, or ``dim`` is out of range.
+            TypeError: If the vectors are no floating numbers.
+            ValueError: If the vectors are not of width D, or ``dim`` is out of range.
         """
         if is_tensor(vectors):
             import torch
@@ -120,7 +120,9 @@ class Rotation(OnHub):
             The codes, (N, values or bytes).
 
         Raises:
-            ValueError: If a vector has no direction (NaN, infinite or zero values), or there are no ranges for ``dim``.
+            TypeError: If the vectors are no floating numbers.
+            ValueError: If a vector has no direction (NaN, infinite or zero values, with its row in the message), the
+                width is not D, or there are no ranges for ``dim``.
 
         Example:
             >>> axes = np.eye(4)[:, [2, 0, 1, 3]]
@@ -136,9 +138,18 @@ class Rotation(OnHub):
         return codes
 
     def decode(self, codes: Any, dim: int | None = None, precision: str = "int8") -> np.ndarray:
-        """The rotated, truncated vectors that codes stand for, (N, dim), float32, of about unit length.
+        """The rotated, truncated vectors that codes stand for.
 
-        ``codes`` are what :meth:`encode` gave for the same ``dim`` and ``precision``; others are a ValueError.
+        Args:
+            codes: What :meth:`encode` gave, with the same ``dim`` and ``precision``.
+            dim: Values of a vector. Default: D.
+            precision: What the codes are.
+
+        Returns:
+            (N, dim), float32, of about unit length.
+
+        Raises:
+            ValueError: If the codes are not of this dim and precision, or there are no ranges for ``dim``.
         """
         found = coding.decode(as_rows("codes", codes), precision, self._ranges(dim, precision))
         if found.shape[1:] != (self._dim(dim),):
@@ -150,7 +161,7 @@ class Rotation(OnHub):
 
         Args:
             queries: (Q, D), at full width and not rotated.
-            codes: Of N documents, what :meth:`encode` gave for the same ``dim`` and ``precision``.
+            codes: Of N documents, what :meth:`encode` gave.
             dim: Values of a document. Default: D.
             precision: What the codes are.
 
@@ -159,6 +170,7 @@ class Rotation(OnHub):
             stand for.
 
         Raises:
+            TypeError: If the queries are no floating numbers.
             ValueError: If a query has no direction, or the codes are not of this dim and precision.
 
         Example:
@@ -172,14 +184,18 @@ class Rotation(OnHub):
         return coding.scores(asked, as_rows("codes", codes), precision, self._ranges(dim, precision))
 
     def calibrate(self, vectors: Any, dims: Sequence[int] | None = None) -> Rotation:
-        """The same rotation with ranges from vectors like those that will be coded, e.g. for further dims.
+        """Take ranges from vectors like those that will be coded, e.g. for further dims, or after a change of corpus.
 
         Args:
             vectors: (N, D), as for a call, two or more; at most 32,768 are looked at, at equal distances.
-            dims: What is to be coded; ranges for others stay. Default: the rotation's own dims and D.
+            dims: What is to be coded. Default: the rotation's own dims and D.
+
+        Returns:
+            The same rotation with ranges for these dims, and those that it had for others.
 
         Raises:
-            ValueError: If a vector has no direction, or there are fewer than two.
+            TypeError: If the vectors are no floating numbers.
+            ValueError: If a vector has no direction, there are fewer than two, or ``dims`` are out of range.
         """
         dims = checked_dims("dims", [*self.dims, self._width] if dims is None else dims, self._width)
         array = as_matrix("vectors", vectors, self._width, f"this {self.kind}")
@@ -192,10 +208,20 @@ class Rotation(OnHub):
         return replace(self, ranges=dict(sorted(ranges.items())))
 
     def to_faiss(self, dim: int | None = None) -> faiss.LinearTransform:
-        """Rotation and cut to ``dim`` values (default: D) as the first part of a ``faiss.IndexPreTransform``.
+        """The rotation and cut as the first part of a ``faiss.IndexPreTransform``.
 
-        It takes vectors as they are, not rotated ones. Truncated vectors are not of unit length: for cosines put
-        ``faiss.NormalizationTransform(dim)`` behind it, as :meth:`faiss_index` does.
+        Truncated vectors are not of unit length. For cosines put ``faiss.NormalizationTransform(dim)`` behind it, as
+        :meth:`faiss_index` does.
+
+        Args:
+            dim: Values to keep. Default: D.
+
+        Returns:
+            A trained ``faiss.LinearTransform`` from D to ``dim`` values, for vectors as they are, not rotated ones.
+
+        Raises:
+            ImportError: If faiss is missing.
+            ValueError: If ``dim`` is out of range.
         """
         from mipic_st.transforms.faiss_index import linear_transform
 
@@ -214,8 +240,12 @@ class Rotation(OnHub):
             vectors: (N, D), the documents: the index is trained on them and holds them. None gives an empty index, to
                 be trained and filled by the caller.
 
+        Returns:
+            The index.
+
         Raises:
             ImportError: If faiss is missing.
+            TypeError: If the vectors are no floating numbers.
             ValueError: If faiss does not know ``factory`` or cannot train on so few vectors, or a vector has no
                 direction.
 
@@ -242,18 +272,21 @@ class Rotation(OnHub):
         return [identity_dense(torch.from_numpy(self.matrix))]
 
     def evaluate(self, vectors: Any, queries: Any = None) -> Rotation:
-        """The same rotation, judged on any vectors, e.g. on documents of a different domain from that of the fit.
+        """Judge the rotation on any vectors, e.g. on documents of a different domain from the one it was fitted on.
 
         The PCA that it is compared with is fitted on these vectors: the least that a rotation of their own would give.
-        Warnings in the log name the dims that are worse than plain truncation, and those where their PCA alone keeps a
-        tenth more, the sign of a different domain.
 
         Args:
             vectors: (N, D) documents to search.
             queries: (Q, D), what to search for. Default: up to 1,000 of the documents, which do not find themselves.
 
+        Returns:
+            The same rotation, with the report of these vectors. Warnings in the log name the dims that are worse than
+            plain truncation, and those where their PCA alone keeps a tenth more, the sign of a different domain.
+
         Raises:
-            ValueError: If the vectors are not finite, or too few.
+            TypeError: If the vectors are no arrays of floating numbers.
+            ValueError: If they do not fit the rotation, are not finite, or are too few.
 
         Example:
             >>> print(rotation.evaluate(other_vectors).verdict)  # doctest: +SKIP
