@@ -17,6 +17,12 @@ from mipic_st.validation import checked_choice, checked_count
 PRECISIONS = ("float32", "float16", "int8", "uint8", "int4", "binary", "ubinary")
 """What a vector can be stored in; those behind float16 need :class:`Ranges`."""
 
+
+def needs_ranges(precision: str) -> bool:
+    """Whether codes of this precision depend on the vectors that they were calibrated on."""
+    return precision not in ("float32", "float16")
+
+
 # Shares of the values that may lie below and above the range: a few outliers would cost all others their resolution.
 QUANTILES = (0.003, 0.997)
 _KINDS = {"int8": np.int8, "uint8": np.uint8, "int4": np.uint8, "binary": np.int8, "ubinary": np.uint8}
@@ -108,7 +114,7 @@ def encode(vectors: np.ndarray, precision: str, ranges: Ranges | None = None) ->
     vectors = np.asarray(vectors)
     if vectors.ndim != 2:
         raise ValueError(f"vectors must have the shape (N, d), got {vectors.shape}.")
-    plain = precision in ("float32", "float16")
+    plain = not needs_ranges(precision)
     kind = np.dtype(precision if plain else _KINDS[precision])
     width = vectors.shape[1] if plain else bytes_per_vector(len(_fitting(ranges, vectors.shape[1])), precision)
     codes = np.empty((len(vectors), width), dtype=kind)
@@ -156,7 +162,7 @@ def decode(codes: np.ndarray, precision: str, ranges: Ranges | None = None) -> n
 def _decoded(codes: np.ndarray, precision: str, ranges: Any) -> np.ndarray:
     """What codes stand for, float64, in which int8 and uint8 have no rounding."""
     checked_choice("precision", precision, PRECISIONS)
-    if precision in ("float32", "float16"):
+    if not needs_ranges(precision):
         if not np.issubdtype(codes.dtype, np.floating):
             raise ValueError(f"{precision} codes must be floating numbers, got {codes.dtype}.")
         return codes.astype(np.float64)

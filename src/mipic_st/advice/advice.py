@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LOSSES = (0.01, 0.02, 0.05)
-_FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,9 +122,9 @@ class Advice:
         Args:
             path: The file.
         """
-        content: dict[str, Any] = {"format": _FORMAT, "measure": self.measure, "full": self.full}
-        content |= {"gained": self.gained, "gain": self.gain, "chance": self.chance, "settings": self.settings}
-        content |= {"verdict": self.verdict, "snippet": self.snippet, "cell": asdict(self.cell)}
+        plain = ("measure", "full", "gained", "gain", "chance", "settings", "verdict", "snippet")
+        content: dict[str, Any] = {"format": 1} | {name: getattr(self, name) for name in plain}
+        content |= {"cell": asdict(self.cell)}
         for name in ("budgets", "within"):
             content[name] = {str(key): asdict(cell) for key, cell in getattr(self, name).items()}
         content["cells"] = [asdict(cell) for cell in self.cells]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mipic_st.codes import Ranges, bytes_per_vector, decode, encode, evenly
+from mipic_st.codes import Ranges, bytes_per_vector, decode, encode, evenly, needs_ranges
 from mipic_st.transforms.measures import cosine_scores, ndcg, ranked, recall
 from mipic_st.transforms.rotation import CALIBRATED
 from mipic_st.transforms.search import Search
@@ -71,7 +71,7 @@ def cell_keys(width: int, dims: Sequence[int], precisions: Sequence[str], rotate
         for way in ways
         for dim in dims
         for precision in precisions
-        if way == "truncated" or dim < width or not precision.startswith("float")
+        if way == "truncated" or dim < width or needs_ranges(precision)
     ]
     full = ("truncated", width, "float32")
     return keys if full in keys else [*keys, full]
@@ -94,7 +94,7 @@ def values_by_cell(
     for key, row in zip(keys, values, strict=True):
         way, dim, precision = key
         basis = matrix if way == "rotated" else None
-        if not precision.startswith("float") and (ranges is None or ranges[:2] != key[:2]):
+        if needs_ranges(precision) and (ranges is None or ranges[:2] != key[:2]):
             ranges = way, dim, Ranges.of(_prefixes(search.documents, basis, dim, memory, rows))
         found = _found(search, basis, dim, memory, precision, ranges[2] if ranges else None)
         row[-2:] = recall(found, wanted[:, :3]).cpu(), recall(found, wanted).cpu()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mipic_st.codes import PRECISIONS, Ranges, bits_of, decode, encode
+from mipic_st.codes import PRECISIONS, Ranges, bits_of, decode, encode, needs_ranges
 from mipic_st.evaluation.mteb_data import short_hash
 from mipic_st.validation import as_list, checked_choice, checked_texts
 
@@ -21,11 +21,6 @@ SCORED_TEXTS = "scored texts"
 _CALIBRATIONS = "a list of texts like those that will be coded, or a dict of a Ranges for each dim"
 # The tables and plots of a report know a precision by its own name under these.
 _USUAL = {"scoring": SCORINGS[0], "calibration": SCORED_TEXTS}
-
-
-def needs_ranges(precision: str) -> bool:
-    """Whether codes of this precision depend on the vectors that they were calibrated on."""
-    return precision not in ("float32", "float16")
 
 
 def check_precisions(precisions: Sequence[str]) -> tuple[str, ...]:

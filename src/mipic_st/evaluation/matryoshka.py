@@ -13,7 +13,7 @@ import numpy as np
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.evaluation import BaseEvaluator, SequentialEvaluator
 
-from mipic_st.codes import bytes_per_vector
+from mipic_st.codes import bytes_per_vector, needs_ranges
 from mipic_st.encoder.fingerprint import fingerprint
 from mipic_st.encoder.structure import check_layers, full_width, unwrap
 from mipic_st.evaluation.cells import (
@@ -38,7 +38,6 @@ from mipic_st.evaluation.coded import (
     check_precisions,
     how_coded,
     name_of_calibration,
-    needs_ranges,
 )
 from mipic_st.evaluation.store import MEMORY_LIMIT, EmbeddingStore, FittedCuts, check_place, checked_limit
 from mipic_st.validation import checked_choice, checked_dims, checked_flag, checked_layers, is_whole, plain

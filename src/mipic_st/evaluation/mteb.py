@@ -11,7 +11,6 @@ import logging
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 
-from mipic_st.codes import bytes_per_vector
+from mipic_st.codes import bytes_per_vector, needs_ranges
 from mipic_st.encoder.fingerprint import fingerprint, model_name_of
 from mipic_st.encoder.structure import unwrap
 from mipic_st.evaluation.coded import (
@@ -29,7 +28,6 @@ from mipic_st.evaluation.coded import (
     check_calibration,
     check_precisions,
     how_coded,
-    needs_ranges,
 )
 from mipic_st.evaluation.mteb_data import with_listed_columns
 from mipic_st.evaluation.store import MEMORY_LIMIT, EmbeddingStore
@@ -139,8 +137,11 @@ def evaluate_mteb(
     with EmbeddingStore(model, memory_limit=memory_limit, device=device) as store:
         dims = sorted(checked_dims("dims", dims, store.width))
         cells = [(dim, precision) for precision in precisions for dim in dims]
-        codes = _Codes(checked_choice("scoring", scoring, SCORINGS), check_calibration(calibration, dims))
-        run = _Run(model, store, cells, Path(output), model_name, codes, normalize, overwrite, batch_size)
+        calibration = check_calibration(calibration, dims)
+        checked_choice("scoring", scoring, SCORINGS)
+        run = _Run(
+            model, store, cells, Path(output), model_name, scoring, calibration, normalize, overwrite, batch_size
+        )
         jobs = _with_data(resolve_jobs(tasks, data_dir), run, data_dir, skip_missing)
         return run.report(jobs, skip_missing, show_progress_bar)
 
@@ -161,29 +162,6 @@ def _with_data(jobs: list[Job], run: _Run, data_dir: Path | None, skip_missing: 
     return [job for job in jobs if job.label not in absent]
 
 
-@dataclass
-class _Codes:
-    """How codes are compared and calibrated in a run."""
-
-    scoring: str
-    calibration: Any
-
-    def says(self, precision: str) -> dict[str, str | None]:
-        """What records say of codes of this precision."""
-        return how_coded(precision, self.scoring, self.calibration)
-
-    def of_task(self, precision: str) -> bool:
-        """Whether codes depend on all texts of a task."""
-        return needs_ranges(precision) and self.calibration == SCORED_TEXTS
-
-    def keys(self, precision: str) -> dict[str, str]:
-        """What tells result files of these codes from those that mteb itself might have written."""
-        usual = {"scoring": SCORINGS[0]}
-        if precision in ("int8", "uint8"):
-            usual["calibration"] = SCORED_TEXTS
-        return {key: said for key, said in self.says(precision).items() if said not in (None, usual.get(key))}
-
-
 class _Run:
     """Jobs on views of a store under mteb's own protocol, with their result files."""
 
@@ -194,15 +172,17 @@ class _Run:
         cells: list[_Cell],
         output: Path,
         model_name: str | None,
-        codes: _Codes,
+        scoring: str,
+        calibration: Any,
         normalize: bool,
         overwrite: bool,
         batch_size: int,
     ) -> None:
         self.mteb = require("mteb", "MTEB tasks need mteb", "eval")
         self.name, self.revision = model_name_of(model, model_name), fingerprint(model)
-        self.store, self.cells, self.codes, self.normalize, self.overwrite = store, cells, codes, normalize, overwrite
-        self.ranges = codes.calibration if isinstance(codes.calibration, dict) else None
+        self.store, self.cells, self.normalize, self.overwrite = store, cells, normalize, overwrite
+        self.scoring, self.calibration = scoring, calibration
+        self.ranges = calibration if isinstance(calibration, dict) else None
         self.files = self.mteb.ResultCache(output)
         self.encode_kwargs = {"batch_size": batch_size, "show_progress_bar": False}
         self.encoder = self.mteb.models.SentenceTransformerEncoderWrapper(model)
@@ -228,7 +208,7 @@ class _Run:
                 job_row = {"task": job.label, "metric": str(job.task.metadata.main_score)}
                 for (dim, precision), result in found.items():
                     cell = {"dim": dim, "precision": precision, "bytes": bytes_per_vector(dim, precision)}
-                    cell |= self.codes.says(precision)
+                    cell |= how_coded(precision, self.scoring, self.calibration)
                     records.append({**model_row, **job_row, **cell, "score": _main_score(result)})
         return EvaluationReport(records)
 
@@ -254,7 +234,7 @@ class _Run:
             missing = job.missing(found[cell])
             if missing and needs_ranges(cell[1]) and not self.store.calibrated:
                 # float32 results of an earlier run are not run again, so the store may hold a part of the texts
-                if self.codes.calibration == SCORED_TEXTS and not complete:
+                if self.calibration == SCORED_TEXTS and not complete:
                     list(self._evaluated(job, (cell[0], "float32"), everything))
                 self._calibrate()
             complete |= missing == everything
@@ -265,8 +245,8 @@ class _Run:
 
     def _calibrate(self) -> None:
         """Set the ranges of codes; texts of the caller's are encoded for the first job only."""
-        if isinstance(self.codes.calibration, list) and not self.ranges:
-            self.store.calibrate(self.codes.calibration)
+        if isinstance(self.calibration, list) and not self.ranges:
+            self.store.calibrate(self.calibration)
             dims = {dim for dim, _ in self.cells}
             self.ranges = {dim: self.store.ranges(dim, None, self.normalize, "int8") for dim in dims}
         self.store.calibrate(self.ranges)
@@ -275,7 +255,7 @@ class _Run:
         """Results of mteb for the missing subsets, one after the other, in mteb's order."""
         encoder = copy.copy(self.encoder)
         dim, precision = cell
-        encoder.model = self.store.view(dim, precision=precision, scoring=self.codes.scoring, normalize=self.normalize)
+        encoder.model = self.store.view(dim, precision=precision, scoring=self.scoring, normalize=self.normalize)
         encoder.mteb_model_meta = self.meta(*cell)
         kind = job.task.metadata.type
         task = with_listed_columns(job.task) if kind == "Classification" else job.task
@@ -293,12 +273,23 @@ class _Run:
 
     # Files ------------------------------------------------------------------------------------------------------------
 
+    def _keys(self, precision: str) -> dict[str, str]:
+        """What tells result files of these codes from those that mteb itself might have written."""
+        usual = {"scoring": SCORINGS[0]} | ({"calibration": SCORED_TEXTS} if precision in ("int8", "uint8") else {})
+        said = how_coded(precision, self.scoring, self.calibration)
+        return {key: text for key, text in said.items() if text not in (None, usual.get(key))}
+
+    def _in_files(self, job: Job, cell: _Cell) -> bool:
+        """Whether files may hold the scores: codes that depend on all texts of a task are those of all its subsets."""
+        of_task = needs_ranges(cell[1]) and self.calibration == SCORED_TEXTS
+        return job.by_name and (job.label == job.name or not of_task)
+
     def meta(self, dim: int, precision: str) -> Any:
         """What mteb calls the model at one dim and precision; the full width is the model itself."""
         experiment: dict[str, Any] = {} if dim == self.store.width else {"embed_dim": dim}
         update: dict[str, Any] = {"name": self.name, "revision": self.revision, "embed_dim": dim}
         if precision != "float32":
-            experiment |= {"output_dtypes": precision, **self.codes.keys(precision)}
+            experiment |= {"output_dtypes": precision, **self._keys(precision)}
             # mteb knows bits by one name
             update["output_dtypes"] = [self.mteb.types.OutputDType("binary" if precision == "ubinary" else precision)]
         if experiment and not self.normalize:
@@ -310,7 +301,7 @@ class _Run:
         """Where a result file may be: under the keys of mteb, or under those that this package had before."""
         dim, precision = cell
         path = self.files.get_task_result_path(job.name, self.meta(*cell))
-        if precision not in ("float32", "int8") or self.codes.keys(precision):
+        if precision not in ("float32", "int8") or self._keys(precision):
             return [path]
         parts = [] if self.normalize else ["normalize_False"]
         parts += [] if precision == "float32" else [f"precision_{precision}"]
@@ -323,7 +314,7 @@ class _Run:
 
     def load(self, job: Job, cell: _Cell) -> Any:
         """What is there of the job's scores, as mteb's result under the task's own name; None for nothing."""
-        if self.overwrite or not job.in_files(self.codes.of_task(cell[1])):
+        if self.overwrite or not self._in_files(job, cell):
             return None
         path = next((path for path in self._paths(job, cell) if path.is_file()), None)
         if path is None:
@@ -342,7 +333,7 @@ class _Run:
 
     def save(self, job: Job, cell: _Cell, result: Any) -> None:
         """Write a job's result with mteb's own cache, aside, and then put each file into its place as a whole."""
-        if not job.in_files(self.codes.of_task(cell[1])):
+        if not self._in_files(job, cell):
             return
         result, meta = result.model_copy(update={"task_name": job.name}), self.meta(*cell)
         path = self.files.get_task_result_path(job.name, meta)

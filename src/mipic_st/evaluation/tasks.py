@@ -81,10 +81,6 @@ class Job:
         """The jobs that encode."""
         return [leaf for part in self.parts for leaf in part.leaves()] if self.parts else [self]
 
-    def in_files(self, calibrated: bool) -> bool:
-        """Whether result files may hold the scores: codes that are calibrated on all subsets of a run, all or none."""
-        return self.by_name and (self.label == self.name or not calibrated)
-
     def missing(self, result: Any) -> dict[str, list[str]]:
         """Subsets by split that a result lacks; all for None."""
         scores = {} if result is None else result.scores

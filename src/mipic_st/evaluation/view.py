@@ -13,8 +13,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import quantize_embeddings
 
-from mipic_st.codes import PRECISIONS
-from mipic_st.evaluation.coded import SCORINGS, coded, needs_ranges
+from mipic_st.codes import PRECISIONS, needs_ranges
+from mipic_st.evaluation.coded import SCORINGS, coded
 from mipic_st.evaluation.vectors import write_array
 from mipic_st.numerics import unit_length
 from mipic_st.validation import checked_choice

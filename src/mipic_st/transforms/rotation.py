@@ -326,7 +326,7 @@ class Rotation(OnHub):
     def _ranges(self, dim: int | None, precision: str) -> Ranges | None:
         """What codes of a precision go by, at a dim."""
         dim = self._dim(dim)
-        if checked_choice("precision", precision, coding.PRECISIONS) in ("float32", "float16"):
+        if not coding.needs_ranges(checked_choice("precision", precision, coding.PRECISIONS)):
             return None
         if dim not in (self.ranges or {}):
             raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from html import escape
 from typing import ClassVar
 
@@ -17,26 +16,6 @@ logger = logging.getLogger(__name__)
 
 K = 10
 RECALL, NDCG = f"recall@{K}", f"nDCG@{K}"
-
-
-def verdict(rows: Sequence[Mapping[str, float]], measure: str, chosen: str) -> str:
-    """The report in one line."""
-    if not rows:
-        return "Not judged on any data."
-
-    def where(key: str, sign: int) -> str:
-        return ", ".join(str(row["dim"]) for row in rows if sign * row[f"{key}change"] > 2 * row[f"{key}error"])
-
-    what = "finds {} of what belongs together" if measure == NDCG else "keeps {} of the full width's neighbours"
-    more = what.format("more")
-    found = [f"{more} than truncation at {better}"] if (better := where("", 1)) else []
-    found += [f"LESS than truncation at {worse}: do not use it there"] if (worse := where("", -1)) else []
-    text = ", ".join(found) or f"{what.format('no more')} than truncation"
-    if "pca_change" in rows[0]:
-        better, worse = where("pca_", 1), where("pca_", -1)
-        text += f"; more than the PCA alone at {better}" if better else ""
-        text += f"; the PCA alone has more at {worse}" if worse else ""
-    return f"{chosen or 'rotation'}: {text}."
 
 
 class Judged(Transform):
@@ -87,17 +66,34 @@ class Judged(Transform):
     @property
     def verdict(self) -> str:
         """The report in one line."""
-        return verdict(self.report, self.measure, self.chosen)
+        if not self.report:
+            return "Not judged on any data."
+        ways = (("", 1), ("", -1), ("pca_", 1), ("pca_", -1))
+        better, worse, above, below = (", ".join(map(str, self._dims(key, sign))) for key, sign in ways)
+        what = "keeps {} of the full width's neighbours"
+        if self.measure == NDCG:
+            what = "finds {} of what belongs together"
+        found = [f"{what.format('more')} than truncation at {better}"] if better else []
+        found += [f"LESS than truncation at {worse}: do not use it there"] if worse else []
+        text = ", ".join(found) or f"{what.format('no more')} than truncation"
+        text += f"; more than the PCA alone at {above}" if above else ""
+        text += f"; the PCA alone has more at {below}" if below else ""
+        return f"{self.chosen or 'rotation'}: {text}."
+
+    def _dims(self, key: str, sign: int) -> tuple[int, ...]:
+        """Dims that are better, or with -1 worse, than truncation or, with "pca_", PCA: by two standard errors."""
+        there = [row for row in self.report if f"{key}change" in row]
+        return tuple(int(row["dim"]) for row in there if sign * row[f"{key}change"] > 2 * row[f"{key}error"])
 
     @property
     def gained(self) -> bool:
         """Whether any dim is better than plain truncation, by two standard errors."""
-        return any(row["change"] > 2 * row["error"] for row in self.report)
+        return bool(self._dims("", 1))
 
     @property
     def worse_dims(self) -> tuple[int, ...]:
         """Dims that are worse than plain truncation, by two standard errors or more."""
-        return tuple(int(row["dim"]) for row in self.report if row["change"] < -2 * row["error"])
+        return self._dims("", -1)
 
     @property
     def foreign_dims(self) -> tuple[int, ...]:
