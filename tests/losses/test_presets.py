@@ -66,7 +66,7 @@ def test_published_tables_by_name(name, depth, width, dims, alpha, layers, chain
     """Every number of the table."""
     recipe = presets.RECIPES[name]
     assert (recipe.depth, recipe.width, recipe.alpha) == (depth, width, alpha)
-    assert recipe.dims == numbers(dims)
+    assert presets.paper_dims(recipe.width) == numbers(dims)
     assert recipe.sia_layers == numbers(layers)
     assert recipe.pic_chain == pairs(chain)
 

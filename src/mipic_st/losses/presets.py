@@ -38,11 +38,6 @@ class Recipe:
         """Layers that carry SIA: those of the chain."""
         return tuple(layer for _, layer in self.pic_chain)
 
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """The matryoshka dims, ascending."""
-        return paper_dims(self.width)
-
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -123,7 +118,7 @@ def default_chain(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[in
     """
     dims = sorted(dims)
     recipe = find_recipe(depth, width)
-    if recipe is not None and set(dims) <= set(recipe.dims):
+    if recipe is not None and set(dims) <= set(paper_dims(width)):
         published = tuple(pair for pair in recipe.pic_chain if pair[0] in dims)
         if len(published) > 1 and published[-1] == (width, depth):
             return published
