@@ -219,11 +219,8 @@ def _select(dataset: Dataset, shapes: Sequence[dict[str, tuple[str, ...]]], sour
         columns |= _match({"negative": NEGATIVE_COLUMN}, present) or {}
         if SCORED_COLUMNS in shapes and "negative" not in columns and not _match(SCORED_COLUMNS, present):
             _require_unscored(dataset, present, source)
-    if "score" in columns and (names := unclear_classes(dataset, columns["score"])):
-        raise ValueError(
-            f"Column {columns['score']!r} of {source} holds the classes {names}, which do not say that texts of "
-            "the second one belong together. Keep the pairs that do, as anchor and positive, or make them scores."
-        )
+    if "score" in columns:
+        require_clear_classes(dataset, columns["score"], source)
     values: dict[str, list[Any]] = {}
     for name, original in columns.items():
         values[name] = column = list(dataset[original])
@@ -234,12 +231,7 @@ def _select(dataset: Dataset, shapes: Sequence[dict[str, tuple[str, ...]]], sour
             continue
         values[name] = scores = list(map(as_number, column))
         _require_all(list(map(math.isfinite, scores)), column, where, "be a finite number")
-        if classes := found_classes(original, scores):
-            raise ValueError(
-                f"Column {original!r} of {source} holds {classes}, which look like classes (in natural language "
-                "inference, the highest is the contradiction). For degrees of similarity, name the column 'score'; "
-                "otherwise keep the pairs that belong together, as anchor and positive."
-            )
+        require_degrees(original, scores, source)
     return _datasets().Dataset.from_dict(values)
 
 
@@ -290,20 +282,29 @@ def _numbers(values: Iterable[Any]) -> set[float]:
     return found
 
 
-def unclear_classes(dataset: Dataset, column: str) -> list[str]:
-    """The names of a column's classes (GLUE's, for instance), if these do not say that 1 is what belongs together."""
+def require_clear_classes(dataset: Dataset, column: str, source: str) -> None:
+    """Refuse a column whose classes have names (GLUE's, for one) that do not say that 1 is what belongs together."""
     names = getattr(dataset.features[column], "names", None) or []
     first, *others = [plain_name(name) for name in names] or [""]
     counted = all(name.isdecimal() for name in (first, *others))
     opposed = len(others) == 1 and (first == f"not_{others[0]}" or (TRUTHS.get(first), TRUTHS.get(others[0])) == (0, 1))
-    return [] if counted or opposed else list(names)
+    if names and not (counted or opposed):
+        raise ValueError(
+            f"Column {column!r} of {source} holds the classes {list(names)}, which do not say that texts of the second "
+            "one belong together. Keep the pairs that do, as anchor and positive, without it, or make it scores."
+        )
 
 
-def found_classes(name: str, scores: Sequence[float]) -> list[int]:
-    """The first classes in a column of whole numbers under a label's name, none for yes or no, or for a scale."""
+def require_degrees(name: str, scores: Sequence[float], source: str) -> None:
+    """Refuse whole numbers under a label's name that are neither yes and no nor a scale."""
     found = set(scores)
     scale = plain_name(name) not in CLASS_COLUMNS or found <= {0, 1} or any(value != round(value) for value in found)
-    return [] if scale else sorted(map(int, found))[:5]
+    if not scale:
+        raise ValueError(
+            f"Column {name!r} of {source} holds {sorted(map(int, found))[:5]}, which look like classes (in natural "
+            "language inference, the highest is the contradiction). For degrees of similarity, name the column "
+            "'score'; otherwise keep the pairs that belong together, as anchor and positive, without it."
+        )
 
 
 def plain_name(name: str) -> str:

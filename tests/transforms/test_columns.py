@@ -45,8 +45,12 @@ def test_what_is_taken_of_a_dataset(columns, expected):
 @pytest.mark.parametrize(
     ("columns", "error", "message"),
     [
-        ({"s1": "abc", "s2": "def", "label": [0, 1, 2]}, ValueError, "which of them says that"),
-        ({"s1": "abc", "s2": "def", "labels": [0, 1, 4]}, ValueError, r"'labels' of data holds \[0, 1, 4\], and which"),
+        ({"s1": "abc", "s2": "def", "label": [0, 1, 2]}, ValueError, "which look like classes"),
+        (
+            {"s1": "abc", "s2": "def", "labels": [0, 1, 4]},
+            ValueError,
+            r"'labels' of data holds \[0, 1, 4\], which look like",
+        ),
         ({"s1": "abc", "s2": "def", "label": ["yes", "no", "yes"]}, ValueError, "'label' of data holds no numbers"),
         ({"s1": "abc", "s2": [None, "e", "f"], "s3": "ghi"}, TypeError, "column 's2' of data .* it holds None"),
         ({"s1": "abc", "s2": "def", "score": [0.1, 0.2, 0.3]}, ValueError, "no row of data has a score of 0.8"),

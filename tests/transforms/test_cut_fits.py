@@ -106,9 +106,7 @@ def test_a_refinement_that_harms_is_dropped(bent):
     torch.testing.assert_close(kept / kept.norm(), weight / weight.norm())
 
 
-@pytest.mark.parametrize(
-    "changed", [{"batch_size": 64}, {"learning_rate": 1e-2}, {"max_steps": 5}, {"vector_weight": 4.0}]
-)
+@pytest.mark.parametrize("changed", [{"learning_rate": 1e-2}, {"max_steps": 5}, {"vector_weight": 4.0}])
 def test_every_argument_of_refine_cut_counts(bent, changed):
     """Another value gives another map."""
     weight, states, targets, held = bent
@@ -136,7 +134,6 @@ def test_refine_cut_shows_a_bar(bent, capsys, shown):
         ({"dims": [11]}, "dims"),
         ({"vector_weight": -1}, "vector_weight must be >= 0"),
         ({"max_steps": 0}, "max_steps must be"),
-        ({"batch_size": 1}, "batch_size must be"),
         ({"learning_rate": 0}, "learning_rate must be > 0"),
         ({"seed": -1}, "seed must be"),
     ],

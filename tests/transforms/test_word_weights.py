@@ -104,7 +104,6 @@ def test_weights_that_do_not_help_say_so(noisy):
     [
         {"vector_weight": 0.0},
         {"max_steps": 10},
-        {"batch_size": 32},
         {"learning_rate": 0.003},
         {"seed": 1},
         {"dims": [2]},
@@ -151,7 +150,6 @@ def test_bar_and_bad_lengths(noisy, capsys):
         ((bad, tokens, lengths), {}, "states and targets must be finite"),
         ((states, tokens + 10**6, lengths), {}, "tokens must be from 0 to"),
         ((states, tokens, lengths), {"max_steps": -1}, "max_steps must be an integer >= 0"),
-        ((states, tokens, lengths), {"batch_size": 0}, "batch_size must be an integer >= 1"),
         ((states, tokens, lengths), {"dims": []}, "dims is empty"),
         ((states, tokens, lengths), {"learning_rate": 0}, "learning_rate must be > 0"),
         ((states, tokens, lengths), {"vector_weight": -1}, "vector_weight must be >= 0"),

@@ -168,10 +168,17 @@ def renamed_copy(evaluator: BaseEvaluator, label: str, made: dict[int, Any] | No
 
 
 def _labelled_file(file: str, name: str, label: str) -> str:
-    """The file's name with the label behind the evaluator's name, or at its end."""
-    head, found, tail = file.rpartition(f"_{name}_") if name else ("", "", "")
+    """The file's name with the label behind the evaluator's name, or before what the file holds."""
     path = Path(file)
-    return f"{head}_{name}-{label}_{tail}" if found else str(path.with_stem(f"{path.stem}_{label}"))
+    stem = f"{path.stem}_"
+    if name and f"_{name}_" in stem:
+        head, _, tail = stem.rpartition(f"_{name}_")
+        stem = f"{head}_{name}-{label}_{tail}"
+    else:
+        kind = next((kind for kind in ("_results_", "_predictions_") if kind in stem), "_")
+        head, _, tail = stem.partition(kind) if kind != "_" else (path.stem, "", "")
+        stem = f"{head}_{label}{kind}{tail}"
+    return str(path.with_name(stem.removesuffix("_") + path.suffix))
 
 
 def named_scores(

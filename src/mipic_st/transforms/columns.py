@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mipic_st.data import SCORE_NAMES, found_classes, plain_name, unclear_classes, warn_of_labels
+from mipic_st.data import SCORE_NAMES, plain_name, require_clear_classes, require_degrees, warn_of_labels
 from mipic_st.validation import checked_texts, require
 
 logger = logging.getLogger(__name__)
@@ -61,11 +61,7 @@ def text_columns(data: Any) -> dict[str, list[str]]:
     score = next((plain[name] for name in SCORE_NAMES if name in plain), None)
     # with three texts it is a margin, and several numbers a row are vectors of a larger model
     if score is not None and len(texts_of) == 2 and np.ndim(data[0][score]) == 0:
-        if classes := unclear_classes(data, score):
-            raise ValueError(
-                f"column {score!r} of data holds the classes {classes}, which do not say that 1 means that the texts "
-                "belong together: keep the rows whose texts do, and remove the column."
-            )
+        require_clear_classes(data, score, "data")
         rows = _belonging(data[score], score)
         columns = {name: [texts[row] for row in rows] for name, texts in columns.items()}
     elif len(texts_of) == 2 and score is None:
@@ -99,11 +95,7 @@ def _belonging(given: Any, name: str) -> list[int]:
     if not np.isfinite(scores).all():
         raise ValueError(f"column {name!r} of data holds values that are no finite numbers; leave these rows out.")
     top = next((most for most in (1, 5, 10) if scores.max() <= most), float(scores.max()))
-    if classes := found_classes(name, scores.tolist()):
-        raise ValueError(
-            f"column {name!r} of data holds {classes}, and which of them says that the texts belong together is not "
-            "known: keep these rows and remove the column."
-        )
+    require_degrees(name, scores.tolist(), "data")
     rows = np.flatnonzero(scores >= 0.8 * top).tolist()
     if not rows:
         raise ValueError(
@@ -120,8 +112,7 @@ def scored_pairs(sts: Any) -> tuple[list[str], list[str], list[float]]:
     if hasattr(sts, "column_names"):
         if missing := {"sentence1", "sentence2", "score"} - set(sts.column_names):
             raise ValueError(f"sts lacks the columns {sorted(missing)}; it has {sts.column_names}.")
-        if classes := unclear_classes(sts, "score"):
-            raise ValueError(f"column 'score' of sts holds the classes {classes}: make them numbers, 1 for alike.")
+        require_clear_classes(sts, "score", "sts")
         sts = (sts["sentence1"], sts["sentence2"], sts["score"])
     try:
         first, second, scores = (list(column) for column in sts)
