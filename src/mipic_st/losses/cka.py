@@ -19,9 +19,17 @@ _GAMMA_UNIT = 10_000
 
 
 def topk_sizes(lengths: Tensor, gammas: Sequence[float], min_k: int) -> Tensor:
-    """Tokens per sentence and prefix, (B, n): min(n_b, max(min_k, ceil(gamma_i * n_b))), for lengths n_b (App. A.5).
+    """Number of tokens per sentence and prefix: min(n_b, max(min_k, ceil(gamma_i * n_b))) (App. A.5).
 
-    Gammas keep four decimals. The released code uses the padded length, clamped to the shortest sentence, for n_b.
+    The released code uses the padded length, clamped to the shortest sentence, instead of n_b.
+
+    Args:
+        lengths: n_b, (B,), integers.
+        gammas: One share per prefix, in (0, 1], four decimals are kept.
+        min_k: Smallest set, >= 1.
+
+    Returns:
+        (B, n), integers.
 
     Example:
         >>> topk_sizes(torch.tensor([40, 5]), gammas=(0.2, 0.7), min_k=8)
@@ -34,7 +42,14 @@ def topk_sizes(lengths: Tensor, gammas: Sequence[float], min_k: int) -> Tensor:
 
 
 def prefix_grams(tokens: Tensor, dims: Sequence[int]) -> list[Tensor]:
-    """Gram matrices, (B, k, k), of nested prefixes of tokens (B, k, D): each adds further columns to the one before.
+    """Token Gram matrices X_i X_i^T of nested prefixes: each is the one before plus the product of further columns.
+
+    Args:
+        tokens: (B, k, D).
+        dims: Ascending prefix widths.
+
+    Returns:
+        One (B, k, k) tensor per prefix.
 
     Example:
         >>> prefix_grams(torch.ones(1, 1, 8), dims=(2, 8))
@@ -49,7 +64,15 @@ def prefix_grams(tokens: Tensor, dims: Sequence[int]) -> list[Tensor]:
 
 
 def centred_gram(gram: Tensor, selected: Tensor, sizes: Tensor) -> Tensor:
-    """Gram matrices, (B, k, k), centred over the ``selected`` tokens, (B, k), ``sizes`` (B,) of them; others zero.
+    """Double-centre a Gram matrix over the selected tokens and zero all others: C G C.
+
+    Args:
+        gram: (B, k, k).
+        selected: (B, k), 1 for tokens of the set and 0 else.
+        sizes: (B,), number of tokens in the set, at least 1.
+
+    Returns:
+        (B, k, k).
 
     Example:
         >>> tokens = torch.tensor([[[1.0], [3.0]]])
@@ -229,11 +252,22 @@ def topk_cka_loss(
 
     .. math:: CKA = \|X_i^T X_D\|_F^2 / (\|X_i^T X_i\|_F \, \|X_D^T X_D\|_F)
 
-    Where the sets have no more tokens than the states have dimensions, it is computed as :math:`\langle C G_i C, C G_D
-    C \rangle / (\|C G_i C\|_F \|C G_D C\|_F)` on token Gram matrices, otherwise as written. ``importance``, (B, L), is
-    the full width's score of each token, of which only the order matters; the others are as in
-    :func:`mipic_st.losses.sia.sia_terms`. Returned are values and validity, (B, n) each: CKA of a constant is
-    undefined, so a set of one token, or of equal tokens, has value zero and is not valid.
+    Where the sets have no more tokens than the states have dimensions, it is computed as
+    :math:`\langle C G_i C, C G_D C \rangle / (\|C G_i C\|_F \|C G_D C\|_F)` on token Gram matrices, otherwise as
+    written. Either way nothing of it is kept for the backward pass.
+
+    Args:
+        hidden: H, (B, L, D).
+        importance: The full width's score of each token, (B, L); only its order matters.
+        mask: (B, L), true at real tokens.
+        dims: n ascending prefix widths, below D.
+        gammas: n shares, ascending.
+        min_k: Smallest set.
+        detach_full_width: Whether the full-width side is a constant.
+
+    Returns:
+        Values (B, n) and their validity (B, n). CKA of a constant is undefined, so a set of one token, or of equal
+        tokens, has value zero and is not valid.
     """
     length, width = hidden.shape[1:]
     # Upper bounds of the set sizes come from the padded length, so that no value has to leave the device.

@@ -32,8 +32,14 @@ if TYPE_CHECKING:
 def similarity_divergence(vectors: Tensor, teacher: Tensor, dims: Sequence[int], temperature: float) -> Tensor:
     """KL of the student's in-batch similarities at every dim to the teacher's, which are constants.
 
-    ``vectors`` are the student's, (C, B, D), anchors first, ``teacher`` the larger model's, (C, B, T). One value per
-    dim, the mean over the B anchors; float32, or float64 where the inputs are.
+    Args:
+        vectors: The student's sentence vectors, (C, B, D), anchors first.
+        teacher: The teacher's, (C, B, T).
+        dims: Truncation dimensions, each up to D.
+        temperature: tau, > 0.
+
+    Returns:
+        One value per dim, the mean over the B anchors; float32, or float64 where the inputs are.
 
     Example:
         >>> vectors = torch.eye(4).reshape(2, 2, 4)

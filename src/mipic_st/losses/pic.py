@@ -13,7 +13,14 @@ from mipic_st.numerics import full_precision, no_autocast
 
 
 def chain_head(dim: int, next_dim: int) -> nn.Sequential:
-    """Make phi_c, the head from one pair of the chain to the next (Eq. 15): two linear layers with a ReLU between them.
+    """Make phi_c, the head from one pair of the chain to the next (Eq. 15).
+
+    Args:
+        dim: Width of this pair.
+        next_dim: Width of the next one.
+
+    Returns:
+        Two linear layers with one ReLU between them; the hidden width is ``max(dim, next_dim) // 2``.
 
     Example:
         >>> [layer.out_features for layer in chain_head(16, 64) if isinstance(layer, nn.Linear)]
@@ -31,13 +38,20 @@ def chain_info_nce(
     .. math:: -\frac{1}{B} \sum_b \log \frac{\exp(s_{bb} / \tau)}{\sum_j \exp(s_{bj} / \tau)}, \quad
         s_{bj} = \cos(\phi_c(z_c)_b, (z_{c+1})_j)
 
-    ``predicted`` is phi_c(z_c), (..., B, d), and ``target`` z_{c+1}, (..., M, d), a constant; sentences of one leading
-    axis (an input column) are no negatives for those of another. ``offset`` is the row of ``target`` that belongs to
-    the first of ``predicted``, where ``target`` holds the sentences of several devices. Sentences that are not
-    ``valid``, (..., M), count as not in the batch. The mean is over sentences and columns; zero without a valid
-    sentence.
+    Args:
+        predicted: phi_c(z_c), (..., B, d). Leading axes (the input columns) are separate batches: the sentences of
+            one column are no negatives for those of another.
+        target: z_{c+1}, (..., M, d), M >= B. No gradient flows into it.
+        temperature: tau, > 0.
+        offset: Row of ``target`` that belongs to the first row of ``predicted``; more than zero where ``target``
+            holds the sentences of several devices.
+        valid: (..., M), boolean: which sentences there are; the others count as not in the batch. Default: all.
+
+    Returns:
+        Scalar, the mean over sentences and columns; zero for a batch of one, or without a valid sentence.
 
     Example:
+        >>> import torch
         >>> vectors = torch.eye(3)
         >>> chain_info_nce(vectors, vectors).item() < 1e-6
         True
@@ -57,6 +71,14 @@ def chain_info_nce(
 
 
 def predict_next(head: nn.Module, vector: Tensor) -> Tensor:
-    """phi_c(z_c), (..., B, d_{c+1}): the head on z_c, in the precision of the head's own parameters (Eq. 15)."""
+    """Run the head on z_c, in the precision of the head's own parameters (Eq. 15).
+
+    Args:
+        head: phi_c, from :func:`chain_head`.
+        vector: z_c, (..., B, d_c).
+
+    Returns:
+        phi_c(z_c), (..., B, d_{c+1}).
+    """
     with no_autocast(vector):
         return head(vector.to(next(head.parameters()).dtype))

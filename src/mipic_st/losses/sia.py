@@ -37,10 +37,19 @@ class SIATerms(NamedTuple):
 
 
 def initial_lift(dim: int, width: int, init: LiftInit = "identity") -> Tensor:
-    """The first value of one lift P, (dim, width).
+    """Make the first value of one lift P.
 
-    ``"identity"`` is ``[I 0]``, ordinary truncation; ``"orthogonal"`` has random orthonormal rows; ``"random"`` is what
-    a linear layer from d_i to D starts with.
+    Args:
+        dim: Prefix width d_i, 0 < dim <= width.
+        width: Full width D.
+        init: ``"identity"`` is ``[I 0]``, ordinary truncation. ``"orthogonal"`` has random orthonormal rows.
+            ``"random"`` is what a linear layer from d_i to D starts with.
+
+    Returns:
+        Tensor of shape (dim, width).
+
+    Raises:
+        ValueError: If ``init`` is none of the three.
 
     Example:
         >>> initial_lift(2, 3)
@@ -59,8 +68,14 @@ def initial_lift(dim: int, width: int, init: LiftInit = "identity") -> Tensor:
 def project_query(query: Tensor, lifts: Sequence[Tensor]) -> Tensor:
     r"""Project the query once per prefix, instead of lifting every token (right side of Eq. 5).
 
-    Since :math:`q \cdot (h_{:d_i} P_i) = (P_i q) \cdot h_{:d_i}`, each prefix needs one vector per sentence: of (B, n,
-    D) row i is P_i q followed by zeros.
+    Since :math:`q \cdot (h_{:d_i} P_i) = (P_i q) \cdot h_{:d_i}`, each prefix needs one vector per sentence.
+
+    Args:
+        query: (B, D).
+        lifts: n matrices (d_i, D).
+
+    Returns:
+        (B, n, D), row i being P_i q followed by zeros.
 
     Example:
         >>> query = torch.tensor([[1.0, 2.0, 3.0]])
@@ -74,7 +89,14 @@ def project_query(query: Tensor, lifts: Sequence[Tensor]) -> Tensor:
 
 
 def token_scores(hidden: Tensor, queries: Tensor) -> Tensor:
-    r"""Score every token against queries (B, n, D): :math:`s_j = q \cdot h_j / \sqrt{D}`, (B, n, L) (Eq. 4 and 5).
+    r"""Score every token against every query: :math:`s_j = q \cdot h_j / \sqrt{D}` (Eq. 4 and 5).
+
+    Args:
+        hidden: (B, L, D).
+        queries: (B, n, D).
+
+    Returns:
+        (B, n, L), padding included.
 
     Example:
         >>> token_scores(torch.ones(1, 2, 4), torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]))
@@ -84,9 +106,14 @@ def token_scores(hidden: Tensor, queries: Tensor) -> Tensor:
 
 
 def masked_log_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Log-softmax of scores (B, ..., L) over the real tokens; padding is given 0, so that the caller must mask it.
+    """Log-softmax over the real tokens; padding is given 0, so that its probability must be masked by the caller.
 
-    Finite everywhere, also for a sentence without real tokens.
+    Args:
+        scores: (B, ..., L).
+        mask: (B, L), true at real tokens.
+
+    Returns:
+        Same shape as ``scores``; finite everywhere, also for a sentence without real tokens.
 
     Example:
         >>> masked_log_softmax(torch.zeros(1, 3), torch.tensor([[True, True, False]])).exp()
@@ -104,10 +131,17 @@ def attention_kl(
     temperature: float,
     direction: KLDirection = "prefix_full",
 ) -> Tensor:
-    """Divergence, (B, n), between the distributions over tokens of each prefix and of the full width (Eq. 6).
+    """Divergence between the distributions over tokens of each prefix and of the full width (Eq. 6).
 
-    ``prefix_scores`` are s_i, (B, n, L), ``full_log_probs`` log a_D, (B, L). ``"prefix_full"`` is KL(a_i || a_D), the
-    paper's; ``"full_prefix"`` KL(a_D || a_i), the notebooks'. Zero for a sentence with one real token or none.
+    Args:
+        prefix_scores: s_i, (B, n, L).
+        full_log_probs: log a_D, (B, L), from :func:`masked_log_softmax`.
+        mask: (B, L), true at real tokens.
+        temperature: tau of the prefixes' softmax, > 0.
+        direction: ``"prefix_full"`` is KL(a_i || a_D), the paper's; ``"full_prefix"`` KL(a_D || a_i), the notebooks'.
+
+    Returns:
+        (B, n), in nats. Zero for a sentence with one real token or none.
 
     Example:
         >>> mask = torch.tensor([[True, True]])
@@ -138,10 +172,23 @@ def sia_terms(
 ) -> SIATerms:
     """Both SIA terms of one layer, per sentence and prefix (Eq. 4-12).
 
-    ``lifts`` None leaves out Eq. 6, and ``with_cka`` False Eq. 11; their values are then zero. ``gammas`` and ``min_k``
-    are those of the top-k sets, ``temperature`` that of the attention softmax. With ``detach_full_width`` everything of
-    the full width (q, a_D, X_D) is a constant. ``full_attention``, (B, L), is the importance of each token from the
-    model's own attention maps, in place of the softmax at full width.
+    Args:
+        hidden: H, (B, L, D).
+        query: q, (B, D).
+        mask: (B, L), true at real tokens.
+        dims: The n prefixes, ascending.
+        lifts: P, n matrices (d_i, D). None leaves out Eq. 6; its values are then zero.
+        gammas: n shares for the top-k sets.
+        min_k: Smallest set.
+        temperature: tau of the attention softmax, > 0.
+        kl_direction: See :func:`attention_kl`.
+        detach_full_width: Whether everything of the full width (q, a_D, X_D) is a constant.
+        full_attention: (B, L), importance of each token from the model's own attention maps, instead of the
+            softmax at full width. Default: similarity.
+        with_cka: Whether Eq. 11 is wanted; if not, its values are zero and not valid.
+
+    Returns:
+        :class:`SIATerms`.
     """
     with no_autocast(hidden):
         hidden, query = full_precision(hidden, query)

@@ -13,15 +13,29 @@ _VALUES, _LEAST_ROWS = 2**20, 16
 
 
 def cosine_scores(queries: Tensor, corpus: Tensor) -> Callable[[slice], Tensor]:
-    """For :func:`ranked`: from a slice of queries (Q, d) to their scores with the corpus (N, d), all of unit length."""
+    """Scores of some queries with the whole corpus, for :func:`ranked`.
+
+    Args:
+        queries: (Q, d), unit length.
+        corpus: (N, d), unit length.
+
+    Returns:
+        A function from a slice of queries to (B, N).
+    """
     return lambda rows: queries[rows] @ corpus.T
 
 
 def ranked(scores: Callable[[slice], Tensor], shape: tuple[int, int], k: int, own: Tensor | None = None) -> Tensor:
-    """The k best rows of the corpus for each query, best first, (Q, k), or all if it has fewer.
+    """The k best rows of the corpus for each query, best first.
 
-    ``scores`` gives those of some queries with the whole corpus, ``shape`` is (Q, N), and ``own``, (Q,), the row of the
-    corpus that is the query itself and is no answer; -1 for none.
+    Args:
+        scores: From a slice of queries to their scores with the whole corpus.
+        shape: (Q, N), numbers of queries and of rows in the corpus.
+        k: How many; all if the corpus has fewer.
+        own: (Q,), the row of the corpus that is the query itself and is no answer; -1 for none.
+
+    Returns:
+        (Q, k), rows of the corpus.
 
     Example:
         >>> corpus = torch.eye(3)
@@ -45,7 +59,14 @@ def ranked(scores: Callable[[slice], Tensor], shape: tuple[int, int], k: int, ow
 
 
 def recall(found: Tensor, wanted: Tensor) -> Tensor:
-    """Share, (Q,), of the wanted rows, e.g. of what the full width finds, that were found; (Q, k) each.
+    """Share of the wanted rows that were found.
+
+    Args:
+        found: (Q, k).
+        wanted: (Q, k), e.g. what the full width finds.
+
+    Returns:
+        (Q,), double.
 
     Example:
         >>> recall(torch.tensor([[1, 2]]), torch.tensor([[2, 3]])).tolist()
@@ -55,7 +76,15 @@ def recall(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 def gains(found: Tensor, relevant: Sequence[Tensor]) -> Tensor:
-    """Which of the found rows, (Q, k), are among those that answer each query: 1 or 0, double."""
+    """Which of the found rows are relevant.
+
+    Args:
+        found: (Q, k).
+        relevant: Rows of the corpus that answer each query.
+
+    Returns:
+        (Q, k), double: 1 or 0.
+    """
     most = max((len(rows) for rows in relevant), default=0)
     padded = torch.full((len(relevant), max(1, most)), -1)
     for number, rows in enumerate(relevant):
@@ -64,7 +93,14 @@ def gains(found: Tensor, relevant: Sequence[Tensor]) -> Tensor:
 
 
 def ndcg(found: Tensor, relevant: Sequence[Tensor]) -> Tensor:
-    """nDCG@k, (Q,), with equal gains, of found rows (Q, k), best first: 1 where all relevant rows come first.
+    """nDCG@k with equal gains: 1 where all relevant rows come first.
+
+    Args:
+        found: (Q, k), best first.
+        relevant: Rows of the corpus that answer each query, one at least.
+
+    Returns:
+        (Q,), double.
 
     Example:
         >>> ndcg(torch.tensor([[5, 1]]), [torch.tensor([1])]).round(decimals=2).tolist()
@@ -77,7 +113,14 @@ def ndcg(found: Tensor, relevant: Sequence[Tensor]) -> Tensor:
 
 
 def reciprocal_rank(found: Tensor, relevant: Sequence[Tensor]) -> Tensor:
-    """One over the place of the first relevant row, (Q,); 0 where none was found.
+    """One over the place of the first relevant row; 0 where none was found.
+
+    Args:
+        found: (Q, k), best first.
+        relevant: Rows of the corpus that answer each query.
+
+    Returns:
+        (Q,), double.
 
     Example:
         >>> reciprocal_rank(torch.tensor([[5, 1], [3, 2]]), [torch.tensor([1]), torch.tensor([9])]).tolist()
