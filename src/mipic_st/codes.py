@@ -101,9 +101,15 @@ class Ranges:
 
 
 def encode(vectors: np.ndarray, precision: str, ranges: Ranges | None = None) -> np.ndarray:
-    """Vectors, (N, d) and finite, as codes of one of :data:`PRECISIONS`; float32 and float16 need no ranges.
+    """Vectors as codes.
 
-    (N, d) for float32, float16, int8 and uint8; (N, ceil(d / 2)) for int4; (N, ceil(d / 8)) for the binary ones.
+    Args:
+        vectors: (N, d), finite.
+        precision: One of :data:`PRECISIONS`.
+        ranges: Of width d; float32 and float16 need none.
+
+    Returns:
+        (N, d) for float32, float16, int8 and uint8; (N, ceil(d / 2)) for int4; (N, ceil(d / 8)) for the binary ones.
 
     Example:
         >>> ranges = Ranges.of(np.array([[0.0, 0.0, 0.0], [15.0, 15.0, 15.0]]), quantiles=(0.0, 1.0))

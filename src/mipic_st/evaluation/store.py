@@ -229,8 +229,9 @@ class EmbeddingStore:
     def calibrate(self, calibration: Sequence[str] | Mapping[int, Ranges] | None = None) -> None:
         """Set what the ranges of codes come from; values outside of a range get its nearest code.
 
-        Texts are encoded as documents; ranges by dim are of vectors as a view has them. None takes the texts stored
-        now.
+        Args:
+            calibration: Texts, which are encoded as documents; or ready Ranges by dim, of vectors as a view has them
+                (unit length, but for ``normalize=False``). None takes the texts that are stored now.
         """
         with self.lock:
             self._ranges.clear()
