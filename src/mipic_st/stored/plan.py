@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mipic_st.stored.formats import FORMATS, Format
 from mipic_st.validation import require
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -115,3 +118,21 @@ def plan(place: str | PathLike[str], column: str) -> Plan:
     if doubled := {target for target in targets if targets.count(target) > 1}:
         raise ValueError(f"two files would be written as {min(doubled)}: rename one of {place}.")
     return found
+
+
+def read(place: str | PathLike[str], column: str) -> pa.ChunkedArray:
+    """The vectors of all files at once; one file that cannot be read is an error."""
+    import pyarrow as pa
+
+    found = plan(place, column)
+    for name, error in found.failed.items():
+        raise ValueError(f"Cannot read {name}: {error}") from error
+    parts = []
+    for piece in found.pieces:
+        for batch in piece.data.batches(piece.start, piece.stop):
+            if column not in (names := batch.schema.names):
+                raise ValueError(f"{piece.source} has the columns {names}, but not {column!r}: give --columns NAME.")
+            parts.append(getattr(batch.column(column), "storage", batch.column(column)))
+    if len(kinds := {str(part.type) for part in parts}) > 1:
+        raise ValueError(f"column {column!r} of {place} is of several types, {', '.join(sorted(kinds))}: make it one.")
+    return pa.chunked_array(parts)
