@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +17,8 @@ from typing import Any
 
 # Next to content that is moving into an existing folder: its names.
 _MOVING = ".moving.json"
+# Bytes of a name that leave room for more in front and behind: 255 is what most file systems take.
+_LONG = 100
 
 
 @contextmanager
@@ -83,12 +86,19 @@ def _make(aside: Path, folder: str | PathLike[str]) -> list[Path]:
 
 def _name_aside(name: str) -> str:
     """A hidden name that says whose it is: machine and process."""
-    return f".{name}.writing-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{_prefix(name)}{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _prefix(name: str) -> str:
+    """What such names begin with; of a name as long as file systems allow, a digest."""
+    if len(os.fsencode(name)) > _LONG:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f".{name}.writing-{platform.node()}-"
 
 
 def _left_behind(place: Path, name: str) -> Iterator[Path]:
     """What ended processes of this machine have left next to a name."""
-    prefix = f".{name}.writing-{platform.node()}-"
+    prefix = _prefix(name)
     for left in place.glob(f"{glob.escape(prefix)}*"):
         if _has_ended(int(left.name.removeprefix(prefix).partition("-")[0])):
             yield left

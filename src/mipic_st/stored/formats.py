@@ -160,8 +160,8 @@ class Numpy(Format):
 
     def _head(self) -> Any:
         array = np.load(self.path, mmap_mode="r")
-        if array.ndim != 2 or not array.flags.c_contiguous:
-            raise ValueError(f"must hold an array (N, D) in C order, got shape {array.shape}.")
+        if array.ndim != 2:
+            raise ValueError(f"must hold an array (N, D), got shape {array.shape}.")
         return array
 
     def borders(self) -> list[int]:
@@ -171,12 +171,17 @@ class Numpy(Format):
     def batches(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
         """The rows between two borders."""
         head = self._head()
-        width, offset, kind = head.shape[1], head.offset, head.dtype
+        width, offset, kind, by_rows = head.shape[1], head.offset, head.dtype, head.flags.c_contiguous
         del head
         for first in range(start, max(stop, start + 1), BATCH):
-            count = width * (min(first + BATCH, stop) - first)
-            flat = np.fromfile(self.path, kind, count, offset=offset + first * width * kind.itemsize)
-            yield _batch(self.column, flat, width)
+            last = min(first + BATCH, stop)
+            if by_rows:
+                flat = np.fromfile(
+                    self.path, kind, width * (last - first), offset=offset + first * width * kind.itemsize
+                )
+            else:
+                flat = self._head()[first:last].ravel()
+            yield _batch(self.column, flat.astype(kind.newbyteorder("="), copy=False), width)
 
 
 class _SafetensorsWriter(_NumpyWriter):
@@ -206,9 +211,11 @@ class Safetensors(Format):
         with self._open() as file:
             if self.column not in (names := list(file.keys())):
                 raise ValueError(f"there is no tensor {self.column!r}; the tensors are {names}.")
-            shape = file.get_slice(self.column).get_shape()
+            shape, kind = file.get_slice(self.column).get_shape(), file.get_slice(self.column).get_dtype()
         if len(shape) != 2:
             raise ValueError(f"tensor {self.column!r} must have the shape (N, D), got {shape}.")
+        if kind == "BF16":
+            raise ValueError(f"tensor {self.column!r} is of bfloat16, which NumPy does not have: save it in float32.")
         return _pieces(shape[0])
 
     def batches(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:

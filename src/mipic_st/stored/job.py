@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
@@ -23,6 +24,7 @@ from mipic_st.stored.formats import FORMATS
 from mipic_st.stored.plan import Piece, Plan, plan
 from mipic_st.stored.rotate import RotateVectors
 from mipic_st.stored.sample import ROWS, neighbors_kept
+from mipic_st.transforms.arrays import of_usual_length
 from mipic_st.transforms.rotation import Rotation
 from mipic_st.validation import checked_count, checked_dims, default_dims
 
@@ -199,7 +201,7 @@ def _sample(column: str, piece: Piece, own: np.ndarray, tick: Callable[[int], No
     for batch, chosen in piece.chosen(own):
         vectors = batch.column(column).take(chosen)
         rows = rows_of(column, vectors, width_of(vectors)).vectors
-        found.append(rows[np.isfinite(rows).all(axis=1) & rows.any(axis=1)].astype(np.float32))
+        found.append(of_usual_length(rows[np.isfinite(rows).all(axis=1) & rows.any(axis=1)]))
         tick(batch.num_rows)
     widths = Counter(part.shape[1] for part in found for _ in part)
     width = widths.most_common(1)[0][0] if widths else 0
@@ -252,7 +254,7 @@ def _code(folder: Path, rotate: RotateVectors, piece: Piece, own: np.ndarray, ti
         for batch, chosen in piece.chosen(own):
             coded, found = rotate.coded(batch)
             vectors = batch.column(rotate.column).take(chosen[~np.isin(chosen, list(found))])
-            sample.append(rows_of(rotate.column, vectors, rotate.width).vectors.astype(np.float32))
+            sample.append(of_usual_length(rows_of(rotate.column, vectors, rotate.width).vectors))
             faults.update((first + row, fault) for row, fault in found.items())
             writer.write(coded)
             first += batch.num_rows
@@ -274,7 +276,7 @@ def _code(folder: Path, rotate: RotateVectors, piece: Piece, own: np.ndarray, ti
 
 
 def _state(piece: Piece, folder: Path) -> Path:
-    return folder / _STATE / f"{piece.target}.safetensors"
+    return folder / _STATE / f"{hashlib.sha256(piece.target.encode()).hexdigest()}.safetensors"
 
 
 def _finished(piece: Piece, folder: Path) -> tuple[dict[str, Any], np.ndarray] | None:
@@ -292,7 +294,12 @@ def _remove_strangers(work: Plan, folder: Path) -> None:
     """What an ended run left half written is removed; files of other sources are refused."""
     targets = {folder / piece.target for piece in work.pieces}
     for path in folder.rglob("*"):
-        if path.suffix not in FORMATS or _STATE in path.relative_to(folder).parts or path.name == ROTATION:
+        if (
+            path.is_dir()
+            or path.suffix not in FORMATS
+            or _STATE in path.relative_to(folder).parts
+            or path.name == ROTATION
+        ):
             continue
         if path.name.startswith("."):
             path.unlink()

@@ -79,14 +79,14 @@ def files_of(place: str | PathLike[str]) -> list[tuple[str, Path]]:
     place = Path(place)
     if not place.exists():
         raise FileNotFoundError(f"There is no file or folder {place}.")
-    if place.suffix in FORMATS:
+    if _is_source(place):
         return [(place.name, place)]
     if place.is_file():
         raise ValueError(f"{place} must end with {', '.join(FORMATS)}.")
     found = {
         path.relative_to(place): path
         for path in sorted(place.rglob("*"))
-        if path.suffix in FORMATS and not any(part[0] in "._" for part in path.relative_to(place).parts)
+        if _is_source(path) and not any(part[0] in "._" for part in path.relative_to(place).parts)
     }
     # what lies in a data set belongs to it
     found = {name: path for name, path in found.items() if not any(parent in found for parent in name.parents)}
@@ -95,6 +95,11 @@ def files_of(place: str | PathLike[str]) -> list[tuple[str, Path]]:
     if len(kinds := {name.suffix for name in found}) > 1:
         raise ValueError(f"{place} has files of {', '.join(sorted(kinds))}: name one of them, or a folder of one kind.")
     return [(name.as_posix(), path) for name, path in found.items()]
+
+
+def _is_source(path: Path) -> bool:
+    """A file of a known ending, or a Lance data set; other folders are called ``name.parquet`` by Spark."""
+    return path.suffix in FORMATS and (path.suffix == ".lance") == path.is_dir()
 
 
 def plan(place: str | PathLike[str], column: str) -> Plan:
