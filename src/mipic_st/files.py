@@ -9,6 +9,7 @@ import os
 import platform
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
@@ -71,6 +72,29 @@ def require_writable(folder: str | PathLike[str]) -> None:
     for left in _left_behind(place, "probe"):
         _remove(left)
     _remove_empty(_make(place / _name_aside("probe"), folder))
+
+
+@contextmanager
+def only_writer(folder: str | PathLike[str]) -> Iterator[None]:
+    """Make a folder, and refuse it while another process writes there. The lock ends with the process."""
+    os.makedirs(folder, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(place)
+        raise ValueError(f"folder {str(folder)!r}: another process is writing there; wait, or name another.") from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(place)
 
 
 def _make(aside: Path, folder: str | PathLike[str]) -> list[Path]:

@@ -205,6 +205,51 @@ def test_a_killed_process_is_resumed_by_the_command(tmp_path, rotation):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda source: write(source, VECTORS[:130]),
+        lambda source: write(source, np.concatenate([VECTORS, VECTORS])),
+        lambda source: write(source, VECTORS[::-1].copy()),
+    ],
+    ids=["shorter", "longer", "as long"],
+)
+@pytest.mark.parametrize("name", ["in.npy", "in.parquet"])
+def test_a_source_that_changes_meanwhile_is_no_result(tmp_path, rotation, monkeypatch, name, change):
+    """Rewritten between the plan and the work: said, and a run that goes on codes what is there now."""
+    source, convert = write(tmp_path / name), job._convert
+    monkeypatch.setattr(job, "_convert", lambda *given: (change(source), convert(*given))[1])
+    with pytest.raises(ValueError, match="the source was changed meanwhile"):
+        run(source, tmp_path / "out", rotation)
+    monkeypatch.undo()
+    made = run(source, tmp_path / "out", rotation)
+    stored = np.load(source) if name == "in.npy" else np.stack(pq.read_table(source)["embedding"].to_numpy())
+    assert read(tmp_path / "out", made) == rotation.encode(stored, dim=8).tolist()
+
+
+def test_two_runs_into_one_folder(tmp_path, rotation, monkeypatch):
+    """The second is refused while the first one works, and after it; what the first one writes is whole."""
+    source, out, convert = write(tmp_path / "in.npy"), tmp_path / "out", job._convert
+    refused = []
+
+    def second(*given):
+        for options in ({}, {"resume": True}):
+            with pytest.raises(ValueError, match=r"another process is writing there|is not empty") as error:
+                run(source, out, rotation, **options)
+            refused.append(str(error.value))
+        return convert(*given)
+
+    monkeypatch.setattr(job, "_convert", second)
+    made = run(source, out, rotation)
+    assert [("another process" in message) for message in refused] == [False, True]
+    assert read(out, made) == rotation.encode(VECTORS, dim=8).tolist()
+    before = content(out)
+    monkeypatch.setattr(job, "_earlier", lambda *given: None)  # as it was before the first one began
+    with pytest.raises(ValueError, match=r"another run has written into .* meanwhile"):
+        run(source, out, rotation)
+    assert content(out) == before
+
+
 def test_a_changed_source_is_read_again(tmp_path, rotation, monkeypatch):
     """A file that has other content now is coded again on --resume; one that is new is coded too."""
     (tmp_path / "in").mkdir()

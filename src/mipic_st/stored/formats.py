@@ -61,9 +61,9 @@ class Format(ABC):
     def batches(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
         """The rows between two borders, with the metadata of the file in the schema; one batch at least."""
 
-    def state(self) -> int:
-        """What changes with the content: the bytes of a file."""
-        return self.path.stat().st_size
+    def state(self) -> list[int]:
+        """What changes with the content: the bytes of a file, and when it was written."""
+        return [self.path.stat().st_size, self.path.stat().st_mtime_ns]
 
 
 def _pieces(rows: int) -> list[int]:
@@ -265,9 +265,9 @@ class Lance(Format):
         else:
             yield from data.to_batches(offset=start, limit=stop - start, batch_size=BATCH, scan_in_order=True)
 
-    def state(self) -> int:
+    def state(self) -> list[int]:
         """The version of the data set."""
-        return self._open().version
+        return [self._open().version]
 
 
 FORMATS: dict[str, type[Format]] = {format.suffix: format for format in (Parquet, Numpy, Safetensors, Lance)}

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mipic_st.files import require_writable, write_json, write_whole
+from mipic_st.files import only_writer, require_writable, write_json, write_whole
 from mipic_st.stored.arrow import rows_of, width_of
 from mipic_st.stored.formats import FORMATS
 from mipic_st.stored.plan import Piece, Plan, plan
@@ -103,12 +103,15 @@ def rotate_files(
     settings = {"format": 1, "source": source.name, "seed": seed, "note": rotate.note}
     if made is not None and (other := [name for name in settings if made.get(name) != settings[name]]):
         raise ValueError(f"{folder} was made with {_differences(made, settings, other)}: name a new folder.")
-    if made is None:
-        given = None if isinstance(rotation, Rotation) else rotation
-        save = rotate.rotation.save if given is None else partial(shutil.copyfile, given)
-        write_whole(folder / ROTATION, save)
-        write_whole(folder / MANIFEST, lambda path: write_json(path, settings))
-    return _convert(work, folder, rotate, settings, workers, show_progress_bar)
+    with only_writer(folder):
+        if made is None:
+            if any(folder.iterdir()):
+                raise ValueError(f"another run has written into {folder} meanwhile: name a new folder.")
+            given = None if isinstance(rotation, Rotation) else rotation
+            save = rotate.rotation.save if given is None else partial(shutil.copyfile, given)
+            write_whole(folder / ROTATION, save)
+            write_whole(folder / MANIFEST, lambda path: write_json(path, settings))
+        return _convert(work, folder, rotate, settings, workers, show_progress_bar)
 
 
 def _earlier(folder: Path, source: Path, resume: bool) -> dict[str, Any] | None:
@@ -260,6 +263,8 @@ def _code(folder: Path, rotate: RotateVectors, piece: Piece, own: np.ndarray, ti
             first += batch.num_rows
             tick(batch.num_rows)
         writer.close()
+        if first != piece.stop or piece.data.state() != piece.state:
+            raise ValueError("the source was changed meanwhile; go on with resume=True (--resume)")
 
     write_whole(folder / piece.target, write)
     entry = {

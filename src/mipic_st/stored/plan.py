@@ -34,7 +34,7 @@ class Piece:
     source: str
     start: int
     stop: int
-    state: int
+    state: list[int]
     target: str
 
     def __len__(self) -> int:
