@@ -215,3 +215,29 @@ def test_names_as_long_as_the_file_system_takes(tmp_path, name):
     shutil.rmtree(tmp_path / name)
     with new_folder(tmp_path / name) as place:
         assert not left.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_pipe_stays_what_it_is(tmp_path):
+    """It gets the content, also of a writer that would replace a file; a folder is refused."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def write(path):
+        path.with_name("new").write_text("all")
+        path.with_name("new").replace(path)
+
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE) as reader:
+        write_whole(pipe, write)
+        assert reader.communicate()[0] == b"all"
+    assert pipe.is_fifo()
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        write_whole(tmp_path, write)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_link_to_itself_is_refused_at_once(tmp_path):
+    """It is no place for a folder."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ValueError, match="is a file; name a new one"), new_folder(tmp_path / "loop"):
+        raise AssertionError

@@ -10,6 +10,7 @@ import platform
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
@@ -31,7 +32,7 @@ def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     had moved out of it.
     """
     target = Path(os.path.realpath(folder))
-    if target.exists() and not target.is_dir():
+    if os.path.lexists(target) and not target.is_dir():
         raise ValueError(f"folder {str(folder)!r} is a file; name a new one.")
     existed = target.is_dir()
     # A folder that exists stays itself: a link, a mounted place, one with rights of its own, in a parent without.
@@ -154,8 +155,13 @@ def write_whole(path: str | PathLike[str], write: Callable[[Path], Any]) -> None
     """Have a file written next to its place and move it there: readers see no part of it. A link is replaced."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():  # a terminal or a pipe has no place next to it
-        write(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file.")
+    if path.exists() and not path.is_file():  # a terminal or a pipe has no place next to it, and must not be replaced
+        with tempfile.TemporaryDirectory() as place:
+            aside = Path(place, path.name)
+            write(aside)
+            path.write_bytes(aside.read_bytes())
         return
     for left in _left_behind(path.parent, path.stem):
         _remove(left)
