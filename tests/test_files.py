@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,3 +202,42 @@ def test_what_a_killed_probe_left_goes(tmp_path):
     (tmp_path / f".probe.writing-{platform.node()}-{ended.pid}-0123abcd").mkdir()
     require_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["n" * 250, "ü" * 125])
+def test_names_as_long_as_the_file_system_takes(tmp_path, name):
+    """What is written aside has room for its own name, and is found again after its process has ended."""
+    with new_folder(tmp_path / name) as place:
+        (place / "a").write_text("a")
+        left = tmp_path / place.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")
+    left.mkdir()
+    write_whole(tmp_path / name / f"{name[:-5]}.json", lambda path: path.write_text("b"))
+    shutil.rmtree(tmp_path / name)
+    with new_folder(tmp_path / name) as place:
+        assert not left.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_pipe_stays_what_it_is(tmp_path):
+    """It gets the content, also of a writer that would replace a file; a folder is refused."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def write(path):
+        path.with_name("new").write_text("all")
+        path.with_name("new").replace(path)
+
+    with subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE) as reader:
+        write_whole(pipe, write)
+        assert reader.communicate()[0] == b"all"
+    assert pipe.is_fifo()
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        write_whole(tmp_path, write)
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_link_to_itself_is_refused_at_once(tmp_path):
+    """It is no place for a folder."""
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ValueError, match="is a file; name a new one"), new_folder(tmp_path / "loop"):
+        raise AssertionError

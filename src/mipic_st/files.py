@@ -1,11 +1,14 @@
 """Writing files and folders whole or not at all."""
 
 import glob
+import hashlib
 import json
 import os
 import platform
 import secrets
 import shutil
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
@@ -14,6 +17,8 @@ from typing import Any
 
 # Next to content that is moving into an existing folder: its names.
 _MOVING = ".moving.json"
+# Bytes of a name that leave room for more in front and behind: 255 is what most file systems take.
+_LONG = 100
 
 
 @contextmanager
@@ -25,7 +30,7 @@ def new_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     had moved out of it.
     """
     target = Path(os.path.realpath(folder))
-    if target.exists() and not target.is_dir():
+    if os.path.lexists(target) and not target.is_dir():
         raise ValueError(f"folder {str(folder)!r} is a file; name a new one.")
     existed = target.is_dir()
     # A folder that exists stays itself: a link, a mounted place, one with rights of its own, in a parent without.
@@ -68,6 +73,29 @@ def require_writable(folder: str | PathLike[str]) -> None:
     _remove_empty(_make(place / _name_aside("probe"), folder))
 
 
+@contextmanager
+def only_writer(folder: str | PathLike[str]) -> Iterator[None]:
+    """Make a folder, and refuse it while another process writes there. The lock ends with the process."""
+    os.makedirs(folder, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(place)
+        raise ValueError(f"folder {str(folder)!r}: another process is writing there; wait, or name another.") from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(place)
+
+
 def _make(aside: Path, folder: str | PathLike[str]) -> list[Path]:
     """Make a folder; what was made, parents last."""
     made = [path for path in (aside, *aside.parents) if not path.exists()]
@@ -81,12 +109,19 @@ def _make(aside: Path, folder: str | PathLike[str]) -> list[Path]:
 
 def _name_aside(name: str) -> str:
     """A hidden name that says whose it is: machine and process."""
-    return f".{name}.writing-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{_prefix(name)}{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _prefix(name: str) -> str:
+    """What such names begin with; of a name as long as file systems allow, a digest."""
+    if len(os.fsencode(name)) > _LONG:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return f".{name}.writing-{platform.node()}-"
 
 
 def _left_behind(place: Path, name: str) -> Iterator[Path]:
     """What ended processes of this machine have left next to a name."""
-    prefix = f".{name}.writing-{platform.node()}-"
+    prefix = _prefix(name)
     for left in place.glob(f"{glob.escape(prefix)}*"):
         if _has_ended(int(left.name.removeprefix(prefix).partition("-")[0])):
             yield left
@@ -118,8 +153,13 @@ def write_whole(path: str | PathLike[str], write: Callable[[Path], Any]) -> None
     """Have a file written next to its place and move it there: readers see no part of it. A link is replaced."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file():  # a terminal or a pipe has no place next to it
-        write(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; name a file.")
+    if path.exists() and not path.is_file():  # a terminal or a pipe has no place next to it, and must not be replaced
+        with tempfile.TemporaryDirectory() as place:
+            aside = Path(place, path.name)
+            write(aside)
+            path.write_bytes(aside.read_bytes())
         return
     for left in _left_behind(path.parent, path.stem):
         _remove(left)

@@ -62,6 +62,14 @@ def checked_texts(name: str, texts: Any, wanted: str = "a list of texts") -> lis
         raise TypeError(f"{name} must be {wanted}, it holds {wrong[0]!r}.")
     if not texts:
         raise ValueError(f"{name} has no texts.")
+    for row, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} holds half a character in row {row}, which no tokenizer takes: leave the text out, or take "
+                "text.encode(errors='replace').decode()."
+            ) from error
     return texts
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sentence_transformers.util import quantize_embeddings
 
 from conftest import WIDTH, sentences
 from mipic_st import Rotation, advise
 from mipic_st.advice import advise as module
-from mipic_st.advice.advice import LOSSES, Advice, chosen
-from mipic_st.advice.cells import Cell
+from mipic_st.advice.advice import LOSSES, Advice, chosen, engine_lines
+from mipic_st.advice.cells import PRECISIONS, Cell
+from mipic_st.codes import bytes_per_vector
 from transforms_fixtures import hidden_signal, unit
 
 # what counts lies in the last values; pairs agree in it
@@ -283,17 +287,56 @@ def test_snippets_of_models_run(advice, tiny_model, way, tmp_path, monkeypatch):
     np.testing.assert_allclose(model.encode(TEXTS[:3]), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "factory"), [("float16", "SQfp16"), ("int8", "SQ8"), ("int4", "SQ4")])
-def test_faiss_knows_its_setting(advice, precision, factory):
-    """It runs as it stands, and takes the bytes that were promised."""
+def settings_of(dim, precision):
+    """By engine what follows its name, without a comment."""
+    pairs = (line.split("  ", 1) for line in engine_lines(dim, precision))
+    return {name: text.strip().split("  #")[0] for name, text in pairs}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dim", [7, 64])
+def test_settings_of_engines_are_of_their_language(dim, precision):
+    """Python, JSON or a type of a column, with the dim wherever one stands, and the engine's word for the precision."""
+    said = {"float32": "", "float16": "halfvec FLOAT16 SQfp16 float16", "int8": "INT8 SQ8 int8_hnsw int8"}
+    said |= {"int4": "SQ4 int4_hnsw", "binary": "RaBitQ Binary bit"}
+    settings = settings_of(dim, precision)
+    assert {"float32": 4, "float16": 4, "int8": 4, "int4": 1 + (dim == 64), "binary": 3}[precision] == len(settings)
+    for name, text in settings.items():
+        assert not said[precision] or any(word in text for word in said[precision].split()), text
+        if name == "Elasticsearch":
+            field = json.loads(f"{{{text}}}")
+            assert (field["type"], field["dims"]) == ("dense_vector", dim)
+            assert field["index_options"] == {"type": f"{precision}_hnsw"}
+        elif name == "pgvector":
+            assert re.match(r"(vector|halfvec|bit)\((\d+)\)", text)[2] == str(dim)
+        else:
+            tree = ast.parse(text, mode="eval")
+            numbers = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+            assert {number for number in numbers if type(number) is int} <= {dim}
+            assert ("size" in text or "truncate_dim" in text or "factory" in text) == (dim in numbers)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_settings_of_engines_run(precision, tiny_model):
+    """What is installed here takes them as they stand: faiss in the bytes that were promised, sentence-transformers."""
     faiss = pytest.importorskip("faiss", reason="needs the serve extra")
-    snippet = with_cell(advice, precision=precision, dim=16).snippet
-    (line,) = [line for line in snippet.splitlines() if "index_factory" in line]
-    index = eval(line.split(maxsplit=2)[2], {"faiss": faiss})
-    assert index.sa_code_size() == {"SQfp16": 32, "SQ8": 16, "SQ4": 8}[factory]
-    index.train(unit(VECTORS)[:, :16])
-    index.add(unit(VECTORS)[:, :16])
-    assert index.ntotal == len(VECTORS)
+    if precision == "binary" and not hasattr(faiss, "IndexRaBitQ"):
+        pytest.skip("needs faiss 1.11")
+    settings, vectors = settings_of(16, precision), unit(VECTORS[:, -16:])
+    index = eval(settings["faiss"], {"faiss": faiss})
+    index.train(vectors)
+    index.add(vectors)
+    assert index.sa_code_size() == bytes_per_vector(16, precision) + 8 * (precision == "binary")
+    assert np.mean(index.search(vectors, 1)[1][:, 0] == np.arange(len(vectors))) > (
+        0.3 if precision == "binary" else 0.95
+    )
+    if text := settings.get("sentence-transformers"):
+        ranges = np.stack([vectors.min(axis=0), vectors.max(axis=0)])
+        names = {"vectors": vectors, "ranges": ranges, "quantize_embeddings": quantize_embeddings, "texts": TEXTS}
+        names |= {"model": tiny_model(), "SentenceTransformer": lambda path, truncate_dim: np.empty((1, truncate_dim))}
+        found = eval(text, names | {"path": ""})
+        assert found.shape[1] == 16
+        assert str(found.dtype) == precision or precision == "float32"
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 
 from command_files import write_files
 from conftest import WIDTH, sentences
@@ -51,6 +52,22 @@ def test_vectors_of_files(files, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_vectors_are_read_as_for_the_command_vectors(files, capsys):
+    """A folder of pieces and a tensor: what can be coded can be advised on."""
+    save_file({"embedding": vectors()}, files / "v.safetensors")
+    (files / "parts").mkdir()
+    for number, part in enumerate(np.split(vectors(), 3)):
+        np.save(files / "parts" / f"{number}.npy", part)
+    printed = []
+    for name in ("v.safetensors", "parts"):
+        assert main(["advise", "--vectors", str(files / name), *SMALL]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    (files / "parts" / "3.npy").write_bytes(b"no array")
+    assert main(["advise", "--vectors", str(files / "parts"), *SMALL]) == 1
+    assert "Cannot read 3.npy" in capsys.readouterr().err
+
+
 def test_random_vectors_get_no_map(files, capsys):
     """Nothing is gained, so there is nothing to load; --quiet prints nothing."""
     np.save(files / "v.npy", np.random.default_rng(0).normal(size=(200, 16)))
@@ -86,8 +103,8 @@ def test_texts_and_pairs_of_files(files, capsys):
         (["model", "--vectors", "v.npy"], "name a MODEL for texts, or --vectors without one"),
         (["model", "--texts", "texts.txt", "--documents", "texts.txt"], "--documents goes with --pairs"),
         (["--vectors", "none.npy"], "There is no file"),
-        (["--vectors", "texts.txt"], "the name must end in .npy or .parquet"),
-        (["--vectors", "broken.npy"], "Cannot read"),
+        (["--vectors", "texts.txt"], "texts.txt must end with .parquet, .npy, .safetensors, .lance"),
+        (["--vectors", "broken.npy"], "Cannot read broken.npy"),
         (["--vectors", "v.parquet"], r"has the columns ['other'], but not 'embedding': give --columns NAME"),
         (["--vectors", "v.parquet", "--columns", "a,b"], "--columns names one column of vectors, got ['a', 'b']"),
         (["--vectors", "v.parquet", "--columns", "other"], "vectors"),

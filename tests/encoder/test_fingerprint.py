@@ -232,6 +232,70 @@ def test_code_that_is_not_on_the_module_counts(tmp_path, monkeypatch, change):
     assert fingerprint(model) != before
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model[0].auto_model.encoder.layer[1].output.LayerNorm, "eps", 0.1),
+        lambda model: setattr(model[0].auto_model.encoder.layer[0].attention.self, "scaling", 1.0),
+        lambda model: setattr(model[0].auto_model.encoder.layer[0].attention.self, "is_causal", True),
+        lambda model: setattr(model[1], "pooling_mode", "cls"),
+    ],
+)
+def test_what_is_set_on_a_loaded_module_counts(tmp_path, change):
+    """What no config says and no weight shows."""
+    model = tiny_model(tmp_path)
+    before = fingerprint(model)
+    change(model)
+    assert fingerprint(model) != before
+
+
+def test_dropout_and_checkpointing_do_not_count(tmp_path):
+    """They are for training and change no vector."""
+    model = tiny_model(tmp_path)
+    before = fingerprint(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.7
+    model[0].auto_model.gradient_checkpointing_enable()
+    assert fingerprint(model) == before
+
+
+class Described(SentenceTransformer):
+    """An encode that reads what it holds, and counts."""
+
+    mark = ": "
+
+    def encode(self, inputs, *args, **kwargs):
+        self._calls = getattr(self, "_calls", 0) + 1
+        self.seen[str(inputs)] = np.ones(3)
+        return super().encode([self._head + self.mark + text for text in inputs], *args, **kwargs)
+
+    @property
+    def _head(self):
+        return self._words["query"]
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "value"),
+    [
+        ("instance", "_words", {"query": "b"}),
+        ("instance", "mark", " - "),
+        ("class", "mark", " - "),
+        ("class", "_head", property(lambda self: "b")),
+    ],
+)
+def test_what_own_methods_read_counts(tmp_path, monkeypatch, target, name, value):
+    """An instruction on the instance or its class, in a property too; a counter and a cache are no settings."""
+    model = tiny_model(tmp_path)
+    model.__class__, model._words, model.seen = Described, {"query": "a"}, {}
+    model.encode(["one"])
+    before = fingerprint(model)
+    model.encode(["two"])
+    assert fingerprint(model) == before
+    monkeypatch.setattr(model if target == "instance" else Described, name, value)
+    assert fingerprint(model) != before
+
+
 def test_half_precision_counts_and_the_device_does_not(tmp_path):
     """Other weights are another state; the same ones read elsewhere are not."""
     model = tiny_model(tmp_path)

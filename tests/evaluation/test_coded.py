@@ -1,5 +1,6 @@
 """Invariants of codes in an evaluation: exact where codes are compared, floats where queries are, ranges by name."""
 
+import copy
 import logging
 
 import numpy as np
@@ -21,6 +22,8 @@ from mipic_st.evaluation.coded import coded
 from mipic_st.evaluation.matryoshka import MatryoshkaEvaluator
 from mipic_st.evaluation.mteb import evaluate_mteb
 from mipic_st.evaluation.store import EmbeddingStore
+from mipic_st.transforms.rotation import Rotation
+from mipic_st.transforms.rotation_fit import fit_rotation
 
 A, B = sentences(60, 1), sentences(60, 2)
 GOLD = [((7 * i) % 23) / 23 for i in range(60)]
@@ -288,6 +291,49 @@ def test_codes_follow_the_calibration(model):
     assert {calibration for rows in names.values() for *_, calibration in rows if calibration} >= {"scored texts"}
     assert len({row for rows in names.values() for row in rows}) == 2 + 3 * (len(PRECISIONS) - 2)
     assert {row[:2] for row in names["texts"]} == {("float32", None), *((code, "symmetric") for code in CODES)}
+
+
+@pytest.fixture
+def rotated(model, tmp_path):
+    """A fitted rotation, saved and loaded, and the model with it; the model's own vectors are what it was fitted on."""
+    rotation = fit_rotation(model.encode_document(CALIBRATION), dims=[9, 16], max_steps=3)
+    rotation.save(tmp_path / "rotation.safetensors")
+    rotation = Rotation.load(tmp_path / "rotation.safetensors")
+    changed = copy.deepcopy(model)
+    rotation.put_in(changed)
+    return rotation, changed
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "binary"])
+def test_ranges_of_a_fitted_rotation(model, rotated, precision):
+    """The model with the rotation in it is evaluated on the codes that the rotation makes of the model's vectors."""
+    rotation, changed = rotated
+    options = {"precisions": ["float32", precision], "scoring": "asymmetric", "calibration": rotation.ranges}
+    scores = MatryoshkaEvaluator(ir(score_functions={"dot": util.dot_score}), [9, WIDTH], **options)(changed)
+    queries, documents = model.encode_query(QUERIES), model.encode_document(DOCUMENTS)
+    store = EmbeddingStore(changed)
+    store.calibrate(rotation.ranges)
+    for dim in (9, WIDTH):
+        codes = rotation.encode(documents, dim, precision)
+        found = store.view(dim, precision=precision, scoring="asymmetric").encode_document(DOCUMENTS)
+        near = np.isclose(found, rotation.decode(codes, dim, precision), atol=1e-5)
+        assert near.mean() > 0.995  # rounding puts a value at the border of two codes on either side
+        expected = ndcg(rotation.scores(queries, codes, dim, precision))
+        assert scores[f"ir-{dim}-{precision}-asymmetric_dot_ndcg@10"] == pytest.approx(expected, abs=0.01)
+
+
+def test_ranges_of_a_fitted_rotation_in_mteb(rotated, tasks):
+    """The scores of the evaluator on the same texts, under a name that says the ranges."""
+    rotation, changed = rotated
+    options = {"precisions": ["float32", "int8"], "calibration": rotation.ranges}
+    report = evaluate_mteb(changed, **{**tasks, "tasks": ["STS13"]}, dims=[9, 16], **options)
+    scores = MatryoshkaEvaluator(sts(), [9, 16], **options)(changed)
+    for row in report.records:
+        label = row["dim"] if row["precision"] == "float32" else f"{row['dim']}-int8"
+        assert row["score"] == pytest.approx(scores[f"sts-{label}_spearman_cosine"], abs=1e-6)
+        assert (row["calibration"] or "ranges-").startswith("ranges-")
+    with pytest.raises(ValueError, match=r"no Ranges for dims \[12\]"):
+        evaluate_mteb(changed, **tasks, dims=[12], **options)
 
 
 def test_a_calibration_set_has_the_names_of_its_texts(model):

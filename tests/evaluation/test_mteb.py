@@ -282,6 +282,7 @@ def test_a_flag_is_no_string(model, tmp_path, flag):
         ([], "tasks is empty"),
         (["NoSuchTask"], "'NoSuchTask' is neither a group"),
         ([3], "tasks: 3 is neither a name nor a task object"),
+        (3, "tasks must be a sequence"),
     ],
 )
 def test_unknown_tasks_are_named(model, tmp_path, tasks, message):
@@ -774,7 +775,7 @@ def test_an_object_is_run_each_time(model, tiny_tasks, tmp_path, change):
     changed = copy.copy(task)
     changed.dataset = copy.copy(task.dataset)
     change(changed)
-    expected = run(model, [changed], [8], tmp_path / "b")
+    expected = run(model, changed, [8], tmp_path / "b")  # alone, too
     assert expected != before
     assert run(model, [changed], [8], tmp_path / "a") == expected
     assert run(model, [task], [8], tmp_path / "a") == before

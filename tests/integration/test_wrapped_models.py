@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
@@ -9,6 +10,7 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from conftest import sentences
 from mipic_st import (
     MatryoshkaEvaluator,
+    Rotation,
     advise,
     evaluate_mteb,
     export_truncated,
@@ -17,6 +19,7 @@ from mipic_st import (
     rotate_model,
     set_matryoshka_config,
 )
+from mipic_st.deploy.tei import save_for_tei
 
 TEXTS = sentences(120, seed=7, shortest=3)
 
@@ -63,3 +66,21 @@ def test_what_is_no_model_is_named(tiny_model, tmp_path, kind):
             continue
         with pytest.raises(TypeError, match="model must be a SentenceTransformer, or one wrapped for training, got"):
             call(wrong)
+
+
+def test_a_module_in_two_places_is_refused(tiny_model, tmp_path):
+    """sentence-transformers runs it once, and twice when it was saved; the model stays what it is."""
+    model = tiny_model()
+    model.append(torch.nn.Identity())
+    model.append(model[-1])
+    before, names = model.encode(TEXTS[:3]), list(model._modules)
+    for call in (
+        CALLS["rotate_model"],
+        lambda model: Rotation(np.eye(32)[::-1], (8,)).put_in(model),
+        lambda model: save_for_tei(model, tmp_path / "tei"),
+    ):
+        with pytest.raises(ValueError, match=r"one module stands in two places of .* \+ Identity \+ Identity, which"):
+            call(model)
+    assert list(model._modules) == names
+    np.testing.assert_array_equal(model.encode(TEXTS[:3]), before)
+    assert not (tmp_path / "tei").exists()

@@ -13,7 +13,9 @@ import pytest
 
 pa = pytest.importorskip("pyarrow", reason="needs the serve extra")
 import pyarrow.parquet as pq  # noqa: E402
+import torch  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
+from safetensors.torch import save_file as save_tensors  # noqa: E402
 
 from mipic_st import Rotation, rotate_files  # noqa: E402
 from mipic_st.stored import formats, job  # noqa: E402
@@ -203,6 +205,51 @@ def test_a_killed_process_is_resumed_by_the_command(tmp_path, rotation):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda source: write(source, VECTORS[:130]),
+        lambda source: write(source, np.concatenate([VECTORS, VECTORS])),
+        lambda source: write(source, VECTORS[::-1].copy()),
+    ],
+    ids=["shorter", "longer", "as long"],
+)
+@pytest.mark.parametrize("name", ["in.npy", "in.parquet"])
+def test_a_source_that_changes_meanwhile_is_no_result(tmp_path, rotation, monkeypatch, name, change):
+    """Rewritten between the plan and the work: said, and a run that goes on codes what is there now."""
+    source, convert = write(tmp_path / name), job._convert
+    monkeypatch.setattr(job, "_convert", lambda *given: (change(source), convert(*given))[1])
+    with pytest.raises(ValueError, match="the source was changed meanwhile"):
+        run(source, tmp_path / "out", rotation)
+    monkeypatch.undo()
+    made = run(source, tmp_path / "out", rotation)
+    stored = np.load(source) if name == "in.npy" else np.stack(pq.read_table(source)["embedding"].to_numpy())
+    assert read(tmp_path / "out", made) == rotation.encode(stored, dim=8).tolist()
+
+
+def test_two_runs_into_one_folder(tmp_path, rotation, monkeypatch):
+    """The second is refused while the first one works, and after it; what the first one writes is whole."""
+    source, out, convert = write(tmp_path / "in.npy"), tmp_path / "out", job._convert
+    refused = []
+
+    def second(*given):
+        for options in ({}, {"resume": True}):
+            with pytest.raises(ValueError, match=r"another process is writing there|is not empty") as error:
+                run(source, out, rotation, **options)
+            refused.append(str(error.value))
+        return convert(*given)
+
+    monkeypatch.setattr(job, "_convert", second)
+    made = run(source, out, rotation)
+    assert [("another process" in message) for message in refused] == [False, True]
+    assert read(out, made) == rotation.encode(VECTORS, dim=8).tolist()
+    before = content(out)
+    monkeypatch.setattr(job, "_earlier", lambda *given: None)  # as it was before the first one began
+    with pytest.raises(ValueError, match=r"another run has written into .* meanwhile"):
+        run(source, out, rotation)
+    assert content(out) == before
+
+
 def test_a_changed_source_is_read_again(tmp_path, rotation, monkeypatch):
     """A file that has other content now is coded again on --resume; one that is new is coded too."""
     (tmp_path / "in").mkdir()
@@ -297,6 +344,55 @@ def test_wrong_arguments_leave_nothing(tmp_path, rotation, options, message):
     assert not list(tmp_path.glob("out/in*"))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "kind"),
+    [(1e25, np.float32), (1e-25, np.float32), (1e250, np.float64), (1e-250, np.float64)],
+)
+def test_vectors_of_any_length(tmp_path, rotation, lengths, kind):
+    """Codes, fit and check of directions, also in floats whose squares are no float32."""
+    lengths = np.where(np.arange(len(VECTORS)) % 3, lengths, 1)[:, None]
+    made = {}
+    for name, vectors in (("usual", VECTORS), ("odd", (VECTORS * lengths).astype(kind))):
+        source = write(tmp_path / "in.npy", vectors)
+        made[name] = run(source, tmp_path / name, rotation), run(source, tmp_path / f"{name}-fit", None)
+    for usual, odd in zip(*made.values(), strict=True):
+        assert usual["failed"] == odd["failed"] == []
+        assert usual["check"] == pytest.approx(odd["check"], abs=1e-3)
+    codes = [np.array(read(tmp_path / name, made[name][0])) for name in made]
+    assert (codes[0] != codes[1]).mean() < 1e-3
+    matrices = [abs(Rotation.load(tmp_path / f"{name}-fit" / "_rotation.safetensors").matrix) for name in made]
+    np.testing.assert_allclose(*matrices, atol=2e-2)
+
+
+@pytest.mark.parametrize("change", [np.asfortranarray, lambda vectors: vectors.astype(">f4")])
+def test_arrays_of_other_layouts(tmp_path, rotation, change):
+    """Columns first, and the bytes of another machine."""
+    made = run(write(tmp_path / "in.npy", change(VECTORS)), tmp_path / "out", rotation)
+    assert read(tmp_path / "out", made) == rotation.encode(VECTORS, dim=8).tolist()
+
+
+def test_folders_that_are_called_files(tmp_path, rotation):
+    """As Spark writes them, on their own and among others."""
+    place = tmp_path / "in" / "day.parquet"
+    place.mkdir(parents=True)
+    for number in range(2):
+        write(place / f"part-{number}.parquet", VECTORS[:70])
+    for source, folder in ((place, ""), (place.parent, "day.parquet/")):
+        out = tmp_path / f"out-{source.name}"
+        made = run(source, out, rotation)
+        assert [piece["file"] for piece in made["pieces"]] == [f"{folder}part-{number}.parquet" for number in range(2)]
+        assert run(source, out, rotation, resume=True) == made
+
+
+def test_names_as_long_as_the_file_system_takes(tmp_path, rotation):
+    """In bytes, and of other letters than ours; what an ended run left of them goes."""
+    (tmp_path / "in").mkdir()
+    for name in ("n" * 247, "ü" * 123, "a\nb"):
+        write(tmp_path / "in" / f"{name}.parquet", VECTORS[:50])
+    made = run(tmp_path / "in", tmp_path / "out", rotation)
+    assert (made["rows"], made["failed"]) == (150, [])
+
+
 def test_places_without_vectors(tmp_path, rotation):
     """Nothing there, another kind of file, no file, two kinds."""
     with pytest.raises(FileNotFoundError, match=r"There is no file or folder .*none\.npy"):
@@ -362,6 +458,9 @@ def test_nothing_but_bad_files(tmp_path, rotation):
     (tmp_path / "a.npy").write_text("x")
     with pytest.raises(ValueError, match=r"no file can be read; a\.npy: "):
         run(tmp_path / "a.npy", tmp_path / "out", rotation)
+    save_tensors({"embedding": torch.ones(3, WIDTH, dtype=torch.bfloat16)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"is of bfloat16, which NumPy does not have: save it in float32"):
+        run(tmp_path / "a.safetensors", tmp_path / "out", rotation)
     write(tmp_path / "b.npy", random_vectors(20, 12))
     with pytest.raises(ValueError, match=r"no vector could be coded; b\.npy: .*width 12"):
         run(tmp_path / "b.npy", tmp_path / "out", rotation)

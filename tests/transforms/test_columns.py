@@ -102,6 +102,28 @@ def test_tables_of_all_kinds(kind):
     assert text_columns(as_dataset(tables()[kind])) == {"anchor": ["a", "c"], "positive": ["d", "f"]}
 
 
+def test_columns_that_the_first_row_of_a_stream_lacks_count():
+    """Labels that come later, too: pairs marked unlike are not learned as alike."""
+    from datasets import IterableDataset
+
+    rows = [{"a": f"a{n}", "b": f"b{n}"} | ({"label": n % 2} if n else {}) for n in range(6)]
+    data = as_dataset(IterableDataset.from_generator(lambda: iter(rows)))
+    assert data.column_names == ["a", "b", "label"]
+    with pytest.raises(ValueError, match="column 'label' of data holds values that are no finite numbers"):
+        text_columns(data)
+    rows[0]["label"] = 0
+    assert text_columns(as_dataset(IterableDataset.from_generator(lambda: iter(rows)))) == {
+        "a": ["a1", "a3", "a5"],
+        "b": ["b1", "b3", "b5"],
+    }
+
+
+def test_half_a_character_is_named():
+    """A lone surrogate, which tokenizers refuse in words of their own."""
+    with pytest.raises(ValueError, match=r"data holds half a character in row 1, which no tokenizer takes: leave"):
+        text_columns(["a", "b\ud800"])
+
+
 def test_a_long_stream_is_cut(monkeypatch, caplog):
     """Of one that never ends, the first rows are used, and the log says so."""
     from datasets import IterableDataset

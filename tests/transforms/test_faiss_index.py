@@ -80,6 +80,19 @@ def test_parts_of_a_product_quantizer_share_the_leading_values():
     assert recalls[0] > recalls[1] + 0.02, recalls
 
 
+@pytest.mark.parametrize(
+    ("length", "kind"), [(1e25, np.float32), (1e-25, np.float32), (1e200, np.float64), (1e-200, np.float64)]
+)
+def test_vectors_of_any_length_are_held(rotation, length, kind):
+    """Directions count, in floats whose squares faiss cannot hold too."""
+    documents, queries = vectors(100), vectors(5, seed=2)
+    wanted, rows = rotation.faiss_index(DIM, "Flat", documents).search(queries, 3)
+    lengths = np.where(np.arange(100) % 2, length, 1)[:, None]
+    found = rotation.faiss_index(DIM, "Flat", (documents * lengths).astype(kind)).search(queries, 3)
+    np.testing.assert_allclose(found[0], wanted, atol=1e-5)
+    np.testing.assert_array_equal(found[1], rows)
+
+
 def test_an_index_can_be_filled_later_and_written(rotation, tmp_path):
     """Trained and filled by the caller; a file holds the whole way."""
     documents = vectors(300)
@@ -102,6 +115,7 @@ def test_an_index_can_be_filled_later_and_written(rotation, tmp_path):
         ({"factory": 8}, TypeError, "factory must be a string"),
         ({"dim": 49}, ValueError, "exceed the model's width of 48"),
         ({"factory": "PQ4", "vectors": vectors(10)}, ValueError, "'PQ4' cannot be trained on 10 vectors"),
+        ({"factory": "IDMap,SQ8", "vectors": vectors(10)}, ValueError, "'IDMap,SQ8' cannot .* hold them.*add_with_ids"),
         ({"vectors": np.zeros((5, WIDTH))}, ValueError, "vectors are zero at 16 dims in row 0"),
         ({"vectors": np.ones((5, 3))}, ValueError, "vectors have width 3, this rotation is for 48"),
     ],

@@ -229,5 +229,7 @@ _SETTINGS: dict[str, dict[str, str]] = {
 def engine_lines(dim: int, precision: str) -> list[str]:
     """One line per engine that knows the precision."""
     settings = {name: text.format(dim=dim) for name, text in _SETTINGS[precision].items()}
+    if precision == "int4" and dim % 2:  # it packs two values into a byte and takes even dims only
+        del settings["Elasticsearch"]
     wide = max(map(len, settings))
     return [f"{name.ljust(wide)}  {text}" for name, text in settings.items()]

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, text in (
         ("texts", "the documents: txt (one text per line), or a table (csv, tsv, jsonl, parquet) with texts"),
         ("pairs", "a table of queries and the documents that answer them"),
-        ("vectors", "the documents' vectors, without MODEL: npy, or parquet with a list of numbers per row"),
+        ("vectors", "the documents' vectors, without MODEL: a file or folder as for mipic-st vectors"),
     ):
         options.add_file(data, f"--{name}", text)
     options.add_file(parser, "--documents", "with --pairs: more documents, as --texts")
@@ -110,42 +110,20 @@ def _advised(args: argparse.Namespace, **settings: Any) -> Advice:
     """The advice on what the files hold."""
     from mipic_st.advice.advise import advise
     from mipic_st.data import load_texts_file, load_training_file
+    from mipic_st.stored.plan import read
 
     if args.vectors:
         column, *more = args.columns or ["embedding"]
         if more:
             raise ValueError(f"--columns names one column of vectors, got {args.columns}.")
-        queries = _vectors(args.queries, column) if args.queries else None
-        return advise(_vectors(args.vectors, column), queries=queries, **settings)
+        queries = read(args.queries, column) if args.queries else None
+        return advise(read(args.vectors, column), queries=queries, **settings)
     corpus = load_texts_file(args.texts, columns=args.columns) if args.texts else None
     if args.documents:
         corpus = load_texts_file(args.documents)
     pairs = load_training_file(args.pairs, columns=args.columns) if args.pairs else None
     queries = load_texts_file(args.queries) if args.queries else None
     return advise(options.load_model(args.model, args), corpus, queries=queries, pairs=pairs, **settings)
-
-
-def _vectors(path: str, column: str) -> Any:
-    """The vectors of a file: NumPy's own, or a column of a Parquet file."""
-    from mipic_st.validation import require
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    suffix = Path(path).suffix.lower()
-    if suffix == ".npy":
-        import numpy as np
-
-        try:
-            return np.load(path, allow_pickle=False)
-        except ValueError as error:
-            raise ValueError(f"Cannot read {path} as npy: {error}") from error
-    if suffix != ".parquet":
-        raise ValueError(f"Cannot tell the format of {path}: the name must end in .npy or .parquet.")
-    parquet = require("pyarrow.parquet", "Parquet files need pyarrow", "serve")
-    names = parquet.read_schema(path).names
-    if column not in names:
-        raise ValueError(f"{path} has the columns {names}, but not {column!r}: give --columns NAME.")
-    return parquet.read_table(path, columns=[column])[column]
 
 
 def _write(advice: Advice, folder: Path) -> None:

@@ -20,7 +20,7 @@ from mipic_st.deploy.written import (
 )
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts, prompt_of
 from mipic_st.encoder.modules import kind_of, leaves_prompts_out
-from mipic_st.encoder.structure import evaluation_mode, in_half_precision, unwrap
+from mipic_st.encoder.structure import evaluation_mode, in_half_precision, require_one_place_each, unwrap
 from mipic_st.files import new_folder, write_json
 from mipic_st.numerics import unit_length
 
@@ -52,6 +52,7 @@ def save_for_tei(model: SentenceTransformer, folder: str | PathLike[str]) -> Non
         >>> save_for_tei(model, "for-the-server")  # doctest: +SKIP
     """
     model = unwrap(model)
+    require_one_place_each(model)
     modules = list(model.children())
     for place, module in enumerate(modules):
         if reason := _not_for_tei(module, place):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from dis import get_instructions
 from functools import partial
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -23,6 +24,9 @@ _NOT_ABOUT_VECTORS = (
 _KNOWN_PACKAGES = {"torch", "transformers", "sentence_transformers", "mipic_st", "peft", "huggingface_hub"}
 # Which adapter is on, and how strongly: peft keeps it next to the weights.
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "scaling", "merged_adapters")
+# What a module of a known package keeps beside its settings and counts, like all of its floats: a norm's eps, a scale.
+_FLAGS = ("is_causal", "approximate")
+_SCALARS = (str, bytes, int, float, type(None))
 
 
 def model_name_of(model: SentenceTransformer, name: str | None = None) -> str:
@@ -41,7 +45,8 @@ def fingerprint(model: SentenceTransformer) -> str:
     """Sixteen hex digits that change with whatever changes the model's vectors; nothing is encoded.
 
     They are a hash of weights and buffers, the settings of all modules, the backbone's config, the tokenizer, prompts,
-    maximal length, similarity, active adapters, hooks, methods set on an instance and all code of other packages.
+    maximal length, similarity, active adapters, hooks, methods set on an instance and all code of other packages with
+    the values that it reads.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, value in model.state_dict().items():
@@ -72,11 +77,14 @@ def _module_state(module: nn.Module) -> dict[str, Any]:
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     if own_hooks := [_code(hook) for hook in hooks if _is_own(getattr(hook, "func", hook))]:
         state["hooks"] = own_hooks
+    for name, value in own.items():
+        if name in _FLAGS or (isinstance(value, float) and name != "p" and "dropout" not in name):
+            state[name] = value
     return state | {name: own[name] for name in _ADAPTER_STATE if name in own} | _own_code(module)
 
 
 def _own_code(thing: Any) -> dict[str, Any]:
-    """Methods set on an instance, and those of its class or a base that are of no known package."""
+    """Methods set on an instance, and what classes of no known package hold, with the attributes that they read."""
     kind, found = type(thing), {}
     # transformers up to 5.1 leaves a class's own forward on the instance after recording
     own = {
@@ -86,10 +94,25 @@ def _own_code(thing: Any) -> dict[str, Any]:
     }
     if methods := {name: _code(value) for name, value in own.items() if callable(getattr(kind, name, None))}:
         found["set on the instance"] = methods
-    functions = [pair for each in reversed(kind.__mro__) if _is_own(each) for pair in vars(each).items()]
-    if code := {name: _code(value) for name, value in functions if isinstance(value, FunctionType)}:
-        found["code"] = code
+    held = [pair for each in reversed(kind.__mro__) if _is_own(each) for pair in vars(each).items()]
+    held = [(name, getattr(value, "__func__", getattr(value, "fget", value))) for name, value in held]
+    if functions := {name: value for name, value in held if isinstance(value, FunctionType)}:
+        found["code"] = {name: _code(value) for name, value in functions.items()}
+        values = dict(held) | vars(thing)
+        # what a method other than __init__ sets is no setting: a counter, a cache
+        later = [function.__code__ for name, function in functions.items() if name != "__init__"]
+        changed = {step.argval for code in later for step in get_instructions(code) if step.opname == "STORE_ATTR"}
+        read = {name for function in functions.values() for name in _names_in(function.__code__)} - changed
+        settings = {name: values[name] for name in read & values.keys() - {"training", "truncate_dim"}}
+        found["values"] = {name: _code(value) for name, value in settings.items() if _is_plain(value)}
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    """A number, a text, an array, or a collection of numbers and texts."""
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        return all(isinstance(item, _SCALARS) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (*_SCALARS, np.ndarray, torch.Tensor))
 
 
 def _is_own(code: Any) -> bool:

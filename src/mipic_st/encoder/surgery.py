@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor, nn
 
 from mipic_st.encoder.modules import features_of, is_linear, pooling_like
-from mipic_st.encoder.structure import encoders_in, tail_of, transformer_of
+from mipic_st.encoder.structure import encoders_in, require_one_place_each, tail_of, transformer_of
 
 Undo = Callable[[], None]
 
@@ -77,6 +77,7 @@ def put_in(model: nn.Sequential, modules: Sequence[nn.Module], *, at_the_end: bo
     (with ``at_the_end``, behind that too). A linear map is multiplied into the linear Dense that makes the vectors,
     where there is one. All modules get the model's device and, but for WordWeights, its precision.
     """
+    require_one_place_each(model)
     children = list(model.named_children())
     on_tokens = _on_tokens(modules)
     poolings = [number for number, (_, module) in enumerate(children) if isinstance(module, Pooling)]

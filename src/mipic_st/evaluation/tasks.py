@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mipic_st.evaluation.mteb_data import is_known_set, short_hash, with_local_data
-from mipic_st.validation import require
+from mipic_st.validation import as_list, require
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,8 @@ def resolve_tasks(tasks: str | Sequence[Any]) -> list[tuple[Any, bool]]:
         with contextlib.suppress(KeyError):
             return [(task, True) for task in mteb.get_benchmark(tasks).tasks]
     groups = ", ".join(TASK_GROUPS)
-    given = [tasks] if isinstance(tasks, str) else list(tasks)
+    alone = isinstance(tasks, (str, mteb.AbsTask))
+    given = [tasks] if alone else as_list("tasks", tasks, "['STS13', 'STS14']")
     if not given:
         raise ValueError(f"tasks is empty; give task names or a group: {groups}.")
     resolved: list[tuple[Any, bool]] = []

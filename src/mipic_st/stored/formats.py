@@ -57,9 +57,9 @@ class Format(ABC):
     def batches(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
         """The rows between two borders, with the metadata of the file in the schema; one batch at least."""
 
-    def state(self) -> int:
-        """What changes with the content: the bytes of a file."""
-        return self.path.stat().st_size
+    def state(self) -> list[int]:
+        """What changes with the content: the bytes of a file, and when it was written."""
+        return [self.path.stat().st_size, self.path.stat().st_mtime_ns]
 
 
 def _pieces(rows: int) -> list[int]:
@@ -156,8 +156,8 @@ class Numpy(Format):
 
     def _head(self) -> Any:
         array = np.load(self.path, mmap_mode="r")
-        if array.ndim != 2 or not array.flags.c_contiguous:
-            raise ValueError(f"must hold an array (N, D) in C order, got shape {array.shape}.")
+        if array.ndim != 2:
+            raise ValueError(f"must hold an array (N, D), got shape {array.shape}.")
         return array
 
     def borders(self) -> list[int]:
@@ -167,12 +167,17 @@ class Numpy(Format):
     def batches(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
         """The rows between two borders."""
         head = self._head()
-        width, offset, kind = head.shape[1], head.offset, head.dtype
+        width, offset, kind, by_rows = head.shape[1], head.offset, head.dtype, head.flags.c_contiguous
         del head
         for first in range(start, max(stop, start + 1), BATCH):
-            count = width * (min(first + BATCH, stop) - first)
-            flat = np.fromfile(self.path, kind, count, offset=offset + first * width * kind.itemsize)
-            yield _batch(self.column, flat, width)
+            last = min(first + BATCH, stop)
+            if by_rows:
+                flat = np.fromfile(
+                    self.path, kind, width * (last - first), offset=offset + first * width * kind.itemsize
+                )
+            else:
+                flat = self._head()[first:last].ravel()
+            yield _batch(self.column, flat.astype(kind.newbyteorder("="), copy=False), width)
 
 
 class _SafetensorsWriter(_NumpyWriter):
@@ -202,9 +207,11 @@ class Safetensors(Format):
         with self._open() as file:
             if self.column not in (names := list(file.keys())):
                 raise ValueError(f"there is no tensor {self.column!r}; the tensors are {names}.")
-            shape = file.get_slice(self.column).get_shape()
+            shape, kind = file.get_slice(self.column).get_shape(), file.get_slice(self.column).get_dtype()
         if len(shape) != 2:
             raise ValueError(f"tensor {self.column!r} must have the shape (N, D), got {shape}.")
+        if kind == "BF16":
+            raise ValueError(f"tensor {self.column!r} is of bfloat16, which NumPy does not have: save it in float32.")
         return _pieces(shape[0])
 
     def batches(self, start: int, stop: int) -> Iterator[pa.RecordBatch]:
@@ -254,9 +261,9 @@ class Lance(Format):
         else:
             yield from data.to_batches(offset=start, limit=stop - start, batch_size=BATCH, scan_in_order=True)
 
-    def state(self) -> int:
+    def state(self) -> list[int]:
         """The version of the data set."""
-        return self._open().version
+        return [self._open().version]
 
 
 FORMATS: dict[str, type[Format]] = {format.suffix: format for format in (Parquet, Numpy, Safetensors, Lance)}

@@ -1,5 +1,6 @@
 """Code the vectors of files: piece by piece, each whole or not there, so that a run that was ended can go on."""
 
+import hashlib
 import json
 import shutil
 import threading
@@ -16,11 +17,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mipic_st import codes
-from mipic_st.files import require_writable, write_json, write_whole
+from mipic_st.files import only_writer, require_writable, write_json, write_whole
 from mipic_st.stored.arrow import rows_of, width_of
 from mipic_st.stored.formats import FORMATS
 from mipic_st.stored.plan import Piece, Plan, plan
 from mipic_st.stored.rotate import RotateVectors
+from mipic_st.transforms.arrays import of_usual_length
 from mipic_st.transforms.rotation import Rotation
 from mipic_st.validation import checked_count, checked_dims, default_dims
 
@@ -99,12 +101,15 @@ def rotate_files(
     settings = {"format": 1, "source": source.name, "seed": seed, "note": rotate.note}
     if made is not None and (other := [name for name in settings if made.get(name) != settings[name]]):
         raise ValueError(f"{folder} was made with {_differences(made, settings, other)}: name a new folder.")
-    if made is None:
-        given = None if isinstance(rotation, Rotation) else rotation
-        save = rotate.rotation.save if given is None else partial(shutil.copyfile, given)
-        write_whole(folder / ROTATION, save)
-        write_whole(folder / MANIFEST, lambda path: write_json(path, settings))
-    return _convert(work, folder, rotate, settings, workers, show_progress_bar)
+    with only_writer(folder):
+        if made is None:
+            if any(folder.iterdir()):
+                raise ValueError(f"another run has written into {folder} meanwhile: name a new folder.")
+            given = None if isinstance(rotation, Rotation) else rotation
+            save = rotate.rotation.save if given is None else partial(shutil.copyfile, given)
+            write_whole(folder / ROTATION, save)
+            write_whole(folder / MANIFEST, lambda path: write_json(path, settings))
+        return _convert(work, folder, rotate, settings, workers, show_progress_bar)
 
 
 def _earlier(folder: Path, source: Path, resume: bool) -> dict[str, Any] | None:
@@ -197,7 +202,7 @@ def _sample(column: str, piece: Piece, own: np.ndarray, tick: Callable[[int], No
     for batch, chosen in piece.chosen(own):
         vectors = batch.column(column).take(chosen)
         rows = rows_of(column, vectors, width_of(vectors)).vectors
-        found.append(rows[np.isfinite(rows).all(axis=1) & rows.any(axis=1)].astype(np.float32))
+        found.append(of_usual_length(rows[np.isfinite(rows).all(axis=1) & rows.any(axis=1)]))
         tick(batch.num_rows)
     widths = Counter(part.shape[1] for part in found for _ in part)
     width = widths.most_common(1)[0][0] if widths else 0
@@ -250,12 +255,14 @@ def _code(folder: Path, rotate: RotateVectors, piece: Piece, own: np.ndarray, ti
         for batch, chosen in piece.chosen(own):
             coded, found = rotate.coded(batch)
             vectors = batch.column(rotate.column).take(chosen[~np.isin(chosen, list(found))])
-            sample.append(rows_of(rotate.column, vectors, rotate.width).vectors.astype(np.float32))
+            sample.append(of_usual_length(rows_of(rotate.column, vectors, rotate.width).vectors))
             faults.update((first + row, fault) for row, fault in found.items())
             writer.write(coded)
             first += batch.num_rows
             tick(batch.num_rows)
         writer.close()
+        if first != piece.stop or piece.data.state() != piece.state:
+            raise ValueError("the source was changed meanwhile; go on with resume=True (--resume)")
 
     write_whole(folder / piece.target, write)
     entry = {
@@ -272,7 +279,7 @@ def _code(folder: Path, rotate: RotateVectors, piece: Piece, own: np.ndarray, ti
 
 
 def _state(piece: Piece, folder: Path) -> Path:
-    return folder / _STATE / f"{piece.target}.safetensors"
+    return folder / _STATE / f"{hashlib.sha256(piece.target.encode()).hexdigest()}.safetensors"
 
 
 def _finished(piece: Piece, folder: Path) -> tuple[dict[str, Any], np.ndarray] | None:
@@ -290,7 +297,12 @@ def _remove_strangers(work: Plan, folder: Path) -> None:
     """What an ended run left half written is removed; files of other sources are refused."""
     targets = {folder / piece.target for piece in work.pieces}
     for path in folder.rglob("*"):
-        if path.suffix not in FORMATS or _STATE in path.relative_to(folder).parts or path.name == ROTATION:
+        if (
+            path.is_dir()
+            or path.suffix not in FORMATS
+            or _STATE in path.relative_to(folder).parts
+            or path.name == ROTATION
+        ):
             continue
         if path.name.startswith("."):
             path.unlink()

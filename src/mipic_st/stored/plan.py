@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mipic_st.stored.formats import FORMATS, Format
 from mipic_st.validation import require
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Piece:
     source: str  # the file's name, in the given folder
     start: int
     stop: int
-    state: int  # changes when the source does
+    state: list[int]  # changes when the source does
     target: str  # name of what is written, in the new folder
 
     def __len__(self) -> int:
@@ -65,14 +68,14 @@ def files_of(place: str | PathLike[str]) -> list[tuple[str, Path]]:
     place = Path(place)
     if not place.exists():
         raise FileNotFoundError(f"There is no file or folder {place}.")
-    if place.suffix in FORMATS:
+    if _is_source(place):
         return [(place.name, place)]
     if place.is_file():
         raise ValueError(f"{place} must end with {', '.join(FORMATS)}.")
     found = {
         path.relative_to(place): path
         for path in sorted(place.rglob("*"))
-        if path.suffix in FORMATS and not any(part[0] in "._" for part in path.relative_to(place).parts)
+        if _is_source(path) and not any(part[0] in "._" for part in path.relative_to(place).parts)
     }
     # what lies in a data set belongs to it
     found = {name: path for name, path in found.items() if not any(parent in found for parent in name.parents)}
@@ -81,6 +84,11 @@ def files_of(place: str | PathLike[str]) -> list[tuple[str, Path]]:
     if len(kinds := {name.suffix for name in found}) > 1:
         raise ValueError(f"{place} has files of {', '.join(sorted(kinds))}: name one of them, or a folder of one kind.")
     return [(name.as_posix(), path) for name, path in found.items()]
+
+
+def _is_source(path: Path) -> bool:
+    """A file of a known ending, or a Lance data set; other folders are called ``name.parquet`` by Spark."""
+    return path.suffix in FORMATS and (path.suffix == ".lance") == path.is_dir()
 
 
 def plan(place: str | PathLike[str], column: str) -> Plan:
@@ -104,3 +112,21 @@ def plan(place: str | PathLike[str], column: str) -> Plan:
     if doubled := {target for target in targets if targets.count(target) > 1}:
         raise ValueError(f"two files would be written as {min(doubled)}: rename one of {place}.")
     return found
+
+
+def read(place: str | PathLike[str], column: str) -> pa.ChunkedArray:
+    """The vectors of all files at once; one file that cannot be read is an error."""
+    import pyarrow as pa
+
+    found = plan(place, column)
+    for name, error in found.failed.items():
+        raise ValueError(f"Cannot read {name}: {error}") from error
+    parts = []
+    for piece in found.pieces:
+        for batch in piece.data.batches(piece.start, piece.stop):
+            if column not in (names := batch.schema.names):
+                raise ValueError(f"{piece.source} has the columns {names}, but not {column!r}: give --columns NAME.")
+            parts.append(getattr(batch.column(column), "storage", batch.column(column)))
+    if len(kinds := {str(part.type) for part in parts}) > 1:
+        raise ValueError(f"column {column!r} of {place} is of several types, {', '.join(sorted(kinds))}: make it one.")
+    return pa.chunked_array(parts)

@@ -116,6 +116,17 @@ def _no_rows(kind: Any) -> np.ndarray:
     return np.empty((0, getattr(kind, "list_size", 0)), dtype=kind.value_type.to_pandas_dtype())
 
 
+def of_usual_length(vectors: np.ndarray) -> np.ndarray:
+    """Rows in float32, those whose squares would overflow or vanish there times a power of two: the same directions."""
+    with np.errstate(invalid="ignore"):  # what is not finite stays so
+        largest = np.maximum(vectors.max(axis=1, initial=0), -vectors.min(axis=1, initial=0))[:, None]
+    odd = ((largest > 1e10) | (largest < 1e-10))[:, 0] & np.isfinite(largest[:, 0])
+    if odd.any():
+        vectors = vectors.copy()
+        vectors[odd] = np.ldexp(vectors[odd], -np.frexp(largest[odd])[1])
+    return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
 def off_orthogonal(matrix: np.ndarray) -> float:
     """How far a matrix is from orthogonal: the largest value of R^T R - I."""
     matrix = matrix.astype(np.float64)

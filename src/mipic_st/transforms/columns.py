@@ -34,12 +34,15 @@ def as_dataset(data: Any) -> Any:
             return kind.from_pandas(data, preserve_index=False)
         if not is_stream:
             return kind.from_dict(dict(data))
+        rows = list(islice(data, _STREAMED + 1))
+        if len(rows) > _STREAMED:
+            logger.warning("data is a stream of more than %d rows, of which the first are used.", _STREAMED)
+        # the first row may lack columns
+        names = dict.fromkeys(name for row in rows for name in row)
+        columns = {name: [row.get(name) for row in rows[:_STREAMED]] for name in names}
+        return kind.from_dict(columns, features=data.features)
     except (TypeError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise ValueError(f"data is no table of columns of equal lengths and kinds: {error}") from error
-    rows = list(islice(data, _STREAMED + 1))
-    if len(rows) > _STREAMED:
-        logger.warning("data is a stream of more than %d rows, of which the first are used.", _STREAMED)
-    return kind.from_list(rows[:_STREAMED], features=data.features)
 
 
 def _is_table(value: Any) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mipic_st.transforms.arrays import of_usual_length
 from mipic_st.validation import require
 
 
@@ -56,10 +57,12 @@ def index_of(columns: np.ndarray, factory: str) -> Any:
 
 def filled(index: Any, vectors: np.ndarray, factory: str) -> Any:
     """The index trained on vectors, which it then holds."""
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    vectors = of_usual_length(vectors)
     try:
         index.train(vectors)
+        index.add(vectors)
     except RuntimeError as error:
-        raise ValueError(f"factory {factory!r} cannot be trained on {len(vectors)} vectors: {error}") from error
-    index.add(vectors)
+        raise ValueError(
+            f"factory {factory!r} cannot be trained on {len(vectors)} vectors and hold them: {error}"
+        ) from error
     return index

@@ -17,7 +17,13 @@ from sentence_transformers import SentenceTransformer
 from mipic_st.encoder.card import describe_dims
 from mipic_st.encoder.encoding import encode_columns
 from mipic_st.encoder.fingerprint import fingerprint, model_name_of
-from mipic_st.encoder.structure import evaluation_mode, full_width, in_half_precision, unwrap
+from mipic_st.encoder.structure import (
+    evaluation_mode,
+    full_width,
+    in_half_precision,
+    require_one_place_each,
+    unwrap,
+)
 from mipic_st.encoder.surgery import keep_description
 from mipic_st.numerics import compare_vectors, unit_length
 from mipic_st.processes import by_the_first, everywhere, processes
@@ -189,6 +195,7 @@ def _plan(
 ) -> _Plan:
     """All arguments of :func:`rotate_model` checked, before anything is encoded."""
     model = unwrap(model)
+    require_one_place_each(model)
     dims = checked_dims("dims", dims, full_width(model))
     batch_size = checked_count("batch_size", batch_size)
     defaults = dict(fit_rotation.__kwdefaults__ or {})
