@@ -64,7 +64,5 @@ def filled(index: Any, vectors: np.ndarray, factory: str) -> Any:
         index.train(vectors)
         index.add(vectors)
     except RuntimeError as error:
-        raise ValueError(
-            f"factory {factory!r} cannot be trained on {len(vectors)} vectors and hold them: {error}"
-        ) from error
+        raise ValueError(f"factory {factory!r} cannot be trained on {len(vectors)} vectors: {error}") from error
     return index
