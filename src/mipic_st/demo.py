@@ -17,6 +17,8 @@ The score of a pair follows from how it was made:
 | unrelated     | 0.0   | tells of an event of another topic, often with the same people or numbers         |
 """
 
+from __future__ import annotations
+
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -4,6 +4,8 @@ The libraries' source files are read, nothing is imported or downloaded. The tex
 name these with a result (:func:`versions`). Not part of the stable API.
 """
 
+from __future__ import annotations
+
 import ast
 import random
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Writing files and folders whole or not at all."""
 
+from __future__ import annotations
+
 import glob
 import hashlib
 import json
@@ -84,13 +86,11 @@ def only_writer(folder: str | PathLike[str]) -> Iterator[None]:
 
     place = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(place)
-        raise ValueError(f"folder {str(folder)!r}: another process is writing there; wait, or name another.") from error
-    except OSError:  # a file system without locks
-        pass
-    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):  # else a file system without locks
+                raise ValueError(f"folder {str(folder)!r}: another process is writing there; name another.") from error
         yield
     finally:
         os.close(place)

@@ -1,5 +1,7 @@
 """Small functions on tensors that several folders share: precision, unit length, cosines of prefixes."""
 
+from __future__ import annotations
+
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 

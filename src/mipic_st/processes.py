@@ -1,5 +1,7 @@
 """Work that several processes of one training do together, so that all of them end with the same or with one error."""
 
+from __future__ import annotations
+
 import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -34,7 +34,7 @@ MAY_IMPORT = {
 # Kinds of modules that sentence-transformers models are built of: only encoder/ asks for them.
 MODULES = "sentence_transformers.sentence_transformer.modules"
 
-LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOSS, MOST_LINES = 400, 80, 350, 15_800
+LONGEST_FILE, LONGEST_FUNCTION, LONGEST_LOSS, MOST_LINES = 400, 80, 350, 15_900
 # What is larger, each with the reason. Best empty.
 LARGE_FILES: dict[str, str] = {}
 LARGE_FUNCTIONS: dict[str, str] = {}

@@ -4,6 +4,8 @@ Queries stay floats and search the coded documents, as engines do. All are judge
 have a paired interval.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

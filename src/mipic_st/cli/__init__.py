@@ -4,6 +4,8 @@ Each command is a file of this folder, named as the command, with a docstring (t
 ``add_arguments(parser)`` and ``run(args)``, which prints, and raises if something is wrong.
 """
 
+from __future__ import annotations
+
 import argparse
 import logging
 import os

@@ -4,6 +4,8 @@ It asks an OpenAI-compatible endpoint for a few vectors and compares them with t
 they differ.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 

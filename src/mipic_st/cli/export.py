@@ -4,6 +4,8 @@ tei: for text-embeddings-inference, infinity and older releases of vLLM, with ol
 onnx: one file that already applies the rotation to the token states, for runtimes that pool by themselves.
 """
 
+from __future__ import annotations
+
 import argparse
 
 from mipic_st.cli import options

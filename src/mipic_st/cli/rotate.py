@@ -4,6 +4,8 @@ The rotation is fitted on texts or pairs. Full-width cosines stay as they are, a
 package.
 """
 
+from __future__ import annotations
+
 import argparse
 from typing import Any
 

@@ -1,5 +1,7 @@
 """List the groups of MTEB tasks, with their sizes and expected minutes."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 

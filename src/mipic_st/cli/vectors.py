@@ -5,6 +5,8 @@ gets their codes, the rotation and a manifest. Memory stays constant, and --resu
 the end, a sample of the rows shows how many of the full-width neighbours the codes still find.
 """
 
+from __future__ import annotations
+
 import argparse
 import sys
 import time

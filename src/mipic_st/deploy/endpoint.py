@@ -1,5 +1,7 @@
 """A running server compared with the model: a missing Dense layer shows in vectors, not in full-width cosines."""
 
+from __future__ import annotations
+
 import http.client
 import itertools
 import json

@@ -1,5 +1,7 @@
 """An ONNX file whose ``last_hidden_state`` is behind the model's linear tail, for runtimes that do the pooling."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
 from os import PathLike

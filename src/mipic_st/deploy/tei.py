@@ -1,5 +1,7 @@
 """The older folder form that text-embeddings-inference and other servers read."""
 
+from __future__ import annotations
+
 import json
 import logging
 from os import PathLike
@@ -20,7 +22,8 @@ from mipic_st.deploy.written import (
 )
 from mipic_st.encoder.encoding import PROBE_TEXTS, encode_texts, prompt_of
 from mipic_st.encoder.modules import kind_of, leaves_prompts_out
-from mipic_st.encoder.structure import evaluation_mode, in_half_precision, require_one_place_each, unwrap
+from mipic_st.encoder.structure import evaluation_mode, in_half_precision, unwrap
+from mipic_st.encoder.surgery import require_one_place_each
 from mipic_st.files import new_folder, write_json
 from mipic_st.numerics import unit_length
 

@@ -1,5 +1,7 @@
 """Cut a model to its first layers and first dimensions; the result is a plain SentenceTransformer."""
 
+from __future__ import annotations
+
 import copy
 import logging
 import time

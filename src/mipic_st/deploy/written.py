@@ -1,5 +1,7 @@
 """What was written, loaded in a fresh object and compared with the model."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Sequence
 from os import PathLike

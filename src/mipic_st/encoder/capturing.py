@@ -1,5 +1,7 @@
 """transformers' hooks for hidden states, taken out again: left in, they keep a model from being pickled."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

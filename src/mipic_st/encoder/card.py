@@ -1,5 +1,7 @@
 """What the model's ``config.json`` and its model card say about dims, for serving engines and for readers."""
 
+from __future__ import annotations
+
 import logging
 import re
 from collections.abc import Iterable, Sequence

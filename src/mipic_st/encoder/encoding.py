@@ -1,5 +1,7 @@
 """Sentence vectors of a model's intermediate layers, as a model that was cut there would give them."""
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

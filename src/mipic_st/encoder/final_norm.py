@@ -1,5 +1,7 @@
 """What an encoder does behind its last layer, found by running it; and which layer each hidden state comes from."""
 
+from __future__ import annotations
+
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack

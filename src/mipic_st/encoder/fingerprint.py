@@ -1,5 +1,7 @@
 """What a model is called and which state of it is meant: the identity of every score."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import sys

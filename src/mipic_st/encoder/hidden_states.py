@@ -4,6 +4,8 @@ What it changes in the model, its forward and what its config asks for, is undon
 it ends. Only :func:`require_eager_attention` is for good.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext

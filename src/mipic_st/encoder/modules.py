@@ -1,5 +1,7 @@
 """Kinds of modules: what others ask and build, and which of those behind a pooling are linear or pass vectors on."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

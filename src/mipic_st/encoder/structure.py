@@ -70,15 +70,6 @@ def unwrap(model: nn.Module) -> SentenceTransformer:
     return inner
 
 
-def require_one_place_each(model: nn.Sequential) -> None:
-    """Refuse a module that stands in two places: sentence-transformers runs it once, and twice when it was saved."""
-    if len(twice := list(model._modules.values())) > len({*map(id, twice)}):
-        raise ValueError(
-            f"one module stands in two places of {' + '.join(_names(twice))}, which gives other vectors when the model "
-            "was saved and loaded: put copy.deepcopy(module) into one of them."
-        )
-
-
 def in_half_precision(model: nn.Module) -> bool:
     """Whether a part of the model computes in float16 or bfloat16."""
     return any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters())

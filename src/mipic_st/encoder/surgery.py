@@ -1,5 +1,7 @@
 """Changes of a model: the modules of a fitted map put in (and taken out again), layers cut off, adapters merged."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from torch import Tensor, nn
 
 from mipic_st.encoder.modules import features_of, is_linear, pooling_like
-from mipic_st.encoder.structure import encoders_in, require_one_place_each, tail_of, transformer_of
+from mipic_st.encoder.structure import encoders_in, tail_of, transformer_of
 
 Undo = Callable[[], None]
 
@@ -68,6 +70,14 @@ def no_word_weights(model: SentenceTransformer) -> str:
 def input_embeddings(model: SentenceTransformer) -> Tensor:
     """Static embeddings of the vocabulary, (V, E), of a model whose first module is a Transformer; on the CPU."""
     return transformer_of(model).auto_model.get_input_embeddings().weight.detach().cpu()
+
+
+def require_one_place_each(model: nn.Sequential) -> None:
+    """Refuse a module that stands in two places: sentence-transformers runs it once, and twice when it was saved."""
+    if len(modules := list(model._modules.values())) > len({*map(id, modules)}):
+        names = " + ".join(type(module).__name__ for module in modules)
+        fix = "it runs twice once the model was saved and loaded. Put copy.deepcopy(module) into one of them."
+        raise ValueError(f"one module stands in two places of {names}: {fix}")
 
 
 def put_in(model: nn.Sequential, modules: Sequence[nn.Module], *, at_the_end: bool = False) -> Undo:

@@ -1,5 +1,7 @@
 """Evaluators of sentence-transformers in cells: copies, names and main scores for each layer, dim and precision."""
 
+from __future__ import annotations
+
 import contextlib
 import copy
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ Documents are always coded. Under ``"symmetric"`` scoring queries are, too, and 
 ``"asymmetric"`` scoring queries stay floats and are compared with decoded documents, as search engines do.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from functools import cache
 from math import isqrt

@@ -92,7 +92,7 @@ def evaluate_mteb(
     Args:
         model: The model.
         tasks: A group (see `TASK_GROUPS`), the name of a task or of an mteb benchmark, a task object, or a list of
-            names and objects. An object that holds data already is scored on that data, under its own name.
+            these. An object that holds data already is scored on that data, under its own name.
         dims: Distinct dims, 1 to the model's width.
         output: Folder of the results.
         model_name: Name in results and tables; None takes the hub name or ``local/<folder>``.

@@ -1,5 +1,7 @@
 """Data of MTEB tasks: local files, and digests that tell MTEB's own sets from others."""
 
+from __future__ import annotations
+
 import copy
 import hashlib
 import json

@@ -1,5 +1,7 @@
 """A logistic regression on frozen vectors, as MTEB's classification does it."""
 
+from __future__ import annotations
+
 import csv
 from collections.abc import Sequence
 from pathlib import Path

@@ -135,8 +135,7 @@ def resolve_tasks(tasks: str | Sequence[Any]) -> list[tuple[Any, bool]]:
         with contextlib.suppress(KeyError):
             return [(task, True) for task in mteb.get_benchmark(tasks).tasks]
     groups = ", ".join(TASK_GROUPS)
-    alone = isinstance(tasks, (str, mteb.AbsTask))
-    given = [tasks] if alone else as_list("tasks", tasks, "['STS13', 'STS14']")
+    given = [tasks] if isinstance(tasks, (str, mteb.AbsTask)) else as_list("tasks", tasks, '["STS13"]')
     if not given:
         raise ValueError(f"tasks is empty; give task names or a group: {groups}.")
     resolved: list[tuple[Any, bool]] = []

@@ -1,5 +1,7 @@
 """Vectors in memory up to a limit, in a temporary file above it."""
 
+from __future__ import annotations
+
 import logging
 import tempfile
 from typing import Any

@@ -7,6 +7,8 @@ Projections are used in stages 1 and 3 only: a parameter used in stage 2 would m
 pass applies (gradient accumulation, fp16). All this happens on a stand-in for the base loss, which is not touched.
 """
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable
 from itertools import chain

@@ -1,5 +1,7 @@
 """What a trainer leaves undone for a loss that has parameters of its own: the callback."""
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Mapping

@@ -4,6 +4,8 @@ Symbols are those of :mod:`mipic_st.losses.sia`. Values and gradients are writte
 states themselves is kept for the backward pass, however long the sentences are.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple

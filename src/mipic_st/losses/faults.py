@@ -1,5 +1,7 @@
 """What stops a batch before it harms the parameters: empty texts, terms and gradients that are not finite."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """The base loss at every truncation dimension, on one set of forward passes that the terms watch."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

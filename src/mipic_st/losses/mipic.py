@@ -1,5 +1,7 @@
 """MIPICLoss: the base loss at every truncation dimension, plus SIA and PIC (Eq. 18)."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager

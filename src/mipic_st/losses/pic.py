@@ -5,6 +5,8 @@ head maps the sentence vector of one pair to the width of the next one; an InfoN
 sentences of the batch, the vector that the next pair gave the same sentence.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,5 +1,7 @@
 """The paper's settings as data, and the rules that extend them to any depth and any dims."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +39,11 @@ class Recipe:
     def sia_layers(self) -> tuple[int, ...]:
         """Layers that carry SIA: those of the chain."""
         return tuple(layer for _, layer in self.pic_chain)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The matryoshka dims, ascending."""
+        return paper_dims(self.width)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -118,7 +125,7 @@ def default_chain(dims: Sequence[int], depth: int, width: int) -> tuple[tuple[in
     """
     dims = sorted(dims)
     recipe = find_recipe(depth, width)
-    if recipe is not None and set(dims) <= set(paper_dims(width)):
+    if recipe is not None and set(dims) <= set(recipe.dims):
         published = tuple(pair for pair in recipe.pic_chain if pair[0] in dims)
         if len(published) > 1 and published[-1] == (width, depth):
             return published

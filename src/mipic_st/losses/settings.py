@@ -1,5 +1,7 @@
 """The settings of MIPICLoss, each checked once. Their defaults are those of its signature."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields

@@ -12,6 +12,8 @@ Nothing depends on the padding or on the other sentences of the batch. Everythin
 if the input is float64, whatever autocast says.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 

@@ -1,5 +1,7 @@
 """Code the vectors of files: piece by piece, each whole or not there, so that a run that was ended can go on."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import shutil

@@ -1,5 +1,7 @@
 """What is read and where it goes: the files of a place, cut into pieces, and rows of them chosen at random."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from os import PathLike

@@ -1,5 +1,7 @@
 """One class that rotates, cuts and codes a column of vectors, wherever batches of a table pass by."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping
 from os import PathLike

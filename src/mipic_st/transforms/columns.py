@@ -1,5 +1,7 @@
 """Which columns of a data set are the texts of a fit, and which of its rows belong together."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping
 from itertools import islice

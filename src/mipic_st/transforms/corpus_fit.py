@@ -12,6 +12,8 @@ teacher, more steps, or a second moment per entry (plain Adam) gain on the fitte
 others. With fewer than five documents per rotated direction the fit does so too, hence k.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

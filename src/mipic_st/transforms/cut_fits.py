@@ -1,5 +1,7 @@
 """The linear map behind an early layer, fitted on arrays: least squares, then the similarities at the dims served."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

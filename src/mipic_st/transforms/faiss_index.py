@@ -1,5 +1,7 @@
 """A rotation in front of faiss's own codes: the parts of :meth:`mipic_st.transforms.rotation.Rotation.faiss_index`."""
 
+from __future__ import annotations
+
 import re
 from typing import Any
 
@@ -62,7 +64,5 @@ def filled(index: Any, vectors: np.ndarray, factory: str) -> Any:
         index.train(vectors)
         index.add(vectors)
     except RuntimeError as error:
-        raise ValueError(
-            f"factory {factory!r} cannot be trained on {len(vectors)} vectors and hold them: {error}"
-        ) from error
+        raise ValueError(f"factory {factory!r} cannot be trained on {len(vectors)} vectors: {error}") from error
     return index

@@ -3,6 +3,8 @@
 Maps are fitted on vectors that are encoded once, without a gradient through the encoder.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -3,6 +3,8 @@
 No torch, and huggingface_hub only where it is needed: workers load maps by this.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Sequence

@@ -3,6 +3,8 @@
 All functions give one number per query, so that differences between two ways have an error.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 
 import torch

@@ -17,14 +17,8 @@ from sentence_transformers import SentenceTransformer
 from mipic_st.encoder.card import describe_dims
 from mipic_st.encoder.encoding import encode_columns
 from mipic_st.encoder.fingerprint import fingerprint, model_name_of
-from mipic_st.encoder.structure import (
-    evaluation_mode,
-    full_width,
-    in_half_precision,
-    require_one_place_each,
-    unwrap,
-)
-from mipic_st.encoder.surgery import keep_description
+from mipic_st.encoder.structure import evaluation_mode, full_width, in_half_precision, unwrap
+from mipic_st.encoder.surgery import keep_description, require_one_place_each
 from mipic_st.numerics import compare_vectors, unit_length
 from mipic_st.processes import by_the_first, everywhere, processes
 from mipic_st.transforms.arrays import off_orthogonal

@@ -4,6 +4,8 @@ Symbols: B rows of a batch, D the width, ``dims`` the truncation dimensions d, m
 d values of each row of A, at unit length.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

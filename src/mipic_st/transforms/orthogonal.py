@@ -1,5 +1,7 @@
 """Orthogonal matrices: the PCA of documents, a way to fit one by steps, the columns behind the largest dim."""
 
+from __future__ import annotations
+
 import math
 
 import torch

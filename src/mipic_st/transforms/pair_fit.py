@@ -6,6 +6,8 @@ on STS13 and SICK validation with all-MiniLM-L6-v2: weights of the similarity te
 dims, and cost little without an encoder.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch

@@ -1,5 +1,7 @@
 """Find a rotation for vectors, and judge one on others. How it is found: :mod:`mipic_st.transforms.candidates`."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,5 +1,7 @@
 """What a rotation is judged by: queries that search a corpus at full width, and again at each dim."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -4,6 +4,8 @@
 :mod:`mipic_st.transforms.layer_cut` does both for a layer cut.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
