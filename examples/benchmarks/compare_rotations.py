@@ -154,7 +154,7 @@ def layer_cuts(
     unscaled = list(model)
     while isinstance(unscaled[-1], Normalize):
         unscaled.pop()
-    dense = identity_dense(torch.from_numpy(turn.matrix), model)
+    dense = identity_dense(torch.from_numpy(turn.matrix)).to(model.device)
     rotated = SentenceTransformer(modules=[*unscaled, dense, Normalize()])
     models, report = {"full depth": model, "full depth, rotated": rotated}, []
     for what, start in (("fitted", model), ("fitted, rotated", rotated)):
