@@ -82,7 +82,8 @@ def ran(line: str, folder: Path) -> str:
     words = [sys.executable, "-m", "mipic_st", *line.split()[1:]]
     done = subprocess.run(words, cwd=folder, env=os.environ | quiet, capture_output=True, text=True)
     print(line, done.returncode, sep="\n")
-    said = [line.rstrip() for line in f"{done.stdout.rstrip()}\n{done.stderr.rstrip()}".splitlines()]
+    said = [line.rstrip() for line in done.stdout.rstrip().splitlines()]
+    said += [line.rstrip() for line in done.stderr.splitlines() if line.strip()]  # bars leave empty lines
     # not all progress bars heed the variable above
     lines = "\n".join(wrapped(line) for line in said if "%|" not in line)
     return re.sub(r"\n{3,}", "\n\n", lines).strip()

@@ -1,6 +1,7 @@
 """The command advise: texts, pairs and vectors from files; everything is written, or nothing."""
 
 import json
+import sys
 
 import numpy as np
 import pandas as pd
@@ -66,6 +67,16 @@ def test_vectors_are_read_as_for_the_command_vectors(files, capsys):
     (files / "parts" / "3.npy").write_bytes(b"no array")
     assert main(["advise", "--vectors", str(files / "parts"), *SMALL]) == 1
     assert "Cannot read 3.npy" in capsys.readouterr().err
+
+
+def test_an_array_needs_no_pyarrow(files, capsys, monkeypatch):
+    """What NumPy wrote is advised on after the plain installation; a tensor's file says what it needs."""
+    np.save(files / "v.npy", vectors())
+    save_file({"embedding": vectors()}, files / "v.safetensors")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert main(["advise", "--vectors", str(files / "v.npy"), *SMALL]) == 0
+    assert main(["advise", "--vectors", str(files / "v.safetensors"), *SMALL]) == 1
+    assert "pyarrow" in capsys.readouterr().err
 
 
 def test_random_vectors_get_no_map(files, capsys):

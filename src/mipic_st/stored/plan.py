@@ -116,8 +116,13 @@ def plan(place: str | PathLike[str], column: str) -> Plan:
     return found
 
 
-def read(place: str | PathLike[str], column: str) -> pa.ChunkedArray:
-    """The vectors of all files at once; one file that cannot be read is an error."""
+def read(place: str | PathLike[str], column: str) -> pa.ChunkedArray | np.ndarray:
+    """The vectors of all files at once; one file that cannot be read is an error. A file of NumPy needs no pyarrow."""
+    if (path := Path(place)).suffix == ".npy" and path.is_file():
+        try:
+            return np.load(path, mmap_mode="r")
+        except ValueError as error:
+            raise ValueError(f"Cannot read {path.name}: {error}") from error
     import pyarrow as pa
 
     found = plan(place, column)
