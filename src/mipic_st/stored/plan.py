@@ -121,8 +121,8 @@ def read(place: str | PathLike[str], column: str) -> pa.ChunkedArray | np.ndarra
     if (path := Path(place)).suffix == ".npy" and path.is_file():
         try:
             return np.load(path, mmap_mode="r")
-        except ValueError as error:
-            raise ValueError(f"Cannot read {path.name}: {error}") from error
+        except ValueError as fault:
+            raise ValueError(f"Cannot read {path.name}: {fault}") from fault
     import pyarrow as pa
 
     found = plan(place, column)
