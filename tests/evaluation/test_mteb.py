@@ -990,7 +990,7 @@ def test_runs_share_an_output_folder(named_sts22, tmp_path):
     for process in runs:
         process.start()
     while any(process.is_alive() for process in runs) and seen.empty():
-        for path in (tmp_path / "out").rglob("STS22.json"):
+        for path in (tmp_path / "out" / "results").rglob("STS22.json"):
             assert set(mteb.results.TaskResult.from_disk(path).hf_subsets) <= set(names)
     found = dict(seen.get(timeout=120) for _ in runs)
     for process in runs:
