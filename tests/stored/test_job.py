@@ -346,7 +346,7 @@ def test_wrong_arguments_leave_nothing(tmp_path, rotation, options, message):
 
 @pytest.mark.parametrize(
     ("lengths", "kind"),
-    [(1e25, np.float32), (1e-25, np.float32), (1e250, np.float64), (1e-250, np.float64)],
+    [(1e-25, np.float32), (1e250, np.float64)],
 )
 def test_vectors_of_any_length(tmp_path, rotation, lengths, kind):
     """Codes, fit and check of directions, also in floats whose squares are no float32."""
