@@ -369,6 +369,7 @@ def test_half_depth_s_other_options(run_here, tmp_path):
 
 
 @needs_model
+@pytest.mark.slow
 def test_serve_vectors_prints_a_row_for_each_code(run_here, tmp_path):
     """What is printed is what is written; what is not installed is named with its command."""
     pytest.importorskip("faiss", reason="needs faiss-cpu")
@@ -818,6 +819,7 @@ def test_larger_teacher_is_for_pairs_and_has_a_weight(run_here, tmp_path):
         run_here("larger_teacher.py", "--smoke", "--pairs", scored)
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_runs_on_the_cpu(run_here, tmp_path):
     """Tiny sizes: every method at every length with its ratio, the fit and its application; nothing is left out."""
     code, _, errors = run("benchmarks/gpu.py", "--smoke", "--json", tmp_path / "figures.json")
