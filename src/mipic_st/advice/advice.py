@@ -131,6 +131,7 @@ class Advice:
         write_whole(path, partial(write_json, content=content))
 
     plot = quality_by_bytes
+    """Draw quality over bytes: :func:`mipic_st.advice.plot.quality_by_bytes`."""
 
     def __repr__(self) -> str:
         return f"Advice({self.measure} of {self.settings['queries']} queries, {len(self.cells)} cells: {self.cell})"

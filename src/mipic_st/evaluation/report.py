@@ -305,9 +305,13 @@ class EvaluationReport:
             ) from error
 
     plot_score_by_dim = plots.score_by_dim
+    """Draw :func:`mipic_st.evaluation.plots.score_by_dim` of this report."""
     plot_retained = plots.retained
+    """Draw :func:`mipic_st.evaluation.plots.retained` of this report."""
     plot_quality_by_bytes = plots.quality_by_bytes
+    """Draw :func:`mipic_st.evaluation.plots.quality_by_bytes` of this report."""
     plot_layer_dim = plots.layer_dim
+    """Draw :func:`mipic_st.evaluation.plots.layer_dim` of this report."""
 
 
 def _written(text: str, path: str | Path | None) -> str:

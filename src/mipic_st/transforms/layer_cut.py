@@ -127,6 +127,7 @@ class LayerCuts(Transform):
         return [dense, word_weights_module(model, self.word_weights[layer])]
 
     plot = by_layer_and_dim
+    """Draw the report: :func:`mipic_st.transforms.report_plots.by_layer_and_dim`."""
 
     def _map(self, layer: int) -> Tensor:
         if layer not in self.maps:

@@ -105,6 +105,7 @@ class Judged(Transform):
         )
 
     plot = by_dim
+    """Draw the report: :func:`mipic_st.transforms.report_plots.by_dim`."""
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{self.verdict}"
