@@ -124,7 +124,7 @@ class Search:
         ranges = codes.Ranges.of(documents)
         coded = codes.encode(documents, precision, ranges)
         scores = torch.from_numpy(codes.scores(queries, coded, precision, ranges))
-        return ranked(lambda rows: scores[rows], tuple(scores.shape), 10, self.own)
+        return ranked([scores], 10, self.own)
 
     def measure(self, vectors: tuple[np.ndarray, np.ndarray], dims: list[int]) -> dict[object, tuple[float, float]]:
         """(nDCG@10, recall@10) of each dim, and of each budget of bytes as (dim, precision), x100."""

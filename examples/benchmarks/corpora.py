@@ -140,8 +140,12 @@ class Task(NamedTuple):
 
     def found(self, scores: Callable[[slice], np.ndarray]) -> torch.Tensor:
         """The best rows for each query, given the scores of some queries with all documents."""
-        shape = len(self.queries), len(self.documents)
-        return ranked(lambda rows: torch.as_tensor(scores(rows)), shape, K, self.own)
+        found = []
+        for start in range(0, len(self.queries), 64):
+            rows = slice(start, start + 64)
+            own = None if self.own is None else self.own[rows]
+            found.append(ranked([torch.as_tensor(scores(rows))], K, own))
+        return torch.cat(found)
 
     def cut(self, dim: int, matrix: np.ndarray | None = None) -> list[np.ndarray]:
         """Queries, documents and those that are fitted on, rotated, truncated, and of unit length again."""

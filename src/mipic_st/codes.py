@@ -26,7 +26,7 @@ def needs_ranges(precision: str) -> bool:
 # Shares of the values that may lie below and above the range: a few outliers would cost all others their resolution.
 QUANTILES = (0.003, 0.997)
 _KINDS = {"int8": np.int8, "uint8": np.uint8, "int4": np.uint8, "binary": np.int8, "ubinary": np.uint8}
-_BLOCK = 4096
+_BLOCK = 1024
 
 
 def bytes_per_vector(dim: int, precision: str = "float32") -> int:
@@ -78,7 +78,7 @@ class Ranges:
         vectors = np.asarray(vectors)
         if vectors.ndim != 2 or len(vectors) < 2:
             raise ValueError(f"ranges need two vectors or more, (N, d), got shape {vectors.shape}.")
-        if not np.isfinite(vectors).all():
+        if not all(np.isfinite(block).all() for block in _blocks(vectors)):
             raise ValueError("vectors hold NaN or infinite values; leave these rows out.")
         # value by value: np.quantile of a whole array sorts a copy of it
         ends = np.stack([np.quantile(column.astype(np.float32), quantiles) for column in vectors.T], axis=1)
@@ -180,8 +180,11 @@ def _decoded(codes: np.ndarray, precision: str, ranges: Any) -> np.ndarray:
             f"{codes.dtype}."
         )
     if precision in ("int8", "uint8"):
-        levels = codes.astype(np.float64) + (128 if precision == "int8" else 0)
-        return levels * ranges.steps(256) + ranges.low
+        levels = codes.astype(np.float64)
+        levels += 128 if precision == "int8" else 0
+        levels *= ranges.steps(256)
+        levels += ranges.low
+        return levels
     if precision == "int4":
         levels = np.stack([codes & 15, codes >> 4], axis=2).reshape(len(codes), 2 * width)[:, :dim]
         return levels * ranges.steps(16).astype(np.float64) + ranges.low

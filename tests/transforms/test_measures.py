@@ -27,20 +27,19 @@ def test_ranking_leaves_the_query_out_in_blocks_too(search, monkeypatch):
         sorted((row for row in range(40) if row != own[q]), key=lambda row: -float(queries[q] @ corpus[row]))[:5]
         for q in range(10)
     ]
-    monkeypatch.setattr(measures, "_LEAST_ROWS", 1)
-    for values in (2**20, 100):
-        monkeypatch.setattr(measures, "_VALUES", values)
-        assert ranked(cosine_scores(queries, corpus), (10, 40), 5, own).tolist() == wanted
-    without = ranked(cosine_scores(queries, corpus), (10, 40), 5, torch.full((10,), -1))
+    for rows in (1024, 7, 1):
+        monkeypatch.setattr(measures, "BLOCK", rows)
+        assert ranked(cosine_scores(queries, corpus), 5, own).tolist() == wanted
+    without = ranked(cosine_scores(queries, corpus), 5, torch.full((10,), -1))
     assert without[:, 0].tolist() == own.tolist()
-    assert ranked(cosine_scores(queries, corpus), (10, 40), 99).shape == (10, 40)
+    assert ranked(cosine_scores(queries, corpus), 99).shape == (10, 40)
 
 
 def test_measures_count_what_they_say(search):
     """Recall, nDCG and reciprocal rank, counted by loops."""
     queries, corpus, own, relevant = search
-    found = ranked(cosine_scores(queries, corpus), (10, 40), 10, own)
-    other = ranked(cosine_scores(queries[:, :3], corpus[:, :3]), (10, 40), 10, own)
+    found = ranked(cosine_scores(queries, corpus), 10, own)
+    other = ranked(cosine_scores(queries[:, :3], corpus[:, :3]), 10, own)
     by_hand = [len(set(a.tolist()) & set(b.tolist())) / 10 for a, b in zip(other, found, strict=True)]
     assert recall(other, found).tolist() == by_hand
     for q in range(10):
@@ -60,5 +59,5 @@ def test_ndcg_is_that_of_scikit_learn(search):
     truth = np.zeros((10, 40))
     for q, rows in enumerate(relevant):
         truth[q, rows] = 1
-    found = ranked(cosine_scores(queries, corpus), (10, 40), 10)
+    found = ranked(cosine_scores(queries, corpus), 10)
     assert ndcg(found, relevant).mean().item() == pytest.approx(metrics.ndcg_score(truth, scores.numpy(), k=10))

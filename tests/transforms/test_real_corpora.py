@@ -47,7 +47,7 @@ def searched(matrix, documents, queries, relevant, dims):
     figures = []
     for dim in dims:
         first, second = (torch.nn.functional.normalize(side[:, :dim], dim=1) for side in sides)
-        found = ranked(cosine_scores(first, second), (len(first), len(second)), 10)
+        found = ranked(cosine_scores(first, second), 10)
         figures.append(100 * float(ndcg(found, rows).mean()))
     return np.array(figures)
 

@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mipic_st.codes import Ranges, bytes_per_vector, decode, encode, evenly, needs_ranges
-from mipic_st.transforms.measures import cosine_scores, ndcg, ranked, recall
-from mipic_st.transforms.rotation import CALIBRATED
-from mipic_st.transforms.search import Search
+from mipic_st.codes import Ranges, bytes_per_vector, decode, encode, needs_ranges
+from mipic_st.transforms.measures import BLOCK, cosine_scores, ndcg, ranked, recall
+from mipic_st.transforms.rotation import calibrating
+from mipic_st.transforms.search import Search, smaller
 from mipic_st.transforms.verdict import NDCG, RECALL, K
 
 PRECISIONS = ("float32", "float16", "int8", "int4", "binary")
 TOP = f"3-recall@{K}"
 MEASURES = (NDCG, TOP, RECALL)
 
-_BLOCK = 2048
 _RESAMPLES, _BATCH_VALUES = 2000, 2**20
 # Documents that tell whether a rotation is worth its while, random rotations that show what is chance, and what must be
 # found more of the neighbours in any case.
@@ -83,59 +82,42 @@ def values_by_cell(
     search: Search, rows: Tensor, matrix: Tensor | None, dims: Sequence[int], precisions: Sequence[str]
 ) -> Iterator[tuple[tuple[str, int, str], dict[str, np.ndarray]]]:
     """For each cell its key, and one number per query for each measure; codes have the ranges of the fitted rows."""
-    plain = cosine_scores(search.queries, search.documents)
-    wanted = ranked(plain, (len(search.queries), len(search.documents)), K, search.own)
+    wanted = ranked(cosine_scores(search.queries, search.documents), K, search.own)
     ranges: tuple[str, int, Ranges] | None = None
-    rows = evenly(rows, CALIBRATED)
     keys = cell_keys(search.documents.shape[1], dims, precisions, matrix is not None)
-    measures = MEASURES if search.relevant is not None else (TOP, RECALL)
-    # one place for all prefixes and one for all results: what is kept between arrays that come and go leaves holes in
-    # memory, in the end some times the vectors
-    memory = np.empty(search.documents.numel(), dtype=np.float32)
+    measures = MEASURES if search.relevant is not None else MEASURES[1:]
+    # one place for all: small results between large arrays that come and go would keep their memory
     values = np.empty((len(keys), len(measures), len(search.queries)))
     for key, row in zip(keys, values, strict=True):
         way, dim, precision = key
         basis = matrix if way == "rotated" else None
         if needs_ranges(precision) and (ranges is None or ranges[:2] != key[:2]):
-            ranges = way, dim, Ranges.of(_prefixes(search.documents, basis, dim, memory, rows))
-        found = _found(search, basis, dim, memory, precision, ranges[2] if ranges else None)
+            ranges = way, dim, _ranges(search.documents, rows, basis, dim)
+        found = _found(search, basis, dim, precision, ranges[2] if ranges else None)
         row[-2:] = recall(found, wanted[:, :3]).cpu(), recall(found, wanted).cpu()
         if search.relevant is not None:
             row[0] = ndcg(found, search.relevant).cpu()
         yield key, dict(zip(measures, row, strict=True))
 
 
-def _found(
-    search: Search, basis: Tensor | None, dim: int, memory: np.ndarray, precision: str, ranges: Ranges | None
-) -> Tensor:
+def _found(search: Search, basis: Tensor | None, dim: int, precision: str, ranges: Ranges | None) -> Tensor:
     """What each query finds among the coded documents, (Q, K)."""
-    sides = (
-        _prefixes(search.queries, basis, dim, np.empty(search.queries.numel(), dtype=np.float32)),
-        _prefixes(search.documents, basis, dim, memory, precision=precision, ranges=ranges),
-    )
-    queries, stored = (torch.from_numpy(side).to(search.documents.device) for side in sides)
-    return ranked(cosine_scores(queries, stored), (len(queries), len(stored)), K, search.own)
+    queries = torch.cat([*smaller(search.queries, basis, dim)])
+
+    def scores() -> Iterator[Tensor]:
+        for block in smaller(search.documents, basis, dim):
+            if precision != "float32":
+                codes = encode(block.cpu().numpy(), precision, ranges)
+                block = torch.from_numpy(decode(codes, precision, ranges)).to(queries.device)
+            yield queries @ block.T
+
+    return ranked(scores(), K, search.own)
 
 
-def _prefixes(
-    vectors: Tensor,
-    matrix: Tensor | None,
-    dim: int,
-    memory: np.ndarray,
-    rows: Tensor | None = None,
-    precision: str = "float32",
-    ranges: Ranges | None = None,
-) -> np.ndarray:
-    """(N, dim), in ``memory``: vectors or some rows of them rotated, truncated, of unit length, coded and decoded."""
-    count = len(vectors) if rows is None else len(rows)
-    found = memory[: count * dim].reshape(count, dim)
-    for start in range(0, count, _BLOCK):
-        place = slice(start, start + _BLOCK)
-        part = vectors[place if rows is None else rows[place].to(vectors.device)]
-        part = part[:, :dim] if matrix is None else part @ matrix[:, :dim]
-        block = F.normalize(part, dim=1).cpu().numpy()
-        found[place] = decode(encode(block, precision, ranges), precision, ranges)
-    return found
+def _ranges(documents: Tensor, rows: Tensor, basis: Tensor | None, dim: int) -> Ranges:
+    """Ranges of some rows, rotated, truncated and of unit length."""
+    parts = calibrating(rows, dim).split(BLOCK)
+    return Ranges.of(torch.cat([next(smaller(documents[part], basis, dim)) for part in parts]).cpu().numpy())
 
 
 def paired_intervals(differences: np.ndarray, seed: int) -> np.ndarray:
@@ -173,14 +155,14 @@ def gain_on_unseen(
     count, width = documents.shape
     if count < 6:
         return False, 0.0, 0.0
-    shape, own, k = (count, count), torch.arange(count), min(K, count // 3)
-    wanted = ranked(cosine_scores(documents, documents), shape, k, own)
+    own, k = torch.arange(count), min(K, count // 3)
+    wanted = ranked(cosine_scores(documents, documents), k, own)
 
     def kept(basis: Tensor) -> float:
         rotated, found = documents @ basis.to(documents), []
         for dim in dims:
             part = F.normalize(rotated[:, :dim], dim=1)
-            found.append(recall(ranked(cosine_scores(part, part), shape, k, own), wanted).mean())
+            found.append(recall(ranked(cosine_scores(part, part), k, own), wanted).mean())
         return float(torch.stack(found).mean())
 
     gain = kept(matrix) - kept(torch.eye(width))

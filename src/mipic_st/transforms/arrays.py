@@ -16,7 +16,7 @@ import numpy as np
 
 # Rows that are multiplied at once, at least. Fewer are a tenth faster on one thread, and more threads wait for each
 # other after every block, which costs a lot beside another job.
-_ROWS = 2048
+_ROWS = 1024
 # Bits of the largest value of a row; bits of a row's sum of products, of 53.
 _ROW_BITS, _SUM_BITS = 23, 52
 

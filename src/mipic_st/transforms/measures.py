@@ -5,34 +5,33 @@ All functions give one number per query, so that differences between two ways ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-# Scores of one block of queries with the whole corpus: as many values at most, but so many queries at least.
-_VALUES, _LEAST_ROWS = 2**20, 16
+# Documents that are scored at once, so that neither their vectors nor the scores need much memory.
+BLOCK = 1024
 
 
-def cosine_scores(queries: Tensor, corpus: Tensor) -> Callable[[slice], Tensor]:
-    """Scores of some queries with the whole corpus, for :func:`ranked`.
+def cosine_scores(queries: Tensor, corpus: Tensor) -> Iterator[Tensor]:
+    """Scores of all queries with the corpus, for :func:`ranked`.
 
     Args:
         queries: (Q, d), unit length.
         corpus: (N, d), unit length.
 
-    Returns:
-        A function from a slice of queries to (B, N).
+    Yields:
+        (Q, n), for some documents after the other.
     """
-    return lambda rows: queries[rows] @ corpus.T
+    return (queries @ block.T for block in corpus.split(BLOCK))
 
 
-def ranked(scores: Callable[[slice], Tensor], shape: tuple[int, int], k: int, own: Tensor | None = None) -> Tensor:
+def ranked(scores: Iterable[Tensor], k: int, own: Tensor | None = None) -> Tensor:
     """The k best rows of the corpus for each query, best first.
 
     Args:
-        scores: From a slice of queries to their scores with the whole corpus.
-        shape: (Q, N), numbers of queries and of rows in the corpus.
+        scores: (Q, n) scores of all queries with the first rows of the corpus, with the next ones, and so on.
         k: How many; all if the corpus has fewer.
         own: (Q,), the row of the corpus that is the query itself and is no answer; -1 for none.
 
@@ -41,22 +40,24 @@ def ranked(scores: Callable[[slice], Tensor], shape: tuple[int, int], k: int, ow
 
     Example:
         >>> corpus = torch.eye(3)
-        >>> ranked(cosine_scores(corpus[:1], corpus), (1, 3), 1).tolist()
+        >>> ranked(cosine_scores(corpus[:1], corpus), 1).tolist()
         [[0]]
-        >>> ranked(lambda rows: torch.tensor([[0.9, 0.5, 0.7]])[rows], (1, 3), 2, own=torch.tensor([0])).tolist()
+        >>> ranked([torch.tensor([[0.9, 0.5]]), torch.tensor([[0.7]])], 2, own=torch.tensor([0])).tolist()
         [[2, 1]]
     """
-    queries, documents = shape
-    size, k = max(_LEAST_ROWS, _VALUES // max(1, documents)), min(k, documents)
-    found = torch.empty(queries, k, dtype=torch.long)
-    for start in range(0, queries, size):
-        block = scores(slice(start, min(start + size, queries))).clone()
+    best = found = torch.empty(0)
+    start = 0
+    for block in scores:
+        # one more, since the query itself may be among them
+        values, rows = block.topk(min(k + (own is not None), block.shape[1]), dim=1)
+        rows += start
         if own is not None:
-            rows = own[start : start + size]
-            there = (rows >= 0).nonzero().flatten()
-            block[there.to(block.device), rows[there].to(block.device)] = -torch.inf
-        found = found.to(block.device)
-        found[start : start + size] = block.topk(k, dim=1).indices
+            values[rows == own[:, None].to(rows.device)] = -torch.inf
+        if start:
+            values, rows = torch.cat([best, values], dim=1), torch.cat([found, rows], dim=1)
+        best, places = values.topk(min(k, values.shape[1]), dim=1)
+        found = rows.gather(1, places)
+        start += block.shape[1]
     return found
 
 

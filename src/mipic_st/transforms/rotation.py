@@ -31,8 +31,13 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from torch import nn
 
-# Vectors that ranges are taken from, at most.
-CALIBRATED = 2**15
+# Vectors and values that ranges are taken from, at most.
+CALIBRATED, _CALIBRATED_VALUES = 2**15, 2**22
+
+
+def calibrating(rows: Any, dim: int) -> Any:
+    """The rows of an array or tensor that ranges of so many dims are taken from."""
+    return coding.evenly(rows, min(CALIBRATED, max(2, _CALIBRATED_VALUES // dim)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -187,7 +192,8 @@ class Rotation(OnHub):
         """Take ranges from vectors like those that will be coded, e.g. for further dims, or after a change of corpus.
 
         Args:
-            vectors: (N, D), as for a call, two or more; at most 32,768 are looked at, at equal distances.
+            vectors: (N, D), as for a call, two or more; at most 32,768 are looked at, at equal distances, and of more
+                than 128 dims so many that they have 4 million values.
             dims: What is to be coded. Default: the rotation's own dims and D.
 
         Returns:
@@ -201,10 +207,9 @@ class Rotation(OnHub):
         array = as_matrix("vectors", vectors, self._width, f"this {self.kind}")
         if len(array) < 2:
             raise ValueError(f"vectors must be two or more to take ranges from, got {len(array)}.")
-        array = coding.evenly(array, CALIBRATED)
         ranges = dict(self.ranges or {})
         for dim in dims:
-            ranges[dim] = Ranges.of(self._all_units("vectors", array, dim))
+            ranges[dim] = Ranges.of(self._all_units("vectors", calibrating(array, dim), dim))
         return replace(self, ranges=dict(sorted(ranges.items())))
 
     def to_faiss(self, dim: int | None = None) -> faiss.LinearTransform:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mipic_st.numerics import spearman
-from mipic_st.transforms.measures import cosine_scores, ndcg, ranked, recall, reciprocal_rank
+from mipic_st.transforms.measures import BLOCK, cosine_scores, ndcg, ranked, recall, reciprocal_rank
 from mipic_st.transforms.verdict import NDCG, RECALL, K
 
 _SAMPLED = 256, 512
@@ -39,38 +40,35 @@ class Search:
 
     def judge(self, bases: Mapping[str, Tensor], dims: Sequence[int]) -> dict[str, dict[str, Tensor]]:
         """For each basis (D, D): measures, one number per dim and query; "similarity" has one per dim."""
-        shape = (len(self.queries), len(self.documents))
-        wanted = ranked(cosine_scores(self.queries, self.documents), shape, K, self.own)
-        full = _sample(self.queries, self.documents)
+        wanted = ranked(cosine_scores(self.queries, self.documents), K, self.own)
         results = {}
-        # one place for all: arrays of many sizes would leave holes in memory as large as the vectors
-        memory = self.documents.new_empty(len(self.documents) * max(dims))
         for name, basis in bases.items():
-            rows = [self._measured(basis[:, :dim], wanted, full, memory) for dim in dims]
+            rows = [self._measured(basis, dim, wanted) for dim in dims]
             results[name] = {measure: torch.stack([row[measure] for row in rows]) for measure in rows[0]}
         return results
 
-    def _measured(self, basis: Tensor, wanted: Tensor, full: np.ndarray, memory: Tensor) -> dict[str, Tensor]:
-        """The measures of one dim, for a basis (D, d); ``memory`` holds the rotated documents meanwhile."""
-        place = memory[: len(self.documents) * basis.shape[1]].view(len(self.documents), -1)
-        queries, documents = _units(self.queries @ basis), _units(torch.mm(self.documents, basis, out=place))
-        found = ranked(cosine_scores(queries, documents), (len(queries), len(documents)), K, self.own)
+    def _measured(self, basis: Tensor, dim: int, wanted: Tensor) -> dict[str, Tensor]:
+        """The measures of one dim."""
+        queries = torch.cat([*smaller(self.queries, basis, dim)])
+        found = ranked((queries @ block.T for block in smaller(self.documents, basis, dim)), K, self.own)
         now = {RECALL: recall(found, wanted)}
         if self.relevant is not None:
             now |= {NDCG: ndcg(found, self.relevant), f"MRR@{K}": reciprocal_rank(found, self.relevant)}
-        now["similarity"] = torch.tensor(spearman(_sample(queries, documents), full))
+        # cosines of some queries with some documents
+        full = self.queries[: _SAMPLED[0]], self.documents[:: max(1, len(self.documents) // _SAMPLED[1])]
+        cut = (torch.cat([*smaller(side, basis, dim)]) for side in full)
+        now["similarity"] = torch.tensor(spearman(_cosines(*cut), _cosines(*full)))
         return {measure: values.cpu() for measure, values in now.items()}
 
 
-def _units(vectors: Tensor) -> Tensor:
-    """Scaled to unit length, in place."""
-    return vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_min_(1e-12))
+def smaller(vectors: Tensor, basis: Tensor | None, dim: int) -> Iterator[Tensor]:
+    """Vectors times a basis (D, D), truncated, of unit length: some (n, dim) after the other, since all take memory."""
+    for block in vectors.split(BLOCK):
+        yield F.normalize(block[:, :dim] if basis is None else block @ basis[:, :dim], dim=1)
 
 
-def _sample(queries: Tensor, documents: Tensor) -> np.ndarray:
-    """Cosines of some queries with some documents."""
-    step = max(1, len(documents) // _SAMPLED[1])
-    return (queries[: _SAMPLED[0]] @ documents[::step].T).flatten().cpu().numpy()
+def _cosines(queries: Tensor, documents: Tensor) -> np.ndarray:
+    return (queries @ documents.T).flatten().cpu().numpy()
 
 
 def report(results: Mapping[str, Mapping[str, Tensor]], dims: Sequence[int], measure: str) -> list[dict[str, float]]:
