@@ -7,8 +7,9 @@
 
 Each fit runs in a process of its own. Memory is the highest resident size during the fit beyond what the process had
 with the vectors in it, in units of the vectors (anchors and positives). "documents" is the rotation of one array alone;
-its PCA, and the training of faiss's OPQ for 32 bytes, are there to compare it with in the same run. With --neighbour
-each fit is timed again next to a job that keeps two threads busy.
+its PCA, and the training of faiss's OPQ for 32 bytes, are there to compare it with in the same run; "advice" is
+`advise` on this array, with all cells. With --neighbour each fit is timed again next to a job that keeps two threads
+busy.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 
 DIMS = [256, 128, 64, 32, 16, 8]
-ALONE = ("documents", "PCA", "OPQ")  # fitted on the anchors without positives
+ALONE = ("documents", "PCA", "OPQ", "advice")  # fitted on the anchors without positives
 WHAT = ("rotation", *ALONE, "word weights", "least squares", "refined cut")
 # A job with two threads, until it is ended.
 BUSY = "import torch; torch.set_num_threads(2); a = torch.randn(1500, 1500)\nwhile True: a @ a"
@@ -50,6 +51,7 @@ def measure(what: str, size: str, threads: int) -> None:
     import faiss
     import torch
 
+    from mipic_st.advice.advise import advise
     from mipic_st.transforms.cut_fits import fit_cut, refine_cut
     from mipic_st.transforms.orthogonal import pca_basis
     from mipic_st.transforms.rotation_fit import fit_rotation
@@ -64,6 +66,8 @@ def measure(what: str, size: str, threads: int) -> None:
     dims = [dim for dim in DIMS if dim < width]
     if what != "least squares":  # what it imports should not count
         fit_rotation(anchors[:300], positives[:300], dims=[8], max_steps=1)
+    if what == "advice":
+        advise(anchors[:300])
     # the first 4,000 texts at most, as fit_layer_cuts takes them, of 16 tokens each
     texts = min(4000, count)
     states = torch.randn(16 * texts, width, generator=generator).bfloat16() if what == "word weights" else None
@@ -72,6 +76,8 @@ def measure(what: str, size: str, threads: int) -> None:
         fit_rotation(anchors, positives, dims=dims)
     elif what == "documents":
         fit_rotation(anchors, dims=dims)
+    elif what == "advice":
+        advise(anchors)
     elif what == "PCA":
         pca_basis(anchors, torch.arange(count))
     elif what == "OPQ":

@@ -107,6 +107,24 @@ def test_few_queries_are_warned_of(caplog):
     assert "Only 6 queries judge" in caplog.text
 
 
+def test_one_thread_measures_and_those_of_the_caller_come_back(monkeypatch):
+    """Threads that wait for each other cost a neighbour's job; also after an error."""
+    seen, measured, before = [], module.gain_on_unseen, torch.get_num_threads()
+    monkeypatch.setattr(
+        module, "gain_on_unseen", lambda *given: (seen.append(torch.get_num_threads()), measured(*given))[1]
+    )
+    try:
+        torch.set_num_threads(2)
+        advise(VECTORS[:60], bytes=[16], dims=[8])
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+        monkeypatch.setattr(module, "gain_on_unseen", None)
+        with pytest.raises(TypeError):
+            advise(VECTORS[:60], bytes=[16], dims=[8])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_only_directions_count():
     """Vectors of any length get the same advice; the dims are powers of two from 8, and the width."""
     random = np.random.default_rng(1)

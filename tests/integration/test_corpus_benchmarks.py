@@ -1,4 +1,4 @@
-"""examples/benchmarks/compare_retrieval.py and corpus_training.py: what they load and measure."""
+"""examples/benchmarks/compare_retrieval.py, corpus_training.py, benchmark_tails.py: what they load and measure."""
 
 import json
 import runpy
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from benchmark_tails import in_a_process
 from compare_retrieval import by_faiss, cells, random_rotation, sparse
 from corpora import Corpus, Task, bootstrap
 from test_examples import ROOT
@@ -249,3 +250,12 @@ def test_corpus_training_resumes_and_reports(run_here, tmp_path):
         made = found[f"{row}, rotated again"]["over the rotation"]["8 B"]
         gained = np.mean(by_row[row]["again"]["test"]["8 B"]) - np.mean(by_row["rotation"]["test"]["8 B"])
         assert made["difference"] == pytest.approx(gained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "seconds"), [("documents", 30), ("advice", 90)])
+def test_a_corpus_takes_at_most_three_times_its_memory(what, seconds):
+    """20,000 x 384, in a process of its own: no second copy beside the vectors of unit length, and some blocks."""
+    figures = in_a_process(what, "20000x384", threads=1)
+    assert figures["memory"] <= 3
+    assert figures["seconds"] <= seconds

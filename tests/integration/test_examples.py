@@ -840,7 +840,7 @@ def test_benchmark_tails_measures_every_fit():
     """Seconds and memory of rotations, what they are compared with, and a cut's three steps; and beside another job."""
     code, printed, errors = run("benchmarks/benchmark_tails.py", "--smoke", "--threads", "1")
     assert code == 0, errors
-    fits = ["rotation", "documents", "PCA", "OPQ", "word", "least", "refined"]
+    fits = ["rotation", "documents", "PCA", "OPQ", "advice", "word", "least", "refined"]
     assert [line.split()[0] for line in printed.splitlines()[1:]] == fits
     code, printed, errors = run("benchmarks/benchmark_tails.py", "--smoke", "--only", "PCA", "--neighbour")
     assert code == 0, errors

@@ -28,7 +28,7 @@ from mipic_st.encoder.fingerprint import fingerprint, model_name_of
 from mipic_st.encoder.structure import describe, evaluation_mode, full_width, unwrap
 from mipic_st.transforms.candidates import Trial, require_documents
 from mipic_st.transforms.columns import as_dataset, text_columns
-from mipic_st.transforms.fitting import wants_bar
+from mipic_st.transforms.fitting import one_thread, wants_bar
 from mipic_st.transforms.pairs import numbered
 from mipic_st.transforms.rotation import Rotation
 from mipic_st.transforms.rotation_fit import checked_settings, fitted, of_one_width
@@ -259,7 +259,7 @@ def _measured(
     width = trial.search.documents.shape[1]
     plain = rotation.chosen == "truncation"
     keys = cell_keys(width, dims, precisions, not plain)
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         found = values_by_cell(trial.search, trial.part.rows, None if plain else trial.fitted, dims, precisions)
         values = dict(tqdm(found, total=len(keys), desc="Cells", disable=not show_bar))
         below = [dim for dim in dims if dim < width]
