@@ -253,9 +253,9 @@ def test_corpus_training_resumes_and_reports(run_here, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "seconds"), [("documents", 30), ("advice", 90)])
-def test_a_corpus_takes_at_most_three_times_its_memory(what, seconds):
-    """20,000 x 384, in a process of its own: no second copy beside the vectors of unit length, and some blocks."""
+@pytest.mark.parametrize(("what", "seconds"), [("documents", 30), ("advice", 90), ("rotation", 180)])
+def test_a_fit_takes_at_most_three_times_its_vectors(what, seconds):
+    """20,000 x 384, of pairs both sides, in a process of its own."""
     figures = in_a_process(what, "20000x384", threads=1)
     assert figures["memory"] <= 3
     assert figures["seconds"] <= seconds

@@ -117,7 +117,8 @@ def _found(search: Search, basis: Tensor | None, dim: int, precision: str, range
 def _ranges(documents: Tensor, rows: Tensor, basis: Tensor | None, dim: int) -> Ranges:
     """Ranges of some rows, rotated, truncated and of unit length."""
     parts = calibrating(rows, dim).split(BLOCK)
-    return Ranges.of(torch.cat([next(smaller(documents[part], basis, dim)) for part in parts]).cpu().numpy())
+    blocks = [block for part in parts for block in smaller(documents[part], basis, dim)]
+    return Ranges.of(torch.cat(blocks).cpu().numpy())
 
 
 def paired_intervals(differences: np.ndarray, seed: int) -> np.ndarray:

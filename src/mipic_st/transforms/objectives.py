@@ -64,7 +64,7 @@ class RotationObjective:
         own = torch.arange(len(rotated), device=rotated.device)
         for dim in self.contrastive_dims:
             cosines = masked(prefix_cosines(rotated, others, dim), same)
-            total = total + F.cross_entropy(cosines / self.contrastive_temperature, own)
+            total = total + F.cross_entropy(cosines.div_(self.contrastive_temperature), own)
         return total
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mipic_st.transforms.fitting import split_rows
 
@@ -97,9 +96,11 @@ class Pairs:
         if self.known is not None:
             same |= self._answers(anchor, positive)
         same.fill_diagonal_(False)
-        positives = F.normalize(self.positives[rows], dim=1)
+        anchors, positives = self.anchors[rows[:size]], self.positives[rows]
+        for own in (anchors, positives):  # copies of the rows
+            own /= own.norm(dim=1, keepdim=True).clamp_min(1e-12)
         mask = same.to(device) if bool(same.any()) else None
-        return F.normalize(self.anchors[rows[:size]], dim=1), positives[:size], positives[size:], mask
+        return anchors, positives[:size], positives[size:], mask
 
     def _answers(self, anchor: Tensor, positive: Tensor) -> Tensor:
         """Where a positive is known to belong to an anchor, (B, M)."""
