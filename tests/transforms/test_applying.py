@@ -264,11 +264,14 @@ def test_calibrate_gives_ranges_for_further_dims(rotation):
 
 
 def test_calibrate_looks_at_so_many_vectors(rotation, monkeypatch):
-    """At equal distances."""
+    """At equal distances; of many dims at fewer."""
     monkeypatch.setattr("mipic_st.transforms.rotation.CALIBRATED", 100)
+    monkeypatch.setattr("mipic_st.transforms.rotation._CALIBRATED_VALUES", 16 * 50)
     vectors = documents(250)
-    wanted = Ranges.of(rotation(vectors[::3], 8))
-    assert np.array_equal(np.asarray(rotation.calibrate(vectors, [8]).ranges[8]), np.asarray(wanted))
+    found = rotation.calibrate(vectors, [8, 16]).ranges
+    for dim, step in ((8, 3), (16, 5)):
+        wanted = Ranges.of(rotation(vectors[::step], dim))
+        assert np.array_equal(np.asarray(found[dim]), np.asarray(wanted))
 
 
 @pytest.mark.parametrize(
