@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -82,7 +83,7 @@ def values_by_cell(
     search: Search, rows: Tensor, matrix: Tensor | None, dims: Sequence[int], precisions: Sequence[str]
 ) -> Iterator[tuple[tuple[str, int, str], dict[str, np.ndarray]]]:
     """For each cell its key, and one number per query for each measure; codes have the ranges of the fitted rows."""
-    wanted = ranked(cosine_scores(search.queries, search.documents), K, search.own)
+    wanted = search.neighbours
     ranges: tuple[str, int, Ranges] | None = None
     keys = cell_keys(search.documents.shape[1], dims, precisions, matrix is not None)
     measures = MEASURES if search.relevant is not None else MEASURES[1:]
@@ -93,25 +94,20 @@ def values_by_cell(
         basis = matrix if way == "rotated" else None
         if needs_ranges(precision) and (ranges is None or ranges[:2] != key[:2]):
             ranges = way, dim, _ranges(search.documents, rows, basis, dim)
-        found = _found(search, basis, dim, precision, ranges[2] if ranges else None)
+        stored = partial(_stored, precision=precision, ranges=ranges[2] if ranges else None)
+        found = search.found(basis, dim, stored)
         row[-2:] = recall(found, wanted[:, :3]).cpu(), recall(found, wanted).cpu()
         if search.relevant is not None:
             row[0] = ndcg(found, search.relevant).cpu()
         yield key, dict(zip(measures, row, strict=True))
 
 
-def _found(search: Search, basis: Tensor | None, dim: int, precision: str, ranges: Ranges | None) -> Tensor:
-    """What each query finds among the coded documents, (Q, K)."""
-    queries = torch.cat([*smaller(search.queries, basis, dim)])
-
-    def scores() -> Iterator[Tensor]:
-        for block in smaller(search.documents, basis, dim):
-            if precision != "float32":
-                codes = encode(block.cpu().numpy(), precision, ranges)
-                block = torch.from_numpy(decode(codes, precision, ranges)).to(queries.device)
-            yield queries @ block.T
-
-    return ranked(scores(), K, search.own)
+def _stored(block: Tensor, precision: str, ranges: Ranges | None) -> Tensor:
+    """What a precision keeps of some documents."""
+    if precision == "float32":
+        return block
+    codes = encode(block.cpu().numpy(), precision, ranges)
+    return torch.from_numpy(decode(codes, precision, ranges)).to(block.device)
 
 
 def _ranges(documents: Tensor, rows: Tensor, basis: Tensor | None, dim: int) -> Ranges:

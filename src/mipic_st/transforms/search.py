@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -38,26 +39,34 @@ class Search:
         """What counts: the answers where they are known, else what the full width finds."""
         return RECALL if self.relevant is None else NDCG
 
+    @cached_property
+    def neighbours(self) -> Tensor:
+        """What each query finds at full width, (Q, K)."""
+        return ranked(cosine_scores(self.queries, self.documents), K, self.own)
+
+    def found(self, basis: Tensor | None, dim: int, stored: Callable[[Tensor], Tensor] = lambda block: block) -> Tensor:
+        """What each query finds at one dim, (Q, K); ``stored`` gives what is kept of some documents, (n, dim)."""
+        queries = torch.cat([*smaller(self.queries, basis, dim)])
+        return ranked((queries @ stored(block).T for block in smaller(self.documents, basis, dim)), K, self.own)
+
     def judge(self, bases: Mapping[str, Tensor], dims: Sequence[int]) -> dict[str, dict[str, Tensor]]:
         """For each basis (D, D): measures, one number per dim and query; "similarity" has one per dim."""
-        wanted = ranked(cosine_scores(self.queries, self.documents), K, self.own)
+        some = self.queries[: _SAMPLED[0]], self.documents[:: max(1, len(self.documents) // _SAMPLED[1])]
+        full = _cosines(*some)
         results = {}
         for name, basis in bases.items():
-            rows = [self._measured(basis, dim, wanted) for dim in dims]
+            rows = []
+            for dim in dims:
+                cut = (torch.cat([*smaller(side, basis, dim)]) for side in some)
+                similarity = torch.tensor(spearman(_cosines(*cut), full))
+                rows.append(self._measured(self.found(basis, dim)) | {"similarity": similarity})
             results[name] = {measure: torch.stack([row[measure] for row in rows]) for measure in rows[0]}
         return results
 
-    def _measured(self, basis: Tensor, dim: int, wanted: Tensor) -> dict[str, Tensor]:
-        """The measures of one dim."""
-        queries = torch.cat([*smaller(self.queries, basis, dim)])
-        found = ranked((queries @ block.T for block in smaller(self.documents, basis, dim)), K, self.own)
-        now = {RECALL: recall(found, wanted)}
+    def _measured(self, found: Tensor) -> dict[str, Tensor]:
+        now = {RECALL: recall(found, self.neighbours)}
         if self.relevant is not None:
             now |= {NDCG: ndcg(found, self.relevant), f"MRR@{K}": reciprocal_rank(found, self.relevant)}
-        # cosines of some queries with some documents
-        full = self.queries[: _SAMPLED[0]], self.documents[:: max(1, len(self.documents) // _SAMPLED[1])]
-        cut = (torch.cat([*smaller(side, basis, dim)]) for side in full)
-        now["similarity"] = torch.tensor(spearman(_cosines(*cut), _cosines(*full)))
         return {measure: values.cpu() for measure, values in now.items()}
 
 
