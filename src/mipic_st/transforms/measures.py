@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Documents that are scored at once, so that neither their vectors nor the scores need much memory. Of fewer than 64 times
-# what is wanted, torch sorts all to find the best.
+# Documents that are scored at once, so that neither their vectors nor the scores need much memory. Of fewer than 64
+# times what is wanted, torch sorts all to find the best.
 BLOCK = 768
 
 
